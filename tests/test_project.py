@@ -176,6 +176,30 @@ def test_import_needs_torch_numpy_and_scipy_only() -> None:
     assert loaded - allowed == set()
 
 
+def imported_while_loading(source: str) -> set[str]:
+    """List the packages that the source imports outside of functions and of TYPE_CHECKING."""
+    found = set()
+    nodes: list[ast.AST] = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).partition(".")[0])
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            nodes += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("path", modules("hypergrad"), ids=dotted_name)
+def test_module_loads_torch_numpy_and_scipy_only(path: Path) -> None:
+    # sys.modules cannot tell: PyTorch itself loads tqdm or sympy where they are installed.
+    allowed = {"hypergrad", "torch", "numpy", "scipy", *sys.stdlib_module_names}
+    assert imported_while_loading(path.read_text("utf-8")) - allowed == set()
+
+
 def test_import_takes_no_noticeable_time_over_torch() -> None:
     # What can go wrong is a part of PyTorch or SciPy that is loaded only when asked for:
     # torch._dynamo doubles the time of `import torch`. A ratio, since seconds would measure the
