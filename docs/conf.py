@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import sys
 from importlib import import_module, metadata
 from pathlib import Path
@@ -81,5 +82,17 @@ def resolve_public_name(
     return None
 
 
+def escape_norm_bars(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    """Let ``|v|`` in a docstring be a norm: reStructuredText takes it for a substitution."""
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            pieces = line.split("``")  # every second piece is literal
+            pieces[::2] = [re.sub(r"\|(?=\S)", r"\\|", piece) for piece in pieces[::2]]
+            lines[number] = "``".join(pieces)
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", escape_norm_bars)
     app.connect("missing-reference", resolve_public_name)
