@@ -67,7 +67,9 @@ def resolve_public_name(
 
     Annotations name the module that defines a class; the pages document it where users import it.
     """
-    package, *parts = str(node.get("reftarget", "")).split(".")
+    target = str(node.get("reftarget", ""))
+    # "Raises: NonFiniteError" is a public name too, also where it is not said of which package.
+    package, *parts = (target if "." in target else f"hypergrad.{target}").split(".")
     if node.get("refdomain") != "py" or package not in PACKAGES:
         return None
     public: Any = import_module(package).__all__
