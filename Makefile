@@ -34,10 +34,10 @@ run: $(STAMP) ## Main job: data hyper-cleaning, then PPO, Nested and BLPO on Car
 	$(PY) -m hypergrad_rl compare --algos ppo nested blpo --env CartPole-v1 --run-dir runs/cartpole
 
 test: lint types docs ## Everything a change must pass: lint, types, strict docs, tests
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 test-slow: $(STAMP) ## The statistical and training checks that `test` leaves out
-	HYPOTHESIS_PROFILE=slow $(PY) -m pytest -n $(WORKERS) --dist loadgroup -m slow --timeout 3600 $(ARGS)
+	HYPOTHESIS_PROFILE=slow $(PY) -m pytest -n $(WORKERS) -m slow --timeout 3600 $(ARGS)
 
 lint: $(STAMP) ## Ruff: rules and formatting
 	$(PY) -m ruff check .
