@@ -32,11 +32,13 @@ class CallableOperator(LinearOperator):
         if self.batchable:
             products = torch.func.vmap(self.hvp_fn)(self.layout.unflatten_block(block))
             return self.layout.flatten_block(products, name="the output of hvp_fn")
+        # Copies: a callable that works in place on its argument must not reach the solver's own
+        # vectors.
         rows = [
             self.layout.flatten(
                 self.hvp_fn(self.layout.unflatten(row)), name="the output of hvp_fn"
             )
-            for row in block
+            for row in block.clone()
         ]
         return torch.stack(rows)
 
