@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import LossError, SolverOptionError, StaleOperatorError
 from ..pytree import Tree, TreeLayout
 from .base import LinearOperator
+from .hessian import report_unused
 
 
 class GaussNewtonOperator(LinearOperator):
@@ -39,17 +40,28 @@ class GaussNewtonOperator(LinearOperator):
         self._point = self.layout.unflatten_leaves([leaf.detach() for leaf in originals])
         self._model = lambda p: model_fn(p, inputs)
         self._loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
+        report_unused(self.layout, self._unused(), "the output of model_fn")
         pass_forward = torch.func.vjp(self._model, self._point)
         self._outputs, self._pull_back = pass_forward[0], pass_forward[1]
-        if not isinstance(self._outputs, Tensor):
-            raise LossError(
-                f"model_fn returned a {type(self._outputs).__name__}, expected one torch.Tensor."
-            )
         loss = loss_fn(self._outputs, *targets)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
         self.chunk_size = chunk_size
+
+    def _unused(self) -> list[bool]:
+        # torch.func gives zeros for parameters that the model ignores; autograd tells them apart.
+        leaves = [leaf.detach().requires_grad_() for leaf, _ in self._versions]
+        with torch.enable_grad():
+            outputs = self._model(self.layout.unflatten_leaves(leaves))
+            if not isinstance(outputs, Tensor):
+                raise LossError(
+                    f"model_fn returned a {type(outputs).__name__}, expected one torch.Tensor."
+                )
+            used: tuple[Tensor | None, ...] = (None,) * len(leaves)
+            if outputs.requires_grad:
+                used = torch.autograd.grad(outputs.sum(), leaves, allow_unused=True)
+        return [grad is None for grad in used]
 
     def _product(self, vector: Tensor) -> Tensor:
         tangent = self.layout.unflatten(vector)
@@ -92,10 +104,14 @@ def ggn(
         chunk_size: how many vectors are carried at a time in a block of products.
 
     Raises:
-        LossError: no inputs, outputs that are no tensor, or a loss that is no scalar.
+        LossError: no inputs, outputs that are no tensor or do not depend on ``params``, or a loss
+            that is no scalar.
         StaleOperatorError: at a product, if ``params`` have been modified in place since.
 
-    Cost: a product is one forward-mode pass, one product with H and one reverse pass, about two
+    Warns:
+        UnusedParameterWarning: the outputs do not depend on some leaves; their rows are zero.
+
+    Cost: one gradient and one forward pass when made.  A product is one forward-mode pass, one product with H and one reverse pass, about two
     gradients.  Source: Schraudolph, "Fast curvature matrix-vector products for second-order
     gradient descent", Neural Computation 14 (2002).
 
