@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from ..errors import (
     SolverOptionError,
     StaleOperatorError,
     UnusedParameterWarning,
+    warn,
 )
 from ..pytree import Tree, TreeLayout
 from .base import LinearOperator
@@ -37,8 +37,10 @@ class HessianOperator(LinearOperator):
         super().__init__(TreeLayout.of(params, name="params"))
         if mode not in get_args(Mode):
             raise SolverOptionError(f"mode is {mode!r}, expected one of {get_args(Mode)}.")
-        if chunk_size is not None and chunk_size < 1:
-            raise SolverOptionError(f"chunk_size is {chunk_size}, expected None or at least 1.")
+        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+            raise SolverOptionError(
+                f"chunk_size is {chunk_size!r}, expected None or an integer >= 1."
+            )
         self.loss_fn, self.batch, self.mode, self.chunk_size = loss_fn, batch, mode, chunk_size
         originals = self.layout.leaves(params, name="params")
         self._versions = [(leaf, leaf._version) for leaf in originals]
@@ -179,9 +181,8 @@ def report_unused(layout: TreeLayout, unused: list[bool], name: str) -> None:
             "with torch.func.functional_call(model, params, inputs)."
         )
     if names:
-        warnings.warn(
+        warn(
             f"{name} does not depend on {', '.join(names)}: its curvature there is zero. "
             "Leave unused or frozen parameters out of params.",
             UnusedParameterWarning,
-            stacklevel=4,  # past this function, the operator and the function that makes it
         )
