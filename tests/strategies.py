@@ -66,7 +66,7 @@ SPECTRA = POSITIVE | SINGULAR | INDEFINITE
 SOLVERS: dict[str, Callable[[int], hypergrad.Solver]] = {
     "exact": lambda n: hypergrad.Exact(),
     "cg": lambda n: hypergrad.CG(rtol=1e-9),
-    "neumann": lambda n: hypergrad.Neumann(num_terms=400),
+    "neumann": lambda n: hypergrad.Neumann(num_terms=100),
     "nystrom": lambda n: hypergrad.Nystrom(rank=n, generator=generator(0)),
 }
 

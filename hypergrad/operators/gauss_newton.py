@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LossError, SolverOptionError, StaleOperatorError
+from ..errors import LossError, NonFiniteError, SolverOptionError, StaleOperatorError
 from ..pytree import Tree, TreeLayout
 from .base import LinearOperator
 from .hessian import report_unused
@@ -32,13 +32,15 @@ class GaussNewtonOperator(LinearOperator):
                 "ggn needs at least the model's inputs: ggn(model_fn, loss_fn, params, inputs, "
                 "*targets) with model_fn(params, inputs) and loss_fn(outputs, *targets)."
             )
-        if chunk_size is not None and chunk_size < 1:
-            raise SolverOptionError(f"chunk_size is {chunk_size}, expected None or at least 1.")
+        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+            raise SolverOptionError(
+                f"chunk_size is {chunk_size!r}, expected None or an integer >= 1."
+            )
         inputs, targets = batch[0], batch[1:]
         originals = self.layout.leaves(params, name="params")
         self._versions = [(leaf, leaf._version) for leaf in originals]
         self._point = self.layout.unflatten_leaves([leaf.detach() for leaf in originals])
-        self._model = lambda p: model_fn(p, inputs)
+        self._model: Callable[[Tree], Any] = lambda p: model_fn(p, inputs)
         self._loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
         report_unused(self.layout, self._unused(), "the output of model_fn")
         pass_forward = torch.func.vjp(self._model, self._point)
@@ -47,6 +49,8 @@ class GaussNewtonOperator(LinearOperator):
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the loss is {float(loss)}; expected a finite number.")
         self.chunk_size = chunk_size
 
     def _unused(self) -> list[bool]:
@@ -106,6 +110,7 @@ def ggn(
     Raises:
         LossError: no inputs, outputs that are no tensor or do not depend on ``params``, or a loss
             that is no scalar.
+        NonFiniteError: the loss is nan or inf.
         StaleOperatorError: at a product, if ``params`` have been modified in place since.
 
     Warns:

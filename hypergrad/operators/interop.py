@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import LeafTypeError, TreeStructureError
+from ..errors import DeviceError, LeafTypeError, TreeStructureError
 from ..pytree import Tree, TreeLayout
 from .base import LinearOperator
 
@@ -84,6 +84,7 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
 
     Raises:
         TreeStructureError: a matrix that is not square, or whose size is not that of ``like``.
+        DeviceError: a tensor on another device than ``like``.
         LeafTypeError: an integer or complex matrix, or an object of unknown kind.
         EmptyTreeError: ``like`` has no entries.
 
@@ -103,6 +104,10 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
         raise LeafTypeError(
             f"got a torch.nn.Module ({type(obj).__name__}) as operator, expected a product "
             "v -> A v. For the Hessian of its loss, use hypergrad.hessian(loss_fn, params, *batch)."
+        )
+    if isinstance(obj, Tensor) and layout is not None and obj.device != layout.device:
+        raise DeviceError(
+            f"the matrix is on {obj.device}, but v is on {layout.device}. Move one of them."
         )
     if isinstance(obj, Tensor | np.ndarray):
         return _dense(torch.as_tensor(obj), layout)

@@ -154,7 +154,8 @@ def test_mixed_dtypes_keep_their_own(mode: Any) -> None:
 
 def test_modes_agree_on_blocks_of_vectors() -> None:
     model, params, x, y = mlp()
-    ops = [hypergrad.hessian(model_loss(model), params, x, y, mode=mode) for mode in MODES[1:]]
+    modes: Any = MODES[1:]
+    ops = [hypergrad.hessian(model_loss(model), params, x, y, mode=mode) for mode in modes]
     block = {name: gaussian(6, *p.shape, seed=i) for i, (name, p) in enumerate(params.items())}
     left, right = (op.matmat(block) for op in ops)
     for name in params:

@@ -15,7 +15,10 @@ from tests.strategies import DTYPES, F32, F64, flat, gaussian, symmetric, tree_h
 
 PROBLEM = symmetric(torch.linspace(1.0, 3.0, 6, dtype=F64), seed=1)
 A = PROBLEM.matrix
-TREE = {"w": torch.zeros(2, 2, dtype=F64), "b": (torch.zeros((), dtype=F64), torch.zeros(1).double())}
+TREE = {
+    "w": torch.zeros(2, 2, dtype=F64),
+    "b": (torch.zeros((), dtype=F64), torch.zeros(1).double()),
+}
 
 #: The same operator in every form that as_operator takes.
 FORMATS: dict[str, Any] = {
@@ -141,5 +144,5 @@ class TestHonestCallables:
 
 
 def test_an_operator_of_another_dtype_is_refused() -> None:
-    with pytest.raises(hypergrad.LeafTypeError, match="expected torch.float64"):
+    with pytest.raises(hypergrad.LeafTypeError, match=r"expected torch\.float64"):
         hypergrad.as_operator(hypergrad.as_operator(A), like=torch.ones(6, dtype=F32))
