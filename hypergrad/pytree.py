@@ -134,6 +134,8 @@ class TreeLayout:
         flat, spec = torch_pytree.tree_flatten(tree)
         if spec != self.spec:
             by_path = _leaves_by_path(tree)
+            for path, leaf in by_path.items():  # None or a number is not a matter of structure
+                _check_leaf(leaf, path, name)
             if by_path.keys() != set(self.paths):
                 missing = [p or "a tensor" for p in self.paths if p not in by_path]
                 extra = [p or "a tensor" for p in by_path if p not in self.paths]

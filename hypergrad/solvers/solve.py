@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from ..errors import (
     NonFiniteError,
     SolverOptionError,
     TreeStructureError,
+    warn,
 )
 from ..operators import LinearOperator, as_operator
 from ..pytree import Tree, TreeLayout, row_norms, working_dtype
@@ -115,8 +115,7 @@ def solve(
     if solution.info.status.failed and on_failure != "ignore":
         if on_failure == "raise":
             raise ConvergenceError(solution.info.message, solution)
-        # Two frames up: past this function and the verb that called it, or its caller.
-        warnings.warn(solution.info.message, ConvergenceWarning, stacklevel=3)
+        warn(solution.info.message, ConvergenceWarning)
     return solution
 
 
