@@ -54,9 +54,10 @@ types: $(STAMP) ## Mypy, strict on both packages
 docs: $(STAMP) ## Build the site into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -E -W -n --keep-going -q -b html docs docs/_build/html
 
-bench: $(STAMP) ## Benchmarks of this checkout into benchmarks/.asv (ARGS= for asv's own sampling)
-	cd benchmarks && ../$(PY) -m asv machine --yes
-	cd benchmarks && ../$(PY) -m asv run --python=same --set-commit-hash $$(git rev-parse HEAD) $(or $(ARGS),--quick)
+bench: $(STAMP) ## Benchmarks of this checkout: asv into benchmarks/.asv, pictures into runs/bench
+	cd benchmarks && $(abspath $(PY)) -m asv machine --yes
+	cd benchmarks && $(abspath $(PY)) -m asv run --python=same --set-commit-hash $$(git rev-parse HEAD) $(or $(ARGS),--quick)
+	$(PY) -m benchmarks.report
 
 clean: ## Remove caches and build outputs (the environment and runs/ stay)
 	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

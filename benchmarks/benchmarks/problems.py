@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -75,22 +76,32 @@ def _mlp(params: Params, inputs: Tensor) -> Tensor:
 
 def _mlp_params(widths: list[int], generator: torch.Generator) -> Params:
     params: Params = {}
-    for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
         weight = torch.randn(fan_out, fan_in, generator=generator)
         params[f"weight{layer}"] = weight / fan_in**0.5
         params[f"bias{layer}"] = torch.zeros(fan_out)
     return params
 
 
+def _half_mean_square(outputs: Tensor, targets: Tensor) -> Tensor:
+    # Not F.mse_loss: forward mode through its gradient fails under vmap in PyTorch 2.13
+    # ("ZeroTensors are immutable").
+    return 0.5 * (outputs - targets).square().mean()
+
+
 def critic(batch: int = 640, width: int = 64) -> Problem:
     """The value network of a small actor-critic: 4 observations, two tanh layers of ``width``."""
     generator = torch.Generator().manual_seed(0)
+    params = _mlp_params([4, width, width, 1], generator)
+    inputs = torch.randn(batch, 4, generator=generator)
+    # Targets that are fitted exactly: the Hessian has no negative part, which would cost Nyström
+    # as many products again.
     return Problem(
-        params=_mlp_params([4, width, width, 1], generator),
+        params=params,
         model_fn=_mlp,
-        output_loss=F.mse_loss,
-        inputs=torch.randn(batch, 4, generator=generator),
-        targets=torch.randn(batch, 1, generator=generator),
+        output_loss=_half_mean_square,
+        inputs=inputs,
+        targets=_mlp(params, inputs),
         repeats=30,
     )
 
@@ -98,12 +109,15 @@ def critic(batch: int = 640, width: int = 64) -> Problem:
 def classifier(batch: int = 256, widths: tuple[int, int] = (800, 500)) -> Problem:
     """A tanh network of about a million parameters on inputs of the size of MNIST's."""
     generator = torch.Generator().manual_seed(0)
+    params = _mlp_params([784, *widths, 10], generator)
+    inputs = torch.randn(batch, 784, generator=generator)
+    # Soft labels that are fitted exactly: see critic.
     return Problem(
-        params=_mlp_params([784, *widths, 10], generator),
+        params=params,
         model_fn=_mlp,
         output_loss=F.cross_entropy,
-        inputs=torch.randn(batch, 784, generator=generator),
-        targets=torch.randint(10, (batch,), generator=generator),
+        inputs=inputs,
+        targets=torch.softmax(_mlp(params, inputs), dim=1),
         repeats=3,
     )
 
@@ -127,7 +141,7 @@ def quadratic(dim: int = 2000) -> Problem:
     return Problem(
         params={"p": torch.randn(dim, generator=generator)},
         model_fn=lambda params, inputs: inputs @ params["p"],
-        output_loss=lambda outputs, targets: 0.5 * F.mse_loss(outputs, targets),
+        output_loss=_half_mean_square,
         inputs=torch.randn(dim, dim, generator=generator),
         targets=torch.randn(dim, generator=generator),
         repeats=30,
@@ -164,8 +178,9 @@ def _eigenvalues(spectrum: str, dim: int) -> Tensor:
     if spectrum == "1/i":
         return 1.0 / (index + 1.0)
     if spectrum in ("rank-deficient", "dead rows"):
-        kept = torch.logspace(0, -2, LOW_RANK, dtype=torch.float64)
-        return torch.cat([kept, torch.zeros(dim - LOW_RANK, dtype=torch.float64)])
+        rank = min(LOW_RANK, dim)
+        kept = torch.logspace(0, -2, rank, dtype=torch.float64)
+        return torch.cat([kept, torch.zeros(dim - rank, dtype=torch.float64)])
     if spectrum == "indefinite":  # like 1/i, the sign of every fourth turned; none is -damping
         return torch.where(index % 4 == 3, -1.5, 1.5) / (index + 1.5)
     raise ValueError(f"spectrum is {spectrum!r}, expected one of {SPECTRA}")
@@ -176,22 +191,41 @@ SPECTRA = (
 )  # fmt: skip
 
 
-def matrix(spectrum: str, dim: int = DIM, seed: int = 0) -> Tensor:
-    """A symmetric float64 matrix of norm 1 with the named spectrum, shape (dim, dim).
+@dataclass(frozen=True)
+class Spectral:
+    """A = U diag(values) U' by its factors, in one dtype: its products keep a low rank exact.
 
-    The eigenvectors are random and dense, but for "dead rows": there the matrix lives on 20
-    coordinates and all other rows are zero, as the Hessian of a network with dead units does.
+    A dense matrix of rank 20, once rounded, has full rank, with eigenvalues of a roundoff in
+    place of zero; the Hessian of a network does not.
+
+    Attributes:
+        basis: U, shape (dim, r).
+        values: shape (r,).
+    """
+
+    basis: Tensor
+    values: Tensor
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.basis @ (self.values * (self.basis.T @ v))
+
+    def dense(self) -> Tensor:
+        """A of these very factors in float64, shape (dim, dim)."""
+        basis = self.basis.double()
+        return (basis * self.values.double()) @ basis.T
+
+
+def spectral(spectrum: str, dtype: torch.dtype, dim: int = DIM, seed: int = 0) -> Spectral:
+    """A symmetric operator of norm 1 with the named spectrum.
+
+    The eigenvectors are random and dense, but for "dead rows": there they live on 20 coordinates
+    and all other rows of A are zero, as in the Hessian of a network with dead units.
     """
     generator = torch.Generator().manual_seed(seed)
     values = _eigenvalues(spectrum, dim)
-    if spectrum == "dead rows":
-        values = values[:LOW_RANK]
-    size = len(values)
-    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
-    block = (basis * values) @ basis.T
-    if size == dim:
-        return 0.5 * (block + block.T)
-    alive = torch.randperm(dim, generator=generator)[:size]
-    full = torch.zeros(dim, dim, dtype=torch.float64)
-    full[alive[:, None], alive] = 0.5 * (block + block.T)
-    return full
+    values = values[values != 0]
+    rows = len(values) if spectrum == "dead rows" else dim
+    gaussian = torch.randn(rows, len(values), generator=generator, dtype=torch.float64)
+    basis = torch.zeros(dim, len(values), dtype=torch.float64)
+    basis[torch.randperm(dim, generator=generator)[:rows]] = torch.linalg.qr(gaussian).Q
+    return Spectral(basis.to(dtype), values.to(dtype))

@@ -13,17 +13,23 @@ def single_threaded() -> None:
     torch.set_num_threads(1)
 
 
+#: Processor time of this process: on one thread the time of the work alone, without the waits
+#: that other processes cause.
+clock = time.process_time
+
+
 def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def ratio(work: Callable[[], object], yardstick: Callable[[], object], repeats: int) -> float:
     """Time of ``work`` in units of ``yardstick``: minima of ``repeats`` interleaved runs.
 
-    Other processes only ever add time, so the minimum is the estimate least moved by them; and
-    taking turns keeps a slow minute of the machine from falling on one of the two alone.
+    What other processes do to caches and clocks only ever adds time, so the minimum is the
+    estimate least moved by them; and taking turns keeps a slow minute of the machine from
+    falling on one of the two alone.
     """
     work()  # the first call of a PyTorch function allocates and dispatches for all later ones
     yardstick()

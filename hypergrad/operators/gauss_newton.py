@@ -48,8 +48,8 @@ class GaussNewtonOperator(LinearOperator):
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
-        # The Hessian is symmetric, so the reverse mode serves, and some losses of PyTorch (mse_loss,
-        # huber_loss) have no other through their gradient.
+        # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch (mse_loss,
+        # huber_loss) have no other through their gradients.
         loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
         self._loss_hessian = torch.func.vjp(loss_gradient, self._outputs)[1]
         self.chunk_size = chunk_size

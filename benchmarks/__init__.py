@@ -1,0 +1,1 @@
+"""How fast and how right: asv suites in ``benchmarks``, a report with pictures beside it."""
