@@ -47,6 +47,7 @@ def woodbury(a: Spectral, v: Tensor, damping: float, sketch: Sketch = "gaussian"
     omega = _omega(len(v), min(RANK, len(v)), sketch, v.dtype)
     y = torch.func.vmap(a, in_dims=1, out_dims=1)(omega)
     core = omega.T @ y
+    inner: Tensor
     inner, singular = torch.linalg.solve_ex(core + y.T @ y / damping, y.T @ v)
     if int(singular):
         return torch.full_like(v, math.nan)
