@@ -55,7 +55,7 @@ docs: $(STAMP) ## Build the site into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -E -W -n --keep-going -q -b html docs docs/_build/html
 
 bench: $(STAMP) ## Benchmarks of this checkout: asv into benchmarks/.asv, pictures into runs/bench
-	cd benchmarks && $(abspath $(PY)) -m asv machine --yes
+	cd benchmarks && $(abspath $(PY)) -m asv machine --yes > /dev/null
 	cd benchmarks && $(abspath $(PY)) -m asv run --python=same --set-commit-hash $$(git rev-parse HEAD) $(or $(ARGS),--quick)
 	$(PY) -m benchmarks.report
 

