@@ -1,0 +1,197 @@
+"""BLPO: bilevel policy optimisation with Nyström hypergradients (Prakash et al., arXiv 2505.11714).
+
+The actor theta leads, the critic w follows with its best response w*(theta), and the actor descends
+the total derivative of its objective (``hypergrad_rl.objectives`` defines f and g)::
+
+    dF/dtheta = d - c,    d = grad_theta f
+                          c = (d2 g / dtheta dw) x,   (d2 g / dw dw + damping I) x = v = grad_w f
+
+One update, for a rollout of N environments x T steps under pi_old::
+
+    G, A_w0 <- lambda-returns and advantages under the critic w0       fixed for the rollout
+    repeat epochs times, for each trajectory (or group of them) in random order:
+        repeat nested_steps times:  w <- Adam(w, grad_w g)
+        d <- grad_theta f(theta, w)              A_w under the updated critic, not normalised
+        v <- grad_w f_outer(theta, w)            through GAE; f_outer: the return or f itself
+        x <- solve (H + damping I) x = v         H: Gauss-Newton (or Hessian) of g, by Nyström
+        c <- (d2 g / dtheta dw) x                one sweep over time, one actor gradient
+        c <- c min(1, bound |d| / |c|)           if a bound is set
+        theta <- Adam(theta, d - c)
+
+Nested PPO is c = 0 (``solver="none"``); ``solver="identity"`` is x = v / damping, the null model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import hypergrad
+from hypergrad_rl.advantages import gae
+from hypergrad_rl.agent import Agent, apply_gradient, mean_stats, policy_stats
+from hypergrad_rl.config import BLPOConfig
+from hypergrad_rl.networks import Params, Policy, critic_value
+from hypergrad_rl.objectives import (
+    clipped_surrogate,
+    cross_term_weights,
+    f_advantage,
+    f_return,
+    value_loss,
+)
+from hypergrad_rl.rollout import Batch, Rollout
+
+
+def inner_loss(critic: Params, obs: Tensor, targets: Tensor) -> Tensor:
+    """g(w), the critic's loss on fixed targets."""
+    return value_loss(critic_value(critic, obs), targets)
+
+
+def critic_advantages(critic: Params, batch: Batch, gamma: float) -> tuple[Tensor, Tensor]:
+    """A_w and V_w on the batch, (n, T) each, differentiable in the critic."""
+    values, next_values = critic_value(critic, torch.stack([batch.obs, batch.next_obs]))
+    return (
+        gae(batch.matrix, batch.rewards, values, next_values, batch.terminated, gamma),
+        values,
+    )
+
+
+def outer_gradients(
+    policy: Policy, actor: Params, critic: Params, batch: Batch, config: BLPOConfig
+) -> tuple[Params, Params | None, dict[str, Tensor]]:
+    """d = grad_theta f and v = grad_w f_outer on a fixed batch, with statistics of the policy.
+
+    ``config.outer_objective`` names f_outer: "return" for :func:`f_return`, "advantage" for f
+    itself. d is grad_theta f under both. v is None for ``solver="none"``.
+    """
+    log_probs, entropy = policy.log_prob(actor, batch.obs, batch.actions)
+    log_ratio = log_probs - batch.log_probs
+    advantages, values = critic_advantages(critic, batch, config.gamma)
+    f = f_advantage(log_ratio, advantages.detach(), config.clip)
+    d = _grad(f, actor)
+    v = None
+    if config.solver != "none":
+        if config.outer_objective == "return":
+            outer = f_return(log_ratio.detach(), advantages, values)
+        else:
+            outer = f_advantage(log_ratio.detach(), advantages, config.clip)
+        v = _grad(outer, critic)
+    return d, v, {"policy_loss": f.detach(), **policy_stats(log_ratio, entropy, config.clip)}
+
+
+def inverse_hvp(
+    critic: Params, batch: Batch, v: Params, config: BLPOConfig, generator: torch.Generator
+) -> tuple[Params, float]:
+    """x of (H + damping I) x = v, H the curvature of g at w, and its true relative residual.
+
+    The Gauss-Newton matrix of g is (2/T) J'J, positive semi-definite; the Hessian is indefinite
+    away from the optimum, where CG stops early and says so in its residual.
+    """
+    if config.solver == "identity":
+        return {name: leaf / config.damping for name, leaf in v.items()}, float("nan")
+    if config.curvature == "ggn":
+        curvature = hypergrad.ggn(critic_value, value_loss, critic, batch.obs, batch.targets)
+    else:
+        curvature = hypergrad.hessian(inner_loss, critic, batch.obs, batch.targets)
+    solver = {
+        "nystrom": lambda: hypergrad.Nystrom(config.rank, config.sketch, generator=generator),
+        "cg": lambda: hypergrad.CG(max_iters=config.cg_iters, rtol=config.cg_rtol),
+        "exact": hypergrad.Exact,
+    }[config.solver]()
+    # An inexact x is no failure here: its residual is logged for every update.
+    solution = hypergrad.solve(curvature, v, solver, damping=config.damping, on_failure="ignore")
+    return solution.value, solution.info.relative_residual
+
+
+def cross_term(
+    policy: Policy, actor: Params, critic: Params, x: Params, batch: Batch, config: BLPOConfig
+) -> Params:
+    """c = (d2 g / dtheta dw) x on a fixed batch, shaped like the actor.
+
+    "suffix" and "full": see :func:`cross_term_weights`. "paper": the published update's
+    forward-over-reverse product of the surrogate mean_t L_t (G_t - V_w(s_t)), with L_t the
+    summands of f, in place of g; it has the opposite sign (see the documentation's figures).
+    """
+    if config.cross_term == "paper":
+        _, tangent = torch.func.jvp(
+            lambda w: _published_surrogate(policy, actor, w, batch, config), (_detach(critic),), (x,)
+        )
+        return _grad(tangent, actor)
+    with torch.no_grad():
+        values, value_change = torch.func.jvp(
+            lambda w: critic_value(w, batch.obs), (_detach(critic),), (x,)
+        )
+        weights = cross_term_weights(
+            config.cross_term, batch.matrix, batch.advantages, values, batch.targets, value_change
+        )
+    log_probs, _ = policy.log_prob(actor, batch.obs, batch.actions)
+    return _grad((log_probs * weights).mean(), actor)
+
+
+def _published_surrogate(
+    policy: Policy, actor: Params, critic: Params, batch: Batch, config: BLPOConfig
+) -> Tensor:
+    log_ratio = policy.log_prob(actor, batch.obs, batch.actions)[0] - batch.log_probs
+    advantages, values = critic_advantages(critic, batch, config.gamma)
+    return (clipped_surrogate(log_ratio, advantages, config.clip) * (batch.targets - values)).mean()
+
+
+def combine(
+    d: Params, c: Params, bound: float | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """d - c min(1, bound |d| / |c|), and how c compares with d: ratio, cosine, whether bounded."""
+    flat_d, flat_c = _flatten(d), _flatten(c)
+    norm_d, norm_c = flat_d.norm(), flat_c.norm()
+    tiny = torch.finfo(norm_c.dtype).tiny
+    ratio = norm_c / norm_d.clamp_min(tiny)
+    scale = torch.ones(()) if bound is None else (bound / ratio.clamp_min(tiny)).clamp_max(1.0)
+    stats = {
+        "correction_ratio": ratio,
+        "correction_cosine": flat_d.dot(flat_c) / (norm_d * norm_c).clamp_min(tiny),
+        "bound_active": (scale < 1).float(),
+    }
+    return {name: d[name] - scale * c[name] for name in d}, stats
+
+
+class BLPO(Agent):
+    """Bilevel policy optimisation; the module's documentation has the algorithm."""
+
+    config: BLPOConfig
+
+    def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
+        """Improve actor and critic on one rollout; statistics averaged over the minibatches.
+
+        Cost per minibatch with Nyström: ``rank`` Gauss-Newton products in one batched call and one
+        for the residual, beside ``nested_steps`` critic gradients and three actor gradients.
+        """
+        config, policy, actor, critic = self.config, self.policy, self.actor, self.critic
+        whole = self.make_batch(rollout)
+        stats = []
+        for _ in range(config.epochs):
+            order = torch.randperm(config.num_envs, generator=self.generator)
+            for envs in order.split(config.envs_per_minibatch):
+                batch = whole.select(envs)
+                for _ in range(config.nested_steps):
+                    g = inner_loss(critic, batch.obs, batch.targets)
+                    apply_gradient(self.critic_optimizer, critic, _grad(g, critic).values())
+                step, v, entry = outer_gradients(policy, actor, critic, batch, config)
+                entry["value_loss"] = g.detach()
+                if v is not None:
+                    x, residual = inverse_hvp(critic, batch, v, config, self.generator)
+                    c = cross_term(policy, actor, critic, x, batch, config)
+                    step, correction = combine(step, c, config.correction_bound)
+                    entry |= correction | {"ihvp_relative_residual": torch.tensor(residual)}
+                apply_gradient(self.actor_optimizer, actor, step.values())
+                stats.append(entry)
+        return mean_stats(stats, whole)
+
+
+def _grad(loss: Tensor, params: Params) -> Params:
+    return dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+
+
+def _detach(params: Params) -> Params:
+    return {name: p.detach() for name, p in params.items()}
+
+
+def _flatten(params: Params) -> Tensor:
+    return torch.cat([leaf.reshape(-1) for leaf in params.values()])
