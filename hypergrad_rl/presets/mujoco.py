@@ -12,7 +12,7 @@ _CONTINUOUS: dict[str, Any] = {
     "normalize_observations": True,
     "normalize_rewards": True,
 }
-_PPO: dict[str, Any] = {"critic_learning_rate": 3e-4, "num_minibatches": 8, "entropy_bonus": 0.0}
+_PPO: dict[str, Any] = {"num_minibatches": 8, "entropy_bonus": 0.0}
 
 MUJOCO: dict[str, dict[str, dict[str, Any]]] = {
     "Hopper-v5": {"all": _CONTINUOUS, "ppo": _PPO, "blpo": {"nested_steps": 3}},
