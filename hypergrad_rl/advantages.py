@@ -30,7 +30,7 @@ def discount_matrix(done: Tensor, decay: float, dtype: torch.dtype = torch.float
     lag = steps - steps[:, None]
     episode = done.long().cumsum(-1) - done.long()  # episodes ended before step t
     same = episode[..., :, None] == episode[..., None, :]
-    powers = torch.as_tensor(decay, dtype=dtype, device=done.device) ** lag.clamp(min=0)
+    powers = decay ** lag.clamp(min=0).to(dtype)
     return torch.where(same & (lag >= 0), powers, 0.0)
 
 

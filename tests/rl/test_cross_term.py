@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tabular import ACTIONS, GAMMA, LAMBDA, STATES, TabularMDP
-
 from hypergrad_rl.advantages import discount_matrix, gae
 from hypergrad_rl.objectives import cross_term_weights
+from tests.rl.tabular import ACTIONS, GAMMA, LAMBDA, STATES, TabularMDP
 
 ROLLOUTS = 60_000
 
