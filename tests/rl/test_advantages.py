@@ -14,7 +14,7 @@ def naive_gae(rewards, values, next_values, terminated, done, gamma, decay):
     following = torch.zeros(len(rewards), dtype=rewards.dtype)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_values[:, t] * ~terminated[:, t] - values[:, t]
-        following = delta + decay * ~done[:, t] * following
+        following = delta + following * decay * ~done[:, t]
         advantages[:, t] = following
     return advantages
 
