@@ -1,0 +1,101 @@
+"""Every exception and warning that the library raises, in one place.
+
+All exceptions derive from :class:`HypergradError`, and each also derives from the built-in
+exception that a reader would expect (``ValueError``, ``TypeError`` ...), so that existing
+``except`` clauses keep working.  Messages say what was got, what was expected, what to do.
+
+Examples:
+    >>> import torch, hypergrad
+    >>> try:
+    ...     hypergrad.cg_ihvp(lambda v: v, torch.ones(3), damping=-1.0)
+    ... except hypergrad.DampingError as error:
+    ...     print(error)
+    damping must be a finite number >= 0, got -1.0. A negative damping makes the system \
+indefinite; pass damping=0.0 for none.
+"""
+
+from __future__ import annotations
+
+
+class HypergradError(Exception):
+    """Base class of every exception of the library."""
+
+
+class TreeStructureError(HypergradError, ValueError):
+    """A tree has other keys, leaves or leaf shapes than the operator's."""
+
+
+class EmptyTreeError(HypergradError, ValueError):
+    """A tree holds no number at all: no leaf, or only leaves of size zero."""
+
+
+class LeafTypeError(HypergradError, TypeError):
+    """A leaf is not a real floating-point tensor, or has an unexpected dtype."""
+
+
+class DeviceError(HypergradError, ValueError):
+    """Leaves, or an operator and its argument, live on different devices."""
+
+
+class NonFiniteError(HypergradError, ArithmeticError):
+    """A nan or an infinity in the input, in an operator's output or in an answer."""
+
+
+class LossError(HypergradError, ValueError):
+    """A loss is not a real scalar tensor, or does not depend on the parameters."""
+
+
+class StaleOperatorError(HypergradError, RuntimeError):
+    """Parameters were modified in place after the operator that uses them was made."""
+
+
+class NotSymmetricError(HypergradError, ValueError):
+    """Products show that the operator is not symmetric, or not the same from call to call."""
+
+
+class NegativeCurvatureError(HypergradError, ValueError):
+    """A sketch met negative curvature and its policy is to refuse it."""
+
+
+class DampingError(HypergradError, ValueError):
+    """Damping is negative, not finite, or zero where a positive one is needed."""
+
+
+class RankError(HypergradError, ValueError):
+    """A sketch's rank is below one or above the dimension."""
+
+
+class SolverOptionError(HypergradError, ValueError):
+    """A solver was configured with a value outside its range."""
+
+
+class PreconditionerError(HypergradError, ValueError):
+    """A preconditioner is not positive definite."""
+
+
+class OperatorTooLargeError(HypergradError, MemoryError):
+    """A dense matrix of the operator would not fit in the memory allowed for it."""
+
+
+class ConvergenceError(HypergradError, RuntimeError):
+    """A solve failed and the caller asked for ``on_failure="raise"``.
+
+    Attributes:
+        solution: the best answer found, a :class:`hypergrad.Solution`; nothing is lost.
+    """
+
+    def __init__(self, message: str, solution: object = None) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+class HypergradWarning(UserWarning):
+    """Base class of every warning of the library."""
+
+
+class ConvergenceWarning(HypergradWarning):
+    """A solve failed and the caller asked for ``on_failure="warn"`` (the default)."""
+
+
+class UnusedParameterWarning(HypergradWarning):
+    """A loss does not depend on some leaves: their curvature and gradient are zero."""

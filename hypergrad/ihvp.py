@@ -1,0 +1,177 @@
+"""The one-call verbs: (A + damping I)^-1 v for a Hessian-vector product and a right-hand side.
+
+Each is :func:`hypergrad.solve` with one solver; see there for the errors, which are common to
+all.  ``hvp_fn`` is any Python callable v -> A v on trees (or anything else that
+:func:`hypergrad.as_operator` takes); v is any tree of tensors; the answer has v's structure,
+dtype and device.  With ``return_info=True`` the answer is ``(x, info)``.  A failed solve warns
+(:class:`hypergrad.ConvergenceWarning`) and returns the best answer found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from .pytree import Tree
+from .solvers import CG, Exact, Neumann, Nystrom, Solver
+from .solvers.base import Damping
+from .solvers.nystrom import SketchKind
+from .solvers.solve import solve
+
+HvpFn = Callable[[Tree], Tree] | Any
+
+
+def exact_ihvp(hvp_fn: HvpFn, v: Tree, *, damping: Damping = 0.0, return_info: bool = False) -> Any:
+    """(A + damping I)^-1 v by dense assembly and factorisation, for up to some thousand entries.
+
+    Args:
+        hvp_fn: the product v -> A v.
+        v: right-hand side, any tree of floating-point tensors.
+        damping: the multiple of the identity that is added, >= 0, or ``"auto"``.
+        return_info: also return a :class:`hypergrad.SolveInfo`.
+
+    Raises:
+        OperatorTooLargeError: the matrix would need more than 4 GiB
+            (``hypergrad.Exact(max_bytes=...)`` allows more).
+        HypergradError: see :func:`hypergrad.solve`.
+
+    Cost: n HVPs.  See :class:`hypergrad.Exact`.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> hypergrad.exact_ihvp(lambda v: a @ v, torch.tensor([3.0, 0.0]))
+        tensor([ 2., -1.])
+    """
+    return _one_call(hvp_fn, v, Exact(), damping, None, return_info)
+
+
+def cg_ihvp(
+    hvp_fn: HvpFn,
+    v: Tree,
+    *,
+    damping: Damping = 0.0,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    max_iters: int | None = None,
+    preconditioner: Any = None,
+    x0: Tree | None = None,
+    return_info: bool = False,
+) -> Any:
+    """(A + damping I)^-1 v by conjugate gradients, to a tolerance on the true residual.
+
+    Args:
+        hvp_fn: the product v -> A v; A + damping I must be positive definite, or the solve ends
+            with status NEGATIVE_CURVATURE.
+        v: right-hand side, any tree of floating-point tensors.
+        damping: the multiple of the identity that is added, >= 0, or ``"auto"``.
+        rtol: stop when |v - (A + damping I) x| <= max(rtol |v|, atol).
+        atol: see ``rtol``.  ``rtol=0, atol=0`` does exactly ``max_iters`` iterations.
+        max_iters: iteration budget; None for 10,000.
+        preconditioner: an approximate inverse of A + damping I.
+        x0: warm start.
+        return_info: also return a :class:`hypergrad.SolveInfo`.
+
+    Raises:
+        HypergradError: see :func:`hypergrad.solve`.
+
+    Cost: one HVP an iteration, one a check of the true residual.  See :class:`hypergrad.CG`.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> x, info = hypergrad.cg_ihvp(lambda v: a @ v, torch.tensor([3.0, 0.0]), return_info=True)
+        >>> x.round(decimals=4), info.converged
+        (tensor([ 2., -1.]), True)
+    """
+    solver = CG(rtol=rtol, atol=atol, max_iters=max_iters, preconditioner=preconditioner)
+    return _one_call(hvp_fn, v, solver, damping, x0, return_info)
+
+
+def neumann_ihvp(
+    hvp_fn: HvpFn,
+    v: Tree,
+    *,
+    damping: Damping = 0.0,
+    num_terms: int = 20,
+    step_size: float | Literal["auto"] = "auto",
+    return_info: bool = False,
+) -> Any:
+    """(A + damping I)^-1 v by a truncated Neumann series.
+
+    Args:
+        hvp_fn: the product v -> A v.
+        v: right-hand side, any tree of floating-point tensors.
+        damping: the multiple of the identity that is added, >= 0, or ``"auto"``.
+        num_terms: terms of the series; the error falls like (1 - 1/condition)^num_terms.
+        step_size: step of the series, or ``"auto"``: the inverse of a Lanczos bound on the
+            largest eigenvalue.
+        return_info: also return a :class:`hypergrad.SolveInfo`.
+
+    Raises:
+        HypergradError: see :func:`hypergrad.solve`.
+
+    Cost: ``num_terms`` HVPs, at most 10 more for ``"auto"``.  See :class:`hypergrad.Neumann`.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> hypergrad.neumann_ihvp(lambda v: a @ v, torch.tensor([3.0, 0.0]), num_terms=60)
+        tensor([ 2., -1.])
+    """
+    solver = Neumann(num_terms=num_terms, step_size=step_size)
+    return _one_call(hvp_fn, v, solver, damping, None, return_info)
+
+
+def nystrom_ihvp(
+    hvp_fn: HvpFn,
+    v: Tree,
+    *,
+    rank: int,
+    damping: Damping = "auto",
+    sketch: SketchKind = "gaussian",
+    generator: torch.Generator | None = None,
+    return_info: bool = False,
+) -> Any:
+    """(A + damping I)^-1 v with A replaced by its rank-``rank`` Nyström approximation.
+
+    Finite and stable for every symmetric operator: singular, indefinite, zero, of any scale, in
+    any dtype.  Where the approximation is too coarse (a residual no smaller than v) it warns.
+
+    Args:
+        hvp_fn: the product v -> A v.
+        v: right-hand side, any tree of floating-point tensors.
+        rank: size of the sketch, from 1 to the dimension.
+        damping: the multiple of the identity that is added, > 0.  ``"auto"`` takes it from the
+            sketch: the larger of three times its last eigenvalue and a thousandth of its largest,
+            and more than the negative curvature, if any.
+        sketch: ``"gaussian"``, or ``"columns"`` for uniformly drawn columns of A.
+        generator: source of the random sketch; None for torch's global one.
+        return_info: also return a :class:`hypergrad.SolveInfo`, with the damping and residual.
+
+    Raises:
+        RankError: rank below 1 or above the dimension.
+        DampingError: damping is not positive.
+        HypergradError: see :func:`hypergrad.solve`.
+
+    Cost: ``rank`` HVPs, once more that where there is negative curvature, and one to check the
+    answer.  See :class:`hypergrad.Nystrom`; to reuse a sketch, :func:`hypergrad.nystrom_sketch`.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.diag(torch.tensor([4.0, 1.0, 0.0, 0.0]))
+        >>> v = torch.tensor([5.0, 2.0, 0.0, 1.0])
+        >>> hypergrad.nystrom_ihvp(lambda v: a @ v, v, rank=2, damping=1.0)
+        tensor([1., 1., 0., 1.])
+    """
+    solver = Nystrom(rank=rank, sketch=sketch, generator=generator)
+    return _one_call(hvp_fn, v, solver, damping, None, return_info)
+
+
+def _one_call(
+    hvp_fn: HvpFn, v: Tree, solver: Solver, damping: Damping, x0: Tree | None, return_info: bool
+) -> Any:
+    solution = solve(hvp_fn, v, solver, damping=damping, x0=x0)
+    return (solution.value, solution.info) if return_info else solution.value

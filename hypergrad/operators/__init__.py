@@ -1,0 +1,15 @@
+"""What is multiplied: self-adjoint linear operators on trees of tensors."""
+
+from .base import LinearOperator
+from .gauss_newton import GaussNewtonOperator, ggn
+from .hessian import HessianOperator, hessian
+from .interop import as_operator
+
+__all__ = [
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "LinearOperator",
+    "as_operator",
+    "ggn",
+    "hessian",
+]

@@ -1,0 +1,240 @@
+"""The operator: a layout and one product with a block of flat vectors; the rest comes from here."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TreeStructureError
+from ..pytree import Tree, TreeLayout
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
+
+
+class LinearOperator(ABC):
+    """A self-adjoint linear operator A on trees of tensors.
+
+    A subclass gives a :class:`~hypergrad.pytree.TreeLayout` and :meth:`_apply`, the product with
+    a block of flat vectors.  Everything else is derived: products with trees, sums, multiples,
+    shifts, dense matrices and SciPy operators.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = hypergrad.as_operator(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
+        >>> a @ torch.tensor([1.0, 0.0])
+        tensor([2., 1.])
+        >>> (0.5 * a + 1.0).to_dense()
+        tensor([[2.0000, 0.5000],
+                [0.5000, 2.5000]])
+    """
+
+    layout: TreeLayout
+
+    def __init__(self, layout: TreeLayout) -> None:
+        self.layout = layout
+
+    @abstractmethod
+    def _apply(self, block: Tensor) -> Tensor:
+        """A times each row of ``block``.
+
+        Args:
+            block: shape (m, n), dtype :attr:`dtype`, on :attr:`device`.
+
+        Returns:
+            Shape (m, n), same dtype and device, detached.
+        """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n), with n the number of entries of the trees that the operator acts on."""
+        return (self.layout.dim, self.layout.dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the flat vectors, promoted over the leaves."""
+        return self.layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the products."""
+        return self.layout.device
+
+    def matvec(self, v: Tree) -> Tree:
+        """A v, for a tree v of the operator's structure.  Cost: one product.
+
+        Raises:
+            TreeStructureError: v has other keys, leaves or shapes.
+            LeafTypeError: v has another dtype, or a leaf that is not a real tensor.
+            DeviceError: v is on another device.
+        """
+        return self.layout.unflatten(self._apply(self.layout.flatten(v)[None])[0])
+
+    def matmat(self, v: Tree) -> Tree:
+        """A times each of m stacked trees: every leaf has one more leading dimension m.
+
+        Cost: m products, batched where the operator can.  Raises as :meth:`matvec` does.
+        """
+        return self.layout.unflatten_block(self._apply(self.layout.flatten_block(v)))
+
+    def __matmul__(self, v: Tree) -> Tree:
+        if isinstance(v, LinearOperator):
+            raise TypeError(
+                "operator @ operator is not defined: the product of two self-adjoint operators is "
+                "not self-adjoint in general. Apply them one after the other: a @ (b @ v)."
+            )
+        return self.matvec(v)
+
+    def __add__(self, other: object) -> LinearOperator:
+        if isinstance(other, LinearOperator):
+            return _Sum(self, other)
+        scalar = _as_scalar(other)
+        return NotImplemented if scalar is None else self.shift(scalar)
+
+    __radd__ = __add__
+
+    def __mul__(self, other: object) -> LinearOperator:
+        scalar = _as_scalar(other)
+        return NotImplemented if scalar is None else _Affine(self, scalar, 0.0)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: object) -> LinearOperator:
+        scalar = _as_scalar(other)
+        return NotImplemented if scalar is None else _Affine(self, 1.0 / scalar, 0.0)
+
+    def __neg__(self) -> LinearOperator:
+        return _Affine(self, -1.0, 0.0)
+
+    def __sub__(self, other: object) -> LinearOperator:
+        if isinstance(other, LinearOperator):
+            return _Sum(self, -other)
+        scalar = _as_scalar(other)
+        return NotImplemented if scalar is None else self.shift(-scalar)
+
+    def __rsub__(self, other: object) -> LinearOperator:
+        scalar = _as_scalar(other)
+        return NotImplemented if scalar is None else _Affine(self, -1.0, scalar)
+
+    def shift(self, damping: float) -> LinearOperator:
+        """A + damping I."""
+        return _Affine(self, 1.0, float(damping))
+
+    def to_dense(self, chunk_size: int = 256) -> Tensor:
+        """The matrix of A in the flat coordinates of :attr:`layout`, shape (n, n).
+
+        Args:
+            chunk_size: how many columns are computed at a time.
+
+        Cost: n products and n^2 numbers of memory.
+        """
+        n = self.layout.dim
+        dense = torch.empty(n, n, dtype=self.dtype, device=self.device)
+        for start in range(0, n, chunk_size):
+            stop = min(start + chunk_size, n)
+            rows = torch.zeros(stop - start, n, dtype=self.dtype, device=self.device)
+            rows[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+            # Row i of the block product is A e_i, that is column i of A.
+            dense[:, start:stop] = self._apply(rows).T
+        return dense
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """A as a :class:`scipy.sparse.linalg.LinearOperator` on flat NumPy vectors.
+
+        Products run on the operator's own device and dtype and come back as NumPy arrays
+        (float32 for 16-bit operators, which NumPy and SciPy's solvers do not serve).
+
+        Examples:
+            >>> import torch, hypergrad
+            >>> from scipy.sparse.linalg import eigsh
+            >>> a = hypergrad.as_operator(torch.diag(torch.arange(1.0, 7.0)))
+            >>> eigsh(a.to_scipy(), k=1, return_eigenvectors=False).round(3)
+            array([6.], dtype=float32)
+        """
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        host = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
+
+        def matmat(columns: Any) -> Any:
+            block = torch.as_tensor(columns).T.to(dtype=self.dtype, device=self.device)
+            return self._apply(block.contiguous()).T.to(host).cpu().numpy()
+
+        def matvec(vector: Any) -> Any:
+            return matmat(vector.reshape(-1, 1))[:, 0]
+
+        return ScipyOperator(
+            shape=self.shape,
+            matvec=matvec,
+            rmatvec=matvec,
+            matmat=matmat,
+            rmatmat=matmat,
+            dtype=torch.empty(0, dtype=host).numpy().dtype,
+        )
+
+    def __repr__(self) -> str:
+        n = self.layout.dim
+        return f"<{type(self).__name__} {n}x{n} {self.dtype} on {self.device}>"
+
+
+class _Affine(LinearOperator):
+    """scale * A + shift * I."""
+
+    def __init__(self, base: LinearOperator, scale: float, shift: float) -> None:
+        super().__init__(base.layout)
+        self.base: LinearOperator = base
+        self.scale: float = scale
+        self.offset: float = shift
+        if isinstance(base, _Affine):  # keep chains of algebra one level deep
+            self.base = base.base
+            self.scale = scale * base.scale
+            self.offset = scale * base.offset + shift
+
+    def _apply(self, block: Tensor) -> Tensor:
+        product = self.base._apply(block)
+        if self.scale != 1.0:
+            product = self.scale * product
+        return torch.add(product, block, alpha=self.offset) if self.offset else product
+
+
+class _Sum(LinearOperator):
+    """A + B."""
+
+    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
+        check_same_layout(left.layout, right.layout, "the two operators of a sum")
+        super().__init__(left.layout)
+        self.left, self.right = left, right
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self.left._apply(block) + self.right._apply(block)
+
+
+def check_same_layout(left: TreeLayout, right: TreeLayout, what: str) -> None:
+    """Raise :class:`TreeStructureError` unless both layouts flatten trees in the same way."""
+    mine = (left.paths, left.shapes, left.dtypes, left.device)
+    if mine != (right.paths, right.shapes, right.dtypes, right.device):
+        raise TreeStructureError(
+            f"{what} act on different trees: {_describe(left)} and {_describe(right)}. "
+            "Build both from parameters of the same structure, shapes, dtype and device."
+        )
+
+
+def _describe(layout: TreeLayout) -> str:
+    shapes = [f"{p}{tuple(s)}" for p, s in zip(layout.paths[:3], layout.shapes[:3], strict=True)]
+    more = "" if len(layout.paths) <= 3 else f" and {len(layout.paths) - 3} more"
+    return f"[{', '.join(shapes)}{more}; {layout.dtype}; {layout.device}]"
+
+
+def _as_scalar(value: object) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value):
+        raise ValueError(f"an operator was combined with the scalar {value}; expected a finite one")
+    return float(value)

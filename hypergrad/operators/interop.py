@@ -1,0 +1,154 @@
+"""From callables, dense matrices and SciPy objects to an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import LeafTypeError, TreeStructureError
+from ..pytree import Tree, TreeLayout
+from .base import LinearOperator
+
+
+class CallableOperator(LinearOperator):
+    """The operator of an ``hvp_fn``: any callable from a tree v to A v.
+
+    The callable is looped over the vectors of a block, because an honest one may call
+    ``torch.autograd.grad`` on a kept graph, which ``vmap`` cannot trace.  With
+    ``batchable=True`` it is called once a block, through :func:`torch.func.vmap`.
+    """
+
+    def __init__(
+        self, hvp_fn: Callable[[Tree], Tree], layout: TreeLayout, *, batchable: bool = False
+    ) -> None:
+        super().__init__(layout)
+        self.hvp_fn, self.batchable = hvp_fn, batchable
+
+    def _apply(self, block: Tensor) -> Tensor:
+        if self.batchable:
+            products = torch.func.vmap(self.hvp_fn)(self.layout.unflatten_block(block))
+            return self.layout.flatten_block(products, name="the output of hvp_fn")
+        rows = [
+            self.layout.flatten(
+                self.hvp_fn(self.layout.unflatten(row)), name="the output of hvp_fn"
+            )
+            for row in block
+        ]
+        return torch.stack(rows)
+
+
+class DenseOperator(LinearOperator):
+    """The operator of a symmetric dense matrix, shape (n, n)."""
+
+    def __init__(self, matrix: Tensor, layout: TreeLayout) -> None:
+        super().__init__(layout)
+        self.matrix = matrix.detach()
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return block @ self.matrix.T
+
+
+class ScipyOperator(LinearOperator):
+    """The operator of a SciPy ``LinearOperator`` or sparse matrix; products run on the CPU."""
+
+    def __init__(self, operator: Any, layout: TreeLayout) -> None:
+        from scipy.sparse.linalg import aslinearoperator
+
+        super().__init__(layout)
+        self.operator = aslinearoperator(operator)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        # NumPy has no bfloat16; float64 holds every 16 and 32-bit value exactly.
+        columns = block.T.to(torch.float64).cpu().numpy()
+        products = np.ascontiguousarray(self.operator.matmat(columns).T)
+        return torch.from_numpy(products).to(dtype=self.dtype, device=self.device)
+
+
+def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) -> LinearOperator:
+    """Make a :class:`LinearOperator` of anything that multiplies vectors.
+
+    Args:
+        obj: a :class:`LinearOperator` (returned as it is), a callable ``v -> A v`` on trees, a
+            square ``torch.Tensor`` or NumPy array, a SciPy sparse matrix or ``LinearOperator``.
+            Matrices act on flat vectors, in the order of ``like``'s leaves.
+        like: a tree of the structure, shapes, dtype and device that the operator acts on.  A
+            callable needs it; a matrix without it acts on single tensors of shape (n,).
+        batchable: declare that ``torch.func.vmap(obj)`` works and gives the same products, so
+            that blocks of vectors need one call.  Only for callables.
+
+    Raises:
+        TreeStructureError: a matrix that is not square, or whose size is not that of ``like``.
+        LeafTypeError: an integer or complex matrix, or an object of unknown kind.
+        EmptyTreeError: ``like`` has no entries.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> v = {"w": torch.ones(2), "b": torch.tensor(1.0)}
+        >>> op = hypergrad.as_operator(lambda t: {k: 3 * x for k, x in t.items()}, like=v)
+        >>> op @ v
+        {'w': tensor([3., 3.]), 'b': tensor(3.)}
+    """
+    layout = None if like is None else TreeLayout.of(like, name="v")
+    if isinstance(obj, LinearOperator):
+        if like is not None:
+            obj.layout.leaves(like)
+        return obj
+    if isinstance(obj, torch.nn.Module):
+        raise LeafTypeError(
+            f"got a torch.nn.Module ({type(obj).__name__}) as operator, expected a product "
+            "v -> A v. For the Hessian of its loss, use hypergrad.hessian(loss_fn, params, *batch)."
+        )
+    if isinstance(obj, Tensor | np.ndarray):
+        return _dense(torch.as_tensor(obj), layout)
+    if hasattr(obj, "shape") and (hasattr(obj, "matmat") or hasattr(obj, "tocsr")):
+        return _scipy(obj, layout)
+    if callable(obj):
+        if layout is None:
+            raise TreeStructureError(
+                "a callable does not say what it acts on; pass like=v, a tree of the structure, "
+                "shapes, dtype and device of its argument."
+            )
+        return CallableOperator(obj, layout, batchable=batchable)
+    raise LeafTypeError(
+        f"cannot make an operator of a {type(obj).__name__}; expected a LinearOperator, a callable "
+        "v -> A v, a square matrix, or a SciPy sparse matrix or LinearOperator."
+    )
+
+
+def _checked_layout(shape: tuple[int, ...], like: Tensor, layout: TreeLayout | None) -> TreeLayout:
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise TreeStructureError(f"a matrix of shape {shape} is not square; expected (n, n).")
+    if layout is None:
+        return TreeLayout.of(like)
+    if layout.dim != shape[0]:
+        raise TreeStructureError(
+            f"a matrix of shape {shape} cannot act on v, which has {layout.dim} entries."
+        )
+    return layout
+
+
+def _dense(matrix: Tensor, layout: TreeLayout | None) -> DenseOperator:
+    if not matrix.is_floating_point():
+        raise LeafTypeError(f"a matrix has dtype {matrix.dtype}; expected a real floating dtype.")
+    layout = _checked_layout(
+        tuple(matrix.shape), matrix.new_empty(matrix.shape[0] if matrix.ndim else 0), layout
+    )
+    if matrix.dtype != layout.dtype:
+        raise LeafTypeError(
+            f"the matrix has dtype {matrix.dtype}, but v has {layout.dtype}. Convert one of them."
+        )
+    return DenseOperator(matrix.to(layout.device), layout)
+
+
+def _scipy(operator: Any, layout: TreeLayout | None) -> ScipyOperator:
+    dtype = np.dtype(operator.dtype) if operator.dtype is not None else np.dtype(np.float64)
+    if dtype.kind == "c":
+        raise LeafTypeError(f"a SciPy operator has dtype {dtype}; expected a real one.")
+    torch_dtype = torch.float32 if dtype == np.float32 else torch.float64
+    n = operator.shape[0]
+    layout = _checked_layout(tuple(operator.shape), torch.empty(n, dtype=torch_dtype), layout)
+    return ScipyOperator(operator, layout)

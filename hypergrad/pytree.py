@@ -1,0 +1,262 @@
+"""Trees of tensors <-> flat vectors, and the checks that a tree has the expected structure.
+
+Every solver works on flat vectors: one contiguous buffer makes each recurrence a handful of
+kernels whatever the number of parameter tensors.  A :class:`TreeLayout` remembers how to go
+back.  A tree is a tensor, or a (nested) dict, list, tuple or named tuple of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from .errors import DeviceError, EmptyTreeError, LeafTypeError, NonFiniteError, TreeStructureError
+
+#: A tensor, or a nested dict, list or tuple of tensors.
+Tree: TypeAlias = Any
+
+
+def _leaves_by_path(tree: Tree) -> dict[str, Any]:
+    pairs, _ = torch_pytree.tree_flatten_with_path(tree)
+    return {torch_pytree.keystr(path): leaf for path, leaf in pairs}
+
+
+def _check_leaf(leaf: Any, path: str, name: str) -> Tensor:
+    if isinstance(leaf, torch.nn.Module):
+        raise LeafTypeError(
+            f"{name}{path} is a torch.nn.Module ({type(leaf).__name__}), expected tensors. "
+            "Pass dict(module.named_parameters()) and call it with torch.func.functional_call."
+        )
+    if not isinstance(leaf, Tensor):
+        raise LeafTypeError(
+            f"{name}{path} is a {type(leaf).__name__}, expected a torch.Tensor. "
+            "Every leaf of a tree must be a real floating-point tensor."
+        )
+    if not leaf.is_floating_point():
+        raise LeafTypeError(
+            f"{name}{path} has dtype {leaf.dtype}, expected a real floating-point dtype. "
+            f"Convert it, for example with .to({torch.get_default_dtype()})."
+        )
+    return leaf
+
+
+def tree_leaves(tree: Tree, name: str = "the tree") -> list[Tensor]:
+    """The leaves of a tree in its own order, each checked to be a real floating tensor."""
+    return [_check_leaf(leaf, path, name) for path, leaf in _leaves_by_path(tree).items()]
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """Structure, shapes, dtypes and device of a tree: how to flatten it, and how to go back.
+
+    Leaves may have different dtypes; the flat vector has their promoted dtype.
+
+    Attributes:
+        paths: a printable key path for each leaf, for messages.
+        shapes: the shape of each leaf.
+        dtypes: the dtype of each leaf.
+        device: the one device that all leaves live on.
+        dim: number of entries of the flat vector, written n elsewhere.
+        dtype: dtype of the flat vector.
+
+    Examples:
+        >>> import torch
+        >>> from hypergrad.pytree import TreeLayout
+        >>> tree = {"w": torch.ones(2, 2), "b": torch.tensor(3.0)}
+        >>> layout = TreeLayout.of(tree)
+        >>> layout.flatten(tree)
+        tensor([1., 1., 1., 1., 3.])
+        >>> layout.unflatten(torch.arange(5.0))["b"]
+        tensor(4.)
+    """
+
+    spec: Any = field(repr=False)
+    paths: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tree: Tree, *, name: str = "the tree", batched: bool = False) -> TreeLayout:
+        """The layout of ``tree``; with ``batched``, of one of the trees stacked in it.
+
+        Args:
+            tree: tensors in a tree; with ``batched`` every leaf has one more leading dimension.
+            name: what to call the tree in messages.
+            batched: whether the leading dimension of each leaf counts trees.
+
+        Raises:
+            EmptyTreeError: no leaves, or only leaves with no entries.
+            LeafTypeError: a leaf that is not a real floating-point tensor.
+            DeviceError: leaves on more than one device.
+            TreeStructureError: ``batched`` with leaves of different leading sizes.
+        """
+        by_path = _leaves_by_path(tree)
+        leaves = [_check_leaf(leaf, path, name) for path, leaf in by_path.items()]
+        paths = tuple(by_path)
+        if not leaves:
+            raise EmptyTreeError(f"{name} has no leaves ({tree!r}); expected at least one tensor.")
+        devices = {leaf.device for leaf in leaves}
+        if len(devices) > 1:
+            places = ", ".join(f"{p or 'the tensor'} on {x.device}" for p, x in by_path.items())
+            raise DeviceError(f"{name} lives on several devices ({places}); move it to one.")
+        if batched:
+            _batch_size(leaves, paths, name)
+        shapes = tuple(leaf.shape[1:] if batched else leaf.shape for leaf in leaves)
+        dim = sum(math.prod(shape) for shape in shapes)
+        if dim == 0:
+            raise EmptyTreeError(f"{name} has no entries: every leaf is empty ({list(shapes)}).")
+        dtypes = tuple(leaf.dtype for leaf in leaves)
+        dtype = dtypes[0]
+        for other in dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        _, spec = torch_pytree.tree_flatten(tree)
+        return cls(spec, paths, shapes, dtypes, leaves[0].device, dim, dtype)
+
+    def leaves(self, tree: Tree, *, name: str = "v", batched: bool = False) -> list[Tensor]:
+        """The leaves of ``tree`` in this layout's order, after checking all that can be wrong.
+
+        Dicts are matched by key, so the order of insertion does not matter, and a list matches
+        a tuple of the same length (``torch.autograd.grad`` returns tuples).
+
+        Raises:
+            TreeStructureError: other keys, another number of leaves, or another leaf shape.
+            LeafTypeError: a leaf that is not a tensor, or of another dtype.
+            DeviceError: a leaf on another device.
+        """
+        flat, spec = torch_pytree.tree_flatten(tree)
+        if spec != self.spec:
+            by_path = _leaves_by_path(tree)
+            if by_path.keys() != set(self.paths):
+                missing = [p or "a tensor" for p in self.paths if p not in by_path]
+                extra = [p or "a tensor" for p in by_path if p not in self.paths]
+                raise TreeStructureError(
+                    f"{name} has another structure than expected: missing {_brief(missing)}, "
+                    f"unexpected {_brief(extra)}. It must have the same keys as the operator's "
+                    f"parameters ({len(self.paths)} leaves)."
+                )
+            flat = [by_path[path] for path in self.paths]
+        for leaf, path, shape, dtype in zip(
+            flat, self.paths, self.shapes, self.dtypes, strict=True
+        ):
+            _check_leaf(leaf, path, name)
+            got = leaf.shape[1:] if batched else leaf.shape
+            if got != shape or (batched and leaf.ndim == 0):
+                wanted = f"(m, {', '.join(map(str, shape))})" if batched else f"{tuple(shape)}"
+                raise TreeStructureError(
+                    f"{name}{path} has shape {tuple(leaf.shape)}, expected {wanted}."
+                )
+            if leaf.dtype != dtype:
+                raise LeafTypeError(
+                    f"{name}{path} has dtype {leaf.dtype}, expected {dtype}. "
+                    "Convert one of the two; nothing is cast silently."
+                )
+            if leaf.device != self.device:
+                raise DeviceError(
+                    f"{name}{path} is on {leaf.device}, expected {self.device}. Move one of them."
+                )
+        if batched:
+            _batch_size(flat, self.paths, name)
+        return flat
+
+    def flatten(self, tree: Tree, *, name: str = "v") -> Tensor:
+        """``tree`` as one vector of shape (n,), detached; see :meth:`leaves` for the checks."""
+        leaves = self.leaves(tree, name=name)
+        return torch.cat([leaf.detach().reshape(-1).to(self.dtype) for leaf in leaves])
+
+    def flatten_block(self, tree: Tree, *, name: str = "v") -> Tensor:
+        """A tree whose leaves have one more leading dimension m, as a block of shape (m, n)."""
+        leaves = self.leaves(tree, name=name, batched=True)
+        rows = leaves[0].shape[0]
+        return torch.cat([leaf.detach().reshape(rows, -1).to(self.dtype) for leaf in leaves], dim=1)
+
+    def unflatten(self, vector: Tensor) -> Tree:
+        """A vector of shape (n,) as a tree, every leaf with its own shape and dtype."""
+        return self._assemble(vector, ())
+
+    def unflatten_block(self, block: Tensor) -> Tree:
+        """A block of shape (m, n) as a tree whose leaves have the leading dimension m."""
+        return self._assemble(block, (block.shape[0],))
+
+    def _assemble(self, flat: Tensor, lead: tuple[int, ...]) -> Tree:
+        pieces = torch.split(flat, [math.prod(shape) for shape in self.shapes], dim=-1)
+        leaves = [
+            piece.reshape(lead + tuple(shape)).to(dtype)
+            for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
+        ]
+        return torch_pytree.tree_unflatten(leaves, self.spec)
+
+    def unflatten_leaves(self, leaves: list[Tensor]) -> Tree:
+        """Leaves in this layout's order, put back into the tree as they are."""
+        return torch_pytree.tree_unflatten(leaves, self.spec)
+
+    def leaves_unchecked(self, tree: Tree) -> list[Tensor]:
+        """The leaves of a tree that the library itself made with this layout's structure."""
+        return torch_pytree.tree_leaves(tree)
+
+    def check_finite(self, flat: Tensor, what: str) -> None:
+        """Raise :class:`NonFiniteError`, naming the first bad leaf, unless ``flat`` is finite."""
+        finite = torch.isfinite(flat)
+        if bool(finite.all()):
+            return
+        columns = finite.reshape(-1, self.dim).all(dim=0)
+        start = 0
+        for path, shape in zip(self.paths, self.shapes, strict=True):
+            stop = start + math.prod(shape)
+            bad = int((~columns[start:stop]).sum())
+            if bad:
+                leaf = f"leaf {path}" if path else "the tensor"
+                raise NonFiniteError(
+                    f"{what} holds nan or inf: {bad} of {stop - start} entries of {leaf}. "
+                    "Look for an overflow, a log or sqrt at zero, or diverged parameters."
+                )
+            start = stop
+
+
+def _batch_size(leaves: list[Tensor], paths: tuple[str, ...], name: str) -> int:
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+    if len(sizes) > 1 or None in sizes:
+        got = ", ".join(
+            f"{p or 'the tensor'}: {tuple(x.shape)}" for p, x in zip(paths, leaves, strict=True)
+        )
+        raise TreeStructureError(
+            f"{name} is batched, so every leaf needs the same leading size; got {got}."
+        )
+    size = leaves[0].shape[0]
+    if size == 0:
+        raise EmptyTreeError(f"{name} is a batch of zero right-hand sides; expected at least one.")
+    return size
+
+
+def _brief(names: list[str], most: int = 4) -> str:
+    if not names:
+        return "nothing"
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the recurrences: wider than the products', where the device allows it.
+
+    Products dominate the cost, so the recurrences are carried in float64 (float32 on devices
+    without it, and for 16-bit products), which leaves the products' own rounding as the only
+    error that matters.
+    """
+    if dtype in (torch.float16, torch.bfloat16) or device.type == "mps":
+        return torch.float32
+    return torch.float64
+
+
+def row_norms(block: Tensor) -> Tensor:
+    """Euclidean norm of each row of (m, n), safe from overflow and underflow; shape (m,)."""
+    largest = block.abs().amax(dim=1)
+    safe = torch.where(largest > 0, largest, torch.ones_like(largest))
+    scaled: Tensor = torch.linalg.vector_norm(block / safe[:, None], dim=1)
+    return safe * scaled

@@ -1,0 +1,22 @@
+"""How (A + damping I) x = v is solved: one file a solver."""
+
+from .base import Solution, SolveInfo, Solver, Status
+from .cg import CG
+from .exact import Exact
+from .neumann import Neumann
+from .nystrom import Nystrom, NystromSketch, nystrom_sketch
+from .solve import solve
+
+__all__ = [
+    "CG",
+    "Exact",
+    "Neumann",
+    "Nystrom",
+    "NystromSketch",
+    "Solution",
+    "SolveInfo",
+    "Solver",
+    "Status",
+    "nystrom_sketch",
+    "solve",
+]

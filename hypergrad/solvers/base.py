@@ -1,0 +1,261 @@
+"""What every solver shares: the damped system on flat vectors, the outcome, and its report."""
+
+from __future__ import annotations
+
+import enum
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import DampingError, NotSymmetricError, SolverOptionError
+from ..operators import LinearOperator
+from ..pytree import Tree, row_norms
+from ..spectrum import damping_from_extremes, lanczos_extremes
+
+Damping = float | Literal["auto"]
+
+
+class Status(enum.Enum):
+    """How a solve ended; ``.value`` is a sentence with the likely causes and what to do."""
+
+    CONVERGED = "the true residual is within the tolerance"
+    FIXED_ITERATIONS = "the requested work was done; no tolerance was asked for"
+    MAX_ITERATIONS = (
+        "max_iters was reached before the tolerance: the system is ill-conditioned for this budget."
+        " Raise max_iters or damping, loosen rtol, or precondition"
+    )
+    NEGATIVE_CURVATURE = (
+        "the operator plus damping is not positive definite: negative or zero curvature was met."
+        " Raise damping (or pass damping='auto'), use a Gauss-Newton operator, or solve the inner"
+        " problem further"
+    )
+    STAGNATED = (
+        "the residual stopped falling above the tolerance: the rounding of the products, a"
+        " singular operator or an approximation too coarse. Raise damping or rank, loosen rtol, or"
+        " use a wider dtype"
+    )
+    NON_FINITE = "a product or the answer holds nan or inf"
+
+    @property
+    def failed(self) -> bool:
+        """Whether the answer is not what was asked for."""
+        return self not in (Status.CONVERGED, Status.FIXED_ITERATIONS)
+
+
+@dataclass(frozen=True)
+class SolveInfo:
+    """How right an answer is and what it cost.
+
+    For a batch of right-hand sides the scalar fields describe the worst column and ``columns``
+    holds each column's own report.
+
+    Attributes:
+        status: how the solve ended.
+        converged: whether the true residual met a tolerance (``status`` is CONVERGED).
+        residual_norm: |v - (A + damping I) x|, recomputed from the answer that is returned.
+        relative_residual: the same over |v|; 0 when v = 0.
+        iterations: iterations of the recurrence; 0 for direct solvers.
+        num_hvps: products with A, all in all (the operator's, the check's, the probe's).
+        damping: the damping that was used; what ``"auto"`` came to.
+        solver: the configuration that ran.
+        rank: rank kept by a sketch, None for other solvers.
+        smallest_eigenvalue: smallest eigenvalue or Ritz value seen, where the solver sees one.
+        direction: a unit tree of non-positive curvature, when CG met one.
+        columns: one report a right-hand side, for a batch; else empty.
+    """
+
+    status: Status
+    converged: bool
+    residual_norm: float
+    relative_residual: float
+    iterations: int
+    num_hvps: int
+    damping: float
+    solver: Solver
+    rank: int | None = None
+    smallest_eigenvalue: float | None = None
+    direction: Tree | None = None
+    columns: tuple[SolveInfo, ...] = ()
+
+    @property
+    def message(self) -> str:
+        """One sentence for people: the status, its likely causes, the figures."""
+        return (
+            f"{type(self.solver).__name__}: {self.status.value}"
+            f" (relative residual {self.relative_residual:.2e}, damping {self.damping:.3g},"
+            f" {self.iterations} iterations, {self.num_hvps} HVPs)."
+        )
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An answer with its report.
+
+    Attributes:
+        value: x, with the structure, dtype and device of v.
+        info: how right it is and what it cost.
+    """
+
+    value: Tree
+    info: SolveInfo
+
+
+@dataclass
+class Outcome:
+    """What a solver hands back, on flat vectors and relative to the scaled right-hand sides.
+
+    Attributes:
+        x: shape (m, n), the answers.
+        residual_norms: shape (m,), true residual norms of ``x`` as it will be returned.
+        statuses: one a row.
+        iterations: one a row.
+        damping: the damping used.
+        rank: see :class:`SolveInfo`.
+        smallest_eigenvalue: see :class:`SolveInfo`.
+        directions: unit vectors of non-positive curvature by row.
+    """
+
+    x: Tensor
+    residual_norms: Tensor
+    statuses: list[Status]
+    iterations: list[int]
+    damping: float
+    rank: int | None = None
+    smallest_eigenvalue: float | None = None
+    directions: dict[int, Tensor] = field(default_factory=dict)
+
+
+class DampedSystem:
+    """(A + damping I) X = B on blocks of flat vectors in the working dtype.
+
+    Counts the products, widens and narrows around them, and raises on nan and inf.
+
+    Attributes:
+        operator: A.
+        b: shape (m, n), working dtype: right-hand sides scaled by powers of two to a norm of
+            about one, so that no answer depends on the scale of v.
+        tolerances: shape (m,): absolute tolerance on the scaled residuals, with rtol and atol.
+        damping: the damping, or "auto" until :meth:`resolve_damping`.
+        num_hvps: products so far.
+    """
+
+    def __init__(
+        self, operator: LinearOperator, b: Tensor, scales: Tensor, damping: Damping
+    ) -> None:
+        self.operator, self.b, self.scales, self.damping = operator, b, scales, damping
+        self.b_norms = row_norms(b)
+        self.num_hvps = 0
+
+    def tolerances(self, rtol: float, atol: float) -> Tensor:
+        """Absolute tolerances on the scaled residuals, shape (m,): the larger of the two."""
+        return torch.maximum(rtol * self.b_norms, atol / self.scales)
+
+    def product(self, x: Tensor) -> Tensor:
+        """A times each row of ``x``, shape (m, n), without damping."""
+        out = self.operator._apply(x.to(self.operator.dtype))
+        self.num_hvps += x.shape[0]
+        self.operator.layout.check_finite(out, "the output of the operator")
+        return out.to(self.b.dtype)
+
+    def apply(self, x: Tensor, damping: float) -> Tensor:
+        """(A + damping I) times each row of ``x``."""
+        return torch.add(self.product(x), x, alpha=damping)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` as the caller will receive it: rounded to the operator's dtype."""
+        return x.to(self.operator.dtype).to(self.b.dtype)
+
+    def residual(self, x: Tensor, damping: float, rows: Tensor | None = None) -> Tensor:
+        """True residual b - (A + damping I) x of ``x`` as it will be returned."""
+        b = self.b if rows is None else self.b[rows]
+        return b - self.apply(self.rounded(x), damping)
+
+    def resolve_damping(self) -> float:
+        """The damping as a number; ``"auto"`` costs a Lanczos run of at most 20 products."""
+        if self.damping == "auto":
+            ends = lanczos_extremes(
+                lambda vector: self.product(vector[None])[0],
+                self.operator.layout.dim,
+                20,
+                self.b.dtype,
+                self.b.device,
+            )
+            self.damping = damping_from_extremes(
+                ends.smallest, ends.largest, rounding=self.rounding
+            )
+        assert not isinstance(self.damping, str)
+        return self.damping
+
+    @property
+    def rounding(self) -> float:
+        """Relative rounding of a product, generously: a few eps of the operator's dtype."""
+        return 10.0 * torch.finfo(self.operator.dtype).eps
+
+
+class Solver(ABC):
+    """A solver's configuration: a frozen dataclass, validated when it is made."""
+
+    #: Damping when the caller names none.
+    default_damping: Damping = 0.0
+
+    @abstractmethod
+    def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
+        """Solve the system; ``x0`` has the shape of ``system.b``, or is None for zero."""
+
+
+def check_damping(damping: Any) -> Damping:
+    """``damping`` as a float or "auto"; raises :class:`DampingError` on anything else."""
+    if damping == "auto" and isinstance(damping, str):
+        return "auto"
+    try:
+        value = float(damping)
+    except (TypeError, ValueError):
+        raise DampingError(f"damping must be a number >= 0 or 'auto', got {damping!r}.") from None
+    if not math.isfinite(value) or value < 0:
+        raise DampingError(
+            f"damping must be a finite number >= 0, got {value}. A negative damping makes the "
+            "system indefinite; pass damping=0.0 for none."
+        )
+    return value
+
+
+def check_option(ok: bool, name: str, got: object, expected: str) -> None:
+    """Raise :class:`SolverOptionError` unless ``ok``."""
+    if not ok:
+        raise SolverOptionError(f"{name} is {got!r}, expected {expected}.")
+
+
+def is_count(value: object) -> bool:
+    """Whether ``value`` is an integer >= 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_tolerance(value: object) -> bool:
+    """Whether ``value`` is a finite number >= 0."""
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def check_skew(skew: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+    """Raise :class:`NotSymmetricError` where products are antisymmetric beyond rounding.
+
+    The tolerance is generous (the fourth root of the products' eps): it passes rounding and
+    catches what is wrong in kind, such as a Jacobian that is no Hessian, or random products.
+
+    Args:
+        skew: sizes of antisymmetric parts, any shape.
+        size: what they are measured against, same shape.
+        dtype: dtype of the products.
+    """
+    allowed = torch.finfo(dtype).eps ** 0.25
+    if bool((skew > allowed * size).any()):
+        worst = float((skew / size).max())
+        raise NotSymmetricError(
+            f"the operator is not symmetric: the antisymmetric part of its products has relative "
+            f"size {worst:.1e}, expected rounding only (at most {allowed:.0e}). Common causes: a "
+            "Jacobian that is not a Hessian, dropout or fresh minibatches (products differ from "
+            "call to call), BatchNorm in training mode."
+        )

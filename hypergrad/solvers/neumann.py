@@ -1,0 +1,104 @@
+"""The truncated Neumann series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..pytree import row_norms
+from ..spectrum import lanczos_extremes
+from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count, is_tolerance
+
+#: Lanczos steps that bound the largest eigenvalue for step_size="auto".
+_PROBE_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Neumann(Solver):
+    """x_K = eta * sum over j < K of (I - eta (A + damping I))^j v.
+
+    The residual of x_K is the next term of the series over eta, so K products give K terms and
+    their exact residual.  The series converges when the spectrum of A + damping I lies in
+    (0, 2/eta); ``"auto"`` takes 1/eta = the Lanczos bound on its largest eigenvalue, so that only
+    negative curvature can make it diverge.  A series that diverges is not returned: the best
+    partial sum is, with status NEGATIVE_CURVATURE or STAGNATED.
+
+    Attributes:
+        num_terms: K, terms of the series.
+        step_size: eta > 0, or ``"auto"``.
+
+    Cost: K HVPs, at most 10 more for ``step_size="auto"``, one to check a diverged answer.
+    Source: Lorraine, Vicol, Duvenaud, arXiv 1911.02590, equation (8).
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.diag(torch.tensor([1.0, 2.0]))
+        >>> hypergrad.solve(a, torch.ones(2), hypergrad.Neumann(num_terms=50)).value
+        tensor([1.0000, 0.5000])
+    """
+
+    num_terms: int = 20
+    step_size: float | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_option(is_count(self.num_terms), "num_terms", self.num_terms, "an integer >= 1")
+        good = self.step_size == "auto" or (is_tolerance(self.step_size) and self.step_size > 0)
+        check_option(good, "step_size", self.step_size, "a finite number > 0 or 'auto'")
+
+    def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
+        damping = system.resolve_damping()
+        step = self._step(system, damping)
+        x = torch.zeros_like(system.b) if x0 is None else x0
+        residual = system.b if x0 is None else system.residual(x, damping)
+        best_x, best = x, row_norms(residual)
+        curvature = torch.ones_like(best)
+        for _ in range(self.num_terms):
+            x = x + step * residual
+            image = system.apply(residual, damping)
+            # Curvature along a residual that has grown tells why it grows.
+            curvature = torch.where(row_norms(residual) > 0, (residual * image).sum(1), curvature)
+            residual = residual - step * image
+            norms = row_norms(residual)
+            # A term is a sum of powers of one operator: past overflow nothing useful follows.
+            better = norms <= best
+            best_x = torch.where(better[:, None], x, best_x)
+            best = torch.where(better, norms, best)
+            if not bool(torch.isfinite(norms).all()) or bool((norms > 1e100).any()):
+                break
+        diverged = ~(norms <= system.b_norms)
+        if bool(diverged.any()):
+            x = torch.where(diverged[:, None], best_x, x)
+            norms = torch.where(diverged, row_norms(system.residual(x, damping)), norms)
+        statuses = [
+            Status.FIXED_ITERATIONS
+            if not bad
+            else (Status.NEGATIVE_CURVATURE if along <= 0 else Status.STAGNATED)
+            for bad, along in zip(diverged.tolist(), curvature.tolist(), strict=True)
+        ]
+        return Outcome(
+            x=x,
+            residual_norms=norms,
+            statuses=[
+                Status.CONVERGED if norm == 0 else status
+                for norm, status in zip(norms.tolist(), statuses, strict=True)
+            ],
+            iterations=[self.num_terms] * len(x),
+            damping=damping,
+        )
+
+    def _step(self, system: DampedSystem, damping: float) -> float:
+        if self.step_size != "auto":
+            return float(self.step_size)
+        ends = lanczos_extremes(
+            lambda vector: system.product(vector[None])[0],
+            system.operator.layout.dim,
+            _PROBE_STEPS,
+            system.b.dtype,
+            system.b.device,
+        )
+        # |A| bounds a negative end too; the zero operator without damping gets any step.
+        bound = max(abs(ends.largest_bound), abs(ends.smallest)) + damping
+        return 1.0 / bound if bound > 0 else 1.0

@@ -1,0 +1,189 @@
+"""The one verb behind all others: solve (A + damping I) x = v and say how right x is."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import (
+    ConvergenceError,
+    ConvergenceWarning,
+    NonFiniteError,
+    SolverOptionError,
+    TreeStructureError,
+)
+from ..operators import LinearOperator, as_operator
+from ..pytree import Tree, TreeLayout, row_norms, working_dtype
+from .base import (
+    DampedSystem,
+    Damping,
+    Outcome,
+    Solution,
+    SolveInfo,
+    Solver,
+    Status,
+    check_damping,
+)
+from .cg import CG
+
+OnFailure = Literal["raise", "warn", "ignore"]
+
+
+def solve(
+    operator: Any,
+    v: Tree,
+    solver: Solver | None = None,
+    *,
+    damping: Damping | None = None,
+    x0: Tree | None = None,
+    batched: bool = False,
+    on_failure: OnFailure = "warn",
+) -> Solution:
+    """Solve (A + damping I) x = v, and report the true residual of the answer.
+
+    Args:
+        operator: anything :func:`hypergrad.as_operator` takes: an operator, a callable v -> A v,
+            a matrix, a SciPy operator.
+        v: right-hand side, any tree of floating-point tensors; with ``batched``, every leaf has
+            one more leading dimension m.
+        solver: a configuration such as ``CG(rtol=1e-8)`` or ``Nystrom(rank=20)``; ``CG()`` if None.
+        damping: the multiple of the identity that is added, or ``"auto"``: see
+            :func:`hypergrad.spectrum.damping_from_extremes`.  None is the solver's own default: 0,
+            or ``"auto"`` for Nyström, which needs a positive one.
+        x0: a warm start of v's structure; the direct solvers solve for the correction to it.
+        batched: whether v stacks m right-hand sides.
+        on_failure: what a status that ``failed`` does: ``"raise"`` :class:`ConvergenceError` (it
+            carries the solution), ``"warn"`` :class:`ConvergenceWarning`, or ``"ignore"``.
+
+    Returns:
+        A :class:`Solution`: ``value`` with the structure, dtypes and device of v, detached from
+        any graph, and ``info``.  v = 0 gives x = 0.  The answer scales exactly with v.
+
+    Raises:
+        NonFiniteError: nan or inf in v, x0 or a product, or an answer too large for the dtype.
+        DampingError: a negative or non-finite damping.
+        NotSymmetricError: the products are not those of a symmetric operator.
+        TreeStructureError, LeafTypeError, DeviceError, EmptyTreeError: see
+            :class:`hypergrad.errors`.
+
+    Cost: the solver's products, one to check the answer, and up to 20 for ``damping="auto"``
+    (none with Nyström, which takes it from its sketch); ``info.num_hvps`` counts them all.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
+        >>> solution = hypergrad.solve(a, torch.tensor([1.0, 2.0]), hypergrad.CG(rtol=1e-6))
+        >>> solution.value
+        tensor([0.0909, 0.6364])
+        >>> solution.info.status
+        <Status.CONVERGED: 'the true residual is within the tolerance'>
+    """
+    solver = CG() if solver is None else solver
+    if not isinstance(solver, Solver):
+        raise SolverOptionError(
+            f"solver is {solver!r}, expected a configuration such as hypergrad.CG()."
+        )
+    if on_failure not in get_args(OnFailure):
+        raise SolverOptionError(
+            f"on_failure is {on_failure!r}, expected one of {get_args(OnFailure)}."
+        )
+    damping = solver.default_damping if damping is None else check_damping(damping)
+    layout = TreeLayout.of(v, name="v", batched=batched)
+    op = as_operator(operator, like=_one_tree(layout, v, batched))
+
+    rows = _rows(op, v, "v", batched)
+    scales = _powers_of_two(row_norms(rows))
+    b = rows / scales[:, None]
+    start = None if x0 is None else _rows(op, x0, "x0", batched) / scales[:, None]
+    if start is not None and start.shape != b.shape:
+        raise TreeStructureError(
+            f"x0 stacks {start.shape[0]} trees, but v stacks {b.shape[0]}; expected the same."
+        )
+    system = DampedSystem(op, b, scales, damping)
+    outcome = solver._run(system, start)
+
+    x = (outcome.x * scales[:, None]).to(op.dtype)
+    _check_answer(x)
+    tree = op.layout.unflatten_block(x) if batched else op.layout.unflatten(x[0])
+    # v may order its keys differently from the operator, or be a list where that has a tuple.
+    value = layout.unflatten_leaves(layout.leaves(tree, name="x", batched=batched))
+    solution = Solution(value, _report(outcome, system, solver, batched))
+    if solution.info.status.failed and on_failure != "ignore":
+        if on_failure == "raise":
+            raise ConvergenceError(solution.info.message, solution)
+        # Two frames up: past this function and the verb that called it, or its caller.
+        warnings.warn(solution.info.message, ConvergenceWarning, stacklevel=3)
+    return solution
+
+
+def _one_tree(layout: TreeLayout, v: Tree, batched: bool) -> Tree:
+    leaves = layout.leaves(v, batched=batched)
+    return layout.unflatten_leaves([leaf[0] for leaf in leaves]) if batched else v
+
+
+def _rows(op: LinearOperator, tree: Tree, name: str, batched: bool) -> Tensor:
+    """The tree as rows in the working dtype, shape (m, n), finite."""
+    if batched:
+        block = op.layout.flatten_block(tree, name=name)
+    else:
+        block = op.layout.flatten(tree, name=name)[None]
+    op.layout.check_finite(block, name)
+    return block.to(working_dtype(op.dtype, op.device))
+
+
+def _powers_of_two(norms: Tensor) -> Tensor:
+    """A power of two next to each norm (1 for zero).
+
+    Scaling by it is exact, so the answer for 2^k v is 2^k times the answer for v, to the bit.
+    """
+    _, exponents = torch.frexp(norms)
+    limit = 1000 if norms.dtype == torch.float64 else 120  # keep 2^-e itself representable
+    exponents = exponents.clamp(-limit, limit)
+    return torch.where(norms > 0, torch.ldexp(torch.ones_like(norms), exponents), 1.0)
+
+
+def _check_answer(x: Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(
+            f"x overflows {x.dtype}: the answer is too large for the dtype of v. "
+            "Raise damping, rescale the problem, or use a wider dtype."
+        )
+
+
+def _report(outcome: Outcome, system: DampedSystem, solver: Solver, batched: bool) -> SolveInfo:
+    b_norms = torch.where(system.b_norms > 0, system.b_norms, torch.ones_like(system.b_norms))
+    relative = (outcome.residual_norms / b_norms).tolist()
+    norms = (outcome.residual_norms * system.scales).tolist()
+    columns = []
+    for row, status in enumerate(outcome.statuses):
+        direction = outcome.directions.get(row)
+        columns.append(
+            SolveInfo(
+                status=status,
+                converged=status is Status.CONVERGED,
+                residual_norm=norms[row],
+                relative_residual=relative[row],
+                iterations=outcome.iterations[row],
+                num_hvps=system.num_hvps,
+                damping=outcome.damping,
+                solver=solver,
+                rank=outcome.rank,
+                smallest_eigenvalue=outcome.smallest_eigenvalue,
+                direction=None
+                if direction is None
+                else system.operator.layout.unflatten(direction.to(system.operator.dtype)),
+            )
+        )
+    if not batched:
+        return columns[0]
+    worst = max(columns, key=lambda info: (info.status.failed, info.relative_residual))
+    return replace(
+        worst,
+        converged=all(info.converged for info in columns),
+        iterations=max(info.iterations for info in columns),
+        columns=tuple(columns),
+    )
