@@ -17,9 +17,10 @@ def discount_matrix(done: Tensor, decay: float, dtype: torch.dtype = torch.float
     Args:
         done: bool (..., T); True where the episode ended (terminated or truncated) with step t.
         decay: gamma * lambda for GAE.
+        dtype: of the result, that of the rewards and values.
 
     Returns:
-        (..., T, T) upper triangular, of the given dtype.
+        (..., T, T) upper triangular.
 
     >>> discount_matrix(torch.tensor([False, True, False]), 0.5)
     tensor([[1.0000, 0.5000, 0.0000],

@@ -38,6 +38,7 @@ class Agent(ABC):
         """
 
     def make_batch(self, rollout: Rollout) -> Batch:
+        """The rollout with what stays fixed while the agent improves on it."""
         config = self.config
         return make_batch(
             self.policy, self.actor, self.critic, rollout, config.gamma, config.gae_lambda
@@ -54,6 +55,7 @@ class Agent(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state that ``state_dict`` returned."""
         with torch.no_grad():
             for params, saved in ((self.actor, state["actor"]), (self.critic, state["critic"])):
                 for name, p in params.items():

@@ -24,6 +24,7 @@ Nested PPO is c = 0 (``solver="none"``); ``solver="identity"`` is x = v / dampin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def critic_advantages(critic: Params, batch: Batch, gamma: float) -> tuple[Tenso
 def outer_gradients(
     policy: Policy, actor: Params, critic: Params, batch: Batch, config: BLPOConfig
 ) -> tuple[Params, Params | None, dict[str, Tensor]]:
-    """d = grad_theta f and v = grad_w f_outer on a fixed batch, with statistics of the policy.
+    """The gradients d = grad_theta f and v = grad_w f_outer on a fixed batch, and statistics.
 
     ``config.outer_objective`` names f_outer: "return" for :func:`f_return`, "advantage" for f
     itself. d is grad_theta f under both. v is None for ``solver="none"``.
@@ -84,13 +85,14 @@ def outer_gradients(
 def inverse_hvp(
     critic: Params, batch: Batch, v: Params, config: BLPOConfig, generator: torch.Generator
 ) -> tuple[Params, float]:
-    """x of (H + damping I) x = v, H the curvature of g at w, and its true relative residual.
+    """Solve (H + damping I) x = v, H the curvature of g at w; x and its true relative residual.
 
     The Gauss-Newton matrix of g is (2/N) J'J for N samples, positive semi-definite; the Hessian is
     indefinite away from the optimum, where CG stops early and says so in its residual.
     """
     if config.solver == "identity":
         return {name: leaf / config.damping for name, leaf in v.items()}, float("nan")
+    curvature: hypergrad.LinearOperator
     if config.curvature == "ggn":
         curvature = hypergrad.ggn(critic_value, value_loss, critic, batch.obs, batch.targets)
     else:
@@ -101,7 +103,7 @@ def inverse_hvp(
 def critic_response(
     critic: Params, batch: Batch, v: Params, config: BLPOConfig, generator: torch.Generator
 ) -> tuple[Tensor, float]:
-    """u = J x: how x changes the critic's values on the batch, (n, T); and the relative residual.
+    """How x changes the critic's values on the batch: u = J x, (n, T); and the relative residual.
 
     It is all that the cross term needs of x. With the Gauss-Newton curvature it solves a system as
     large as the batch, not as the critic (N = 128 against 4,545 parameters by default), by
@@ -121,9 +123,7 @@ def critic_response(
         u, residual = _solve(kernel, rhs, config, generator)
         return u.view_as(batch.targets), residual
     x, residual = inverse_hvp(critic, batch, v, config, generator)
-    with torch.no_grad():
-        _, u = torch.func.jvp(lambda w: critic_value(w, batch.obs), (_detach(critic),), (x,))
-    return u, residual
+    return _directional(lambda w: critic_value(w, batch.obs), critic, x).detach(), residual
 
 
 def _solve(
@@ -132,8 +132,7 @@ def _solve(
     solver: hypergrad.Solver
     if config.solver == "nystrom":
         rank = min(config.rank, curvature.shape[0])
-        sketch = "columns" if config.sketch == "columns" else "gaussian"
-        solver = hypergrad.Nystrom(rank, sketch, generator=generator)
+        solver = hypergrad.Nystrom(rank, config.sketch, generator=generator)
     elif config.solver == "cg":
         solver = hypergrad.CG(max_iters=config.cg_iters, rtol=config.cg_rtol)
     else:
@@ -146,15 +145,13 @@ def _solve(
 def cross_term(
     policy: Policy, actor: Params, critic: Params, u: Tensor, batch: Batch, mode: str
 ) -> Params:
-    """c = (d2 g / dtheta dw) x on a fixed batch, shaped like the actor, from u = J x.
+    """The cross term c = (d2 g / dtheta dw) x on a fixed batch from u = J x, shaped like the actor.
 
     ``mode`` is "suffix" or "full": see :func:`cross_term_weights`.
     """
     with torch.no_grad():
         values = critic_value(critic, batch.obs)
-        weights = cross_term_weights(
-            mode, batch.matrix, batch.advantages, values, batch.targets, u
-        )
+        weights = cross_term_weights(mode, batch.matrix, batch.advantages, values, batch.targets, u)
     log_probs, _ = policy.log_prob(actor, batch.obs, batch.actions)
     return _grad((log_probs * weights).mean(), actor)
 
@@ -162,10 +159,10 @@ def cross_term(
 def published_cross_term(
     policy: Policy, actor: Params, critic: Params, x: Params, batch: Batch, config: BLPOConfig
 ) -> Params:
-    """The published update's c: d/dw [grad_theta l(theta, w)] x on a fixed batch, for the surrogate
-    l = mean_t L_t (G_t - V_w(s_t)) with L_t the summands of f, in place of g.
+    """The published update's c: d/dw [grad_theta l(theta, w)] x on a fixed batch.
 
-    Its sign is opposite to that of the derivative of g (``cross_term`` computes that one).
+    l = mean_t L_t (G_t - V_w(s_t)), with L_t the summands of f, stands in place of g.
+    Its sign is opposite to that of the derivative of g, which ``cross_term`` computes.
     """
 
     def surrogate(w: Params) -> Tensor:
@@ -174,8 +171,7 @@ def published_cross_term(
         losses = clipped_surrogate(log_ratio, advantages, config.clip)
         return (losses * (batch.targets - values)).mean()
 
-    _, tangent = torch.func.jvp(surrogate, (_detach(critic),), (x,))
-    return _grad(tangent, actor)
+    return _grad(_directional(surrogate, critic, x), actor)
 
 
 def correction(
@@ -187,7 +183,7 @@ def correction(
     config: BLPOConfig,
     generator: torch.Generator,
 ) -> tuple[Params, float]:
-    """c by the options of ``config``, and the relative residual of its linear system."""
+    """The cross term c by the options of ``config``, and its linear system's relative residual."""
     if config.cross_term == "paper":
         x, residual = inverse_hvp(critic, batch, v, config, generator)
         return published_cross_term(policy, actor, critic, x, batch, config), residual
@@ -198,7 +194,7 @@ def correction(
 def combine(
     d: Params, c: Params, bound: float | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """d - c min(1, bound |d| / |c|), and how c compares with d: ratio, cosine, whether bounded."""
+    """The step d - c min(1, bound |d| / |c|), and how c compares with d: ratio, cosine, bound."""
     flat_d, flat_c = _flatten(d), _flatten(c)
     norm_d, norm_c = flat_d.norm(), flat_c.norm()
     tiny = torch.finfo(norm_c.dtype).tiny
@@ -220,15 +216,15 @@ class BLPO(Agent):
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
         """Improve actor and critic on one rollout; statistics averaged over the minibatches.
 
-        Cost per minibatch: ``nested_steps`` critic gradients, two actor gradients, one of f_outer in
-        the critic, the critic's Jacobian on the batch and ``rank`` + 1 products with it.
+        Cost per minibatch: ``nested_steps`` critic gradients, two actor gradients, one gradient of
+        f_outer in the critic, the critic's Jacobian on the batch, ``rank`` + 1 products with it.
         """
         config, policy, actor, critic = self.config, self.policy, self.actor, self.critic
         whole = self.make_batch(rollout)
         stats = []
         for _ in range(config.epochs):
             order = torch.randperm(config.num_envs, generator=self.generator)
-            for envs in order.split(config.envs_per_minibatch):
+            for envs in torch.split(order, config.envs_per_minibatch):
                 batch = whole.select(envs)
                 for _ in range(config.nested_steps):
                     g = inner_loss(critic, batch.obs, batch.targets)
@@ -252,6 +248,12 @@ def _grad(loss: Tensor, params: Params) -> Params:
 
 def _detach(params: Params) -> Params:
     return {name: p.detach() for name, p in params.items()}
+
+
+def _directional(fn: Callable[[Params], Tensor], critic: Params, x: Params) -> Tensor:
+    """d/ds fn(w + s x) at s = 0, by forward mode."""
+    tangent: Tensor = torch.func.jvp(fn, (_detach(critic),), (x,))[1]
+    return tangent
 
 
 def _jacobian(critic: Params, obs: Tensor) -> Tensor:

@@ -14,14 +14,16 @@ FORMAT = "hypergrad_rl checkpoint 1"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings, lists, dicts) so that ``path`` always holds a
-    whole checkpoint: to a temporary file, synced, then renamed over the old one."""
+    """Write ``state`` (tensors, numbers, strings, lists, dicts) atomically.
+
+    To a temporary file, synced, then renamed: ``path`` always holds a whole checkpoint.
+    """
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with temporary.open("wb") as file:
         torch.save({"format": FORMAT, **state}, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _OWN_FLAGS = ("env", "seed", "total_steps")  # the rest of the hyper-parameters 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (2 for an error of the user's, one line on stderr)."""
+    """Run one command; the exit status: 2, with one line on stderr, for an error of the user's."""
     args = _parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
@@ -85,7 +85,9 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
             elif kind.startswith("tuple"):
                 group.add_argument(flag, type=int, nargs="+")
             else:
-                group.add_argument(flag, type={"int": int, "str": str}.get(kind, float))
+                group.add_argument(
+                    flag, type=int if kind == "int" else float if "float" in kind else str
+                )
 
 
 def _add_run_flags(sub: argparse.ArgumentParser) -> None:
@@ -94,7 +96,7 @@ def _add_run_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _config(args: argparse.Namespace, algo: str, seed: int) -> Config:
-    """The preset with the flags given; with several algorithms a flag goes to those that have it."""
+    """The preset with the flags given; of several algorithms, a flag goes to those that have it."""
     kind = PPOConfig if algo == "ppo" else BLPOConfig
     names = [f.name for f in dataclasses.fields(kind) if f.name not in ("env", "seed")]
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
@@ -199,7 +201,7 @@ def _steps_done(run_dir: Path) -> int:
     path = run_dir / METRICS
     if not path.exists():
         return 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 2000))
         rows = file.read().split(b"\n")[:-1]
     cells: list[Any] = rows[-1].split(b",") if rows else []

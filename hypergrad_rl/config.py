@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hypergrad_rl.errors import ConfigError
 
@@ -17,7 +17,7 @@ def _check(condition: bool, name: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """What PPO, Nested PPO and BLPO share. Steps are environment steps, summed over environments."""
+    """What PPO, Nested PPO and BLPO share; steps are summed over the environments."""
 
     env: str = "CartPole-v1"
     seed: int = 0
@@ -79,10 +79,9 @@ class AgentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(AgentConfig):
-    """PPO (Schulman et al. 2017) with the usual details (Huang et al. 2022, "37 details"): the rate
-    annealed to zero, advantages normalised per minibatch, an entropy bonus, gradient clipping.
+    """PPO (Schulman et al. 2017) with the usual details (Huang et al. 2022, "37 details").
 
-    The networks and the rates are BLPO's, so that a comparison shows nesting and the hypergradient
+    Rates annealed to zero, normalised advantages, an entropy bonus, gradient clipping. The networks and the rates are BLPO's, so that a comparison shows nesting and the hypergradient
     alone (CartPole-v1, 150k steps, seed 0: last tenth 500 with this critic rate, 442 with the
     actor's rate for both).
     """
@@ -106,6 +105,7 @@ class PPOConfig(AgentConfig):
 
     @property
     def algo(self) -> str:
+        """The name of the algorithm on the command line."""
         return "ppo"
 
 
@@ -121,7 +121,7 @@ class BLPOConfig(AgentConfig):
     solver: str = "nystrom"
     damping: float = 1.0
     rank: int = 10
-    sketch: str = "gaussian"
+    sketch: Literal["gaussian", "columns"] = "gaussian"
     cg_iters: int = 20
     cg_rtol: float = 1e-3
     curvature: str = "ggn"
@@ -149,6 +149,7 @@ class BLPOConfig(AgentConfig):
 
     @property
     def algo(self) -> str:
+        """The name of the algorithm on the command line."""
         return "nested" if self.solver == "none" else "blpo"
 
 
@@ -168,7 +169,9 @@ def make_config(algo: str, **settings: Any) -> PPOConfig | BLPOConfig:
     cls = PPOConfig if algo == "ppo" else BLPOConfig
     known = [field.name for field in dataclasses.fields(cls)]
     for name in settings:
-        _check(name in known, name, settings[name], f"a hyper-parameter of {algo}: {', '.join(known)}")
+        _check(
+            name in known, name, settings[name], f"a hyper-parameter of {algo}: {', '.join(known)}"
+        )
     if algo == "nested":
         _check(settings.get("solver", "none") == "none", "solver", settings.get("solver"),
                'no solver with algo "nested"; use algo "blpo"')  # fmt: skip

@@ -79,8 +79,11 @@ class VectorEnv:
         return self._flat(self.envs.reset(seed=seed)[0])
 
     def step(self, actions: NDArray[np.generic]) -> Transition:
-        """One step. Box actions are clipped to the action space's bounds, as is usual for a Gaussian
-        policy; probabilities stay those of the unclipped action."""
+        """One step of every environment.
+
+        Box actions are clipped to the action space's bounds, as is usual for a Gaussian policy;
+        probabilities stay those of the unclipped action.
+        """
         if isinstance(self.action_space, gym.spaces.Box):
             actions = np.clip(actions, self.action_space.low, self.action_space.high)
         else:
@@ -94,6 +97,7 @@ class VectorEnv:
         return Transition(obs, next_obs, rewards, terminated, truncated)
 
     def close(self) -> None:
+        """Close the environments."""
         self.envs.close()
 
     def _flat(self, obs: NDArray[np.generic]) -> Array:

@@ -2,7 +2,7 @@
 
 
 class HypergradRLError(Exception):
-    """Base of the errors a user can mend: the message says what was got, expected, and what to do."""
+    """Base of the errors a user can mend: what was got, what was expected, and what to do."""
 
 
 class ConfigError(HypergradRLError, ValueError):

@@ -7,6 +7,7 @@ whole rollout (Gumbel-max, or mean + std * noise): one call to the generator ins
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,10 +19,10 @@ Params = dict[str, Tensor]
 
 
 def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator) -> Params:
-    """Orthogonal weights, gain sqrt(2) in hidden layers and ``head_gain`` in the last; zero biases."""
+    """Orthogonal weights, gain sqrt(2) in hidden layers, ``head_gain`` in the last; zero biases."""
     params: Params = {}
     last = len(sizes) - 2
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:])):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         weight = torch.empty(fan_out, fan_in)
         gain = head_gain if i == last else math.sqrt(2.0)
         torch.nn.init.orthogonal_(weight, gain, generator=generator)
@@ -31,7 +32,7 @@ def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator)
 
 
 def mlp(params: Params, x: Tensor) -> Tensor:
-    """tanh layers and a linear head: (..., in) -> (..., out)."""
+    """Tanh layers and a linear head: (..., in) -> (..., out)."""
     depth = sum(name.startswith("weight") for name in params)
     for i in range(depth):
         x = torch.nn.functional.linear(x, params[f"weight{i}"], params[f"bias{i}"])
@@ -53,10 +54,17 @@ def critic_value(params: Params, obs: Tensor) -> Tensor:
 class Policy(Protocol):
     """pi_theta(a|s): how actions are drawn and how likely they are."""
 
-    def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params: ...
-    def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor: ...
-    def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor: ...
-    def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]: ...
+    def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+        """Parameters theta."""
+
+    def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
+        """What ``act`` needs to draw num_steps x num_envs actions."""
+
+    def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions drawn with ``noise``; the most likely ones for None."""
+
+    def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair log pi(a|s) and entropy of pi(.|s), each (...)."""
 
 
 class CategoricalPolicy:
@@ -66,6 +74,7 @@ class CategoricalPolicy:
         self.num_actions = num_actions
 
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+        """Parameters; head gain 0.01: the first policy hardly depends on the state."""
         return init_mlp([obs_dim, *hidden, self.num_actions], 0.01, generator)
 
     def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
@@ -79,7 +88,7 @@ class CategoricalPolicy:
         return (logits if noise is None else logits + noise).argmax(-1)
 
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(a|s) and the entropy of pi(.|s), each (...)."""
+        """The pair log pi(a|s) and entropy of pi(.|s), each (...)."""
         log_probs = mlp(params, obs).log_softmax(-1)
         taken = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         return taken, -(log_probs.exp() * log_probs).sum(-1)
@@ -92,10 +101,12 @@ class GaussianPolicy:
         self.action_dim = action_dim
 
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+        """Parameters; head gain 0.01: the first policy hardly depends on the state."""
         params = init_mlp([obs_dim, *hidden, self.action_dim], 0.01, generator)
         return {**params, "log_std": torch.zeros(self.action_dim, requires_grad=True)}
 
     def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
+        """Standard normal noise."""
         return torch.randn(num_steps, num_envs, self.action_dim, generator=generator)
 
     def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
@@ -104,7 +115,7 @@ class GaussianPolicy:
         return mean if noise is None else mean + params["log_std"].exp() * noise
 
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log density of the (unclipped) actions and the entropy, each (...)."""
+        """Log density of the (unclipped) actions and the entropy, each (...)."""
         log_std = params["log_std"]
         z = (actions - mlp(params, obs)) * (-log_std).exp()
         log_norm = log_std.sum() + 0.5 * self.action_dim * math.log(2 * math.pi)

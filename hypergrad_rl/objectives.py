@@ -19,13 +19,16 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: float) -> Ten
 
 
 def value_loss(values: Tensor, targets: Tensor) -> Tensor:
-    """g = mean (G - V)^2, a scalar."""
+    """The inner objective g = mean (G - V)^2, a scalar."""
     return (targets - values).square().mean()
 
 
 def f_advantage(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """The published outer objective, a scalar. Through A_w it contains -V_w: a leader that sees
-    the critic's response gains by making the critic pessimistic."""
+    """The published outer objective, a scalar.
+
+    Through A_w it contains -V_w: a leader that sees the critic's response gains by making the
+    critic pessimistic.
+    """
     return clipped_surrogate(log_ratio, advantages, clip).mean()
 
 
@@ -57,8 +60,9 @@ def cross_term_weights(
     Args:
         mode: "suffix" or "full".
         matrix: (n, T, T), see ``discount_matrix``.
-        advantages, targets: (n, T), under the frozen critic w0.
+        advantages: (n, T), under the frozen critic w0.
         values: (n, T), V_w under the current critic.
+        targets: (n, T), G under the frozen critic w0.
         value_change: (n, T), u.
     """
     change_before = torch.matmul(value_change.unsqueeze(-2), matrix).squeeze(-2)  # M' u

@@ -58,10 +58,10 @@ class PPO(Agent):
                 policy_loss = clipped_surrogate(log_ratio, adv, config.clip).mean()
                 critic_loss = value_loss(critic_value(self.critic, b.obs), b.targets)
                 loss = policy_loss - config.entropy_bonus * entropy.mean() + critic_loss
-                for p, grad in zip(params, torch.autograd.grad(loss, params)):
+                for p, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
                     p.grad = grad
-                # Separately: clipped together, the critic's large gradients would shrink the actor's
-                # to below Adam's epsilon while the values are still far off.
+                # Separately: clipped together, the critic's large gradients would shrink the
+                # actor's to below Adam's epsilon while the values are still far off.
                 for net in (self.actor, self.critic):
                     torch.nn.utils.clip_grad_norm_(net.values(), config.max_grad_norm)
                 self.actor_optimizer.step()

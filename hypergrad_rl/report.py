@@ -36,7 +36,7 @@ def read_metrics(run_dir: str | Path) -> Metrics:
     path = Path(run_dir) / "metrics.csv"
     if not path.is_file():
         raise RunDirectoryError(f"{run_dir} holds no run: {path} is missing")
-    with open(path, newline="") as file:
+    with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise RunDirectoryError(f"{path} has no rows yet; let the run do one update")
@@ -102,8 +102,10 @@ def plot_run(run_dir: str | Path) -> Path:
 
 
 def plot_comparison(runs: Mapping[str, Sequence[Metrics]], path: str | Path, title: str) -> None:
-    """Learning curves of several algorithms: the mean over seeds, the band is +- one standard error
-    (a single seed has none)."""
+    """Learning curves of several algorithms: the mean over seeds.
+
+    The band is +- one standard error; a single seed has none.
+    """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="environment steps", ylabel="episode return", title=title)
     for name, seeds in runs.items():

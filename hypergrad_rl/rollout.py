@@ -19,7 +19,7 @@ NORMALIZED_LIMIT = 10.0  # normalised observations and rewards are clipped to +-
 
 @dataclass
 class Rollout:
-    """Transitions (N, T, ...): ``next_obs`` is the transition's own next state, never a reset one."""
+    """Transitions (N, T, ...); ``next_obs`` is a transition's own next state, never a reset one."""
 
     obs: Tensor
     actions: Tensor
@@ -77,11 +77,11 @@ class Episodes:
 
 
 class Collector:
-    """Steps the environments with a policy and keeps what must survive between rollouts: the
-    current observations, the running returns, the normalisers' statistics.
+    """Steps the environments with a policy and keeps what must survive between rollouts.
 
-    The statistics are frozen during a rollout and updated after it, so that all states of one
-    rollout, final ones included, are normalised alike.
+    That is the current observations, the running returns, the normalisers' statistics. The latter
+    are frozen during a rollout and updated after it, so that all states of one rollout, final ones
+    included, are normalised alike.
     """
 
     def __init__(self, env: VectorEnv, config: AgentConfig, generator: torch.Generator) -> None:
@@ -158,6 +158,7 @@ class Collector:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over statistics that ``state_dict`` returned."""
         for name in ("obs_moments", "return_moments"):
             if moments := getattr(self, name):
                 moments.mean = state[f"{name}.mean"].numpy().copy()

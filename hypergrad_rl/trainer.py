@@ -8,7 +8,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ def claim_run_directory(directory: Path, config: Config) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     settings = {"algo": config.algo, **dataclasses.asdict(config)}
     try:
-        with open(directory / CONFIG, "x") as file:
+        with (directory / CONFIG).open("x") as file:
             json.dump(settings, file, indent=2)
     except FileExistsError as error:
         raise RunDirectoryError(
@@ -176,10 +176,12 @@ def load_config(run_dir: str | Path) -> Config:
 
 
 class MetricsLog:
-    """metrics.csv, flushed row by row, and TensorBoard events."""
+    """metrics.csv, flushed row by row, and TensorBoard events; nothing without a directory."""
 
     def __init__(self, directory: Path | None, first_update: int, tensorboard: bool) -> None:
-        self.file = self.writer = self.csv = None
+        self.file: TextIO | None = None
+        self.writer: Any = None
+        self.write_header = first_update == 0
         if directory is None:
             return
         if first_update:  # rows after the checkpoint are computed again
@@ -187,21 +189,21 @@ class MetricsLog:
             temporary = directory / "metrics.tmp"
             temporary.write_text("".join(kept))
             temporary.replace(directory / METRICS)
-        self.file = open(directory / METRICS, "a" if first_update else "w", newline="")
-        self.header = not first_update
+        self.file = (directory / METRICS).open("a", newline="")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
-            self.writer = SummaryWriter(str(directory), purge_step=None)
+            self.writer = SummaryWriter(str(directory))
 
     def write(self, row: dict[str, float]) -> None:
+        """Add the metrics of one update."""
         if self.file is None:
             return
-        if self.csv is None:
-            self.csv = csv.DictWriter(self.file, list(row))
-            if self.header:
-                self.csv.writeheader()
-        self.csv.writerow({k: "" if np.isnan(v) else f"{v:.8g}" for k, v in row.items()})
+        table = csv.DictWriter(self.file, list(row))
+        if self.write_header:
+            table.writeheader()
+            self.write_header = False
+        table.writerow({k: "" if np.isnan(v) else f"{v:.8g}" for k, v in row.items()})
         self.file.flush()
         if self.writer is not None:
             for name, value in row.items():
@@ -209,6 +211,7 @@ class MetricsLog:
                     self.writer.add_scalar(name, value, int(row["env_steps"]))
 
     def close(self) -> None:
+        """Close both files."""
         if self.file is not None:
             self.file.close()
         if self.writer is not None:
@@ -226,6 +229,7 @@ def evaluate(
     Args:
         run_dir: a run directory with a checkpoint.
         episodes: how many, rounded up to a multiple of the environments (at most 8).
+        seed: of the environments and of sampled actions.
         deterministic: take the most likely action (the mean) instead of sampling.
     """
     config = load_config(run_dir)
@@ -253,8 +257,3 @@ def evaluate(
             obs = step.obs
     env.close()
     return [r for returns in finished for r in returns]
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """The configuration as ``make_config`` takes it back."""
-    return {"algo": config.algo, **dataclasses.asdict(config)}

@@ -1,5 +1,7 @@
-"""MuJoCo tasks (``pip install "gymnasium[mujoco]"``): the published continuous setting, scaled to a
-few environments on a CPU."""
+"""MuJoCo tasks (``pip install "gymnasium[mujoco]"``): the published setting.
+
+Scaled to a few environments on a CPU.
+"""
 
 from typing import Any
 

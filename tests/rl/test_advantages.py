@@ -42,9 +42,7 @@ def test_gae_is_the_recursion(seed, envs, steps, ends, gamma, gae_lambda):
     rewards, values, next_values, terminated, done = random_rollout(seed, envs, steps, ends)
     matrix = discount_matrix(done, gamma * gae_lambda, torch.float64)
     ours = gae(matrix, rewards, values, next_values, terminated, gamma)
-    naive = naive_gae(
-        rewards, values, next_values, terminated, done, gamma, gamma * gae_lambda
-    )
+    naive = naive_gae(rewards, values, next_values, terminated, done, gamma, gamma * gae_lambda)
     # T terms of a dot product: rounding about T eps of the largest partial sum.
     torch.testing.assert_close(ours, naive, rtol=1e-12, atol=1e-12)
 

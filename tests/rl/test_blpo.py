@@ -118,9 +118,7 @@ def config(**settings):
 @pytest.mark.parametrize("objective", ["return", "advantage"])
 def test_direct_gradient_and_v(problem, objective):
     actor, critic, batch = problem
-    d, v, stats = outer_gradients(
-        POLICY, actor, critic, batch, config(outer_objective=objective)
-    )
+    d, v, stats = outer_gradients(POLICY, actor, critic, batch, config(outer_objective=objective))
     advantages, values = naive_advantages(critic, batch)
     ratio = naive_ratio(actor, batch)
     f = naive_surrogate(ratio, advantages.detach()).mean()
@@ -288,13 +286,13 @@ def test_one_update_is_the_algorithm(problem):
         v = flat(gradient(-(ratio.detach() * (advantages + values)).mean(), w))
         dense = dense_curvature(w, b, "ggn")
         x = torch.linalg.solve(dense + 0.5 * torch.eye(len(dense)), v)
-        jacobian = torch.stack(
-            [flat(gradient(critic_value(w, s), w)) for s in b.obs[0]]
-        )
+        jacobian = torch.stack([flat(gradient(critic_value(w, s), w)) for s in b.obs[0]])
         c = naive_cross_term(theta, w, (jacobian @ x)[None], b, "suffix")
         c = c * min(1.0, 0.7 * flat(d).norm() / c.norm())
         total = flat(d) - c
         parts = total.split([p.numel() for p in theta.values()])
-        step(theta_adam, theta, [x.view(p.shape) for x, p in zip(parts, theta.values(), strict=True)])
+        step(
+            theta_adam, theta, [x.view(p.shape) for x, p in zip(parts, theta.values(), strict=True)]
+        )
     torch.testing.assert_close(flat(agent.critic), flat(w), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(flat(agent.actor), flat(theta), rtol=1e-8, atol=1e-10)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hypergrad_rl.advantages import discount_matrix, gae
 from hypergrad_rl.objectives import cross_term_weights
 from tests.rl.tabular import ACTIONS, GAMMA, LAMBDA, STATES, TabularMDP
@@ -29,13 +30,13 @@ def naive_weights(mode, done, advantages, values, targets, u, decay):
 def test_weights_are_those_of_the_definition(mode):
     generator = torch.Generator().manual_seed(0)
     done = torch.rand(3, 17, generator=generator) < 0.2
-    advantages, values, targets, u = torch.randn(
-        4, 3, 17, generator=generator, dtype=torch.float64
-    )
+    advantages, values, targets, u = torch.randn(4, 3, 17, generator=generator, dtype=torch.float64)
     matrix = discount_matrix(done, 0.9, torch.float64)
     weights = cross_term_weights(mode, matrix, advantages, values, targets, u)
     for row in range(3):
-        naive = naive_weights(mode, done[row], advantages[row], values[row], targets[row], u[row], 0.9)
+        naive = naive_weights(
+            mode, done[row], advantages[row], values[row], targets[row], u[row], 0.9
+        )
         torch.testing.assert_close(weights[row], naive, rtol=1e-12, atol=1e-12)
 
 
@@ -52,9 +53,7 @@ def estimates(mdp, weights_of):
     for rows in torch.arange(ROLLOUTS).split(10_000):  # a (T, T) matrix per rollout: in parts
         part = {name: x[rows] for name, x in batch.items()}
         matrix = discount_matrix(part["end"], GAMMA * LAMBDA, torch.float64)
-        advantages = gae(
-            matrix, part["rewards"], values0[rows], next0[rows], part["end"], GAMMA
-        )
+        advantages = gae(matrix, part["rewards"], values0[rows], next0[rows], part["end"], GAMMA)
         weights = weights_of(
             matrix,
             advantages,
@@ -64,9 +63,10 @@ def estimates(mdp, weights_of):
             part["end"],
         )
         # grad log pi(a|s) of a softmax policy, summed over time: one-hot(a) - pi(.|s).
-        score = torch.nn.functional.one_hot(part["actions"], ACTIONS) - mdp.theta.softmax(-1)[
-            part["states"]
-        ]
+        score = (
+            torch.nn.functional.one_hot(part["actions"], ACTIONS)
+            - mdp.theta.softmax(-1)[part["states"]]
+        )
         visits = torch.nn.functional.one_hot(part["states"], STATES).double()
         sample = torch.einsum("nt,nts,nta->nsa", weights, visits, score) / weights.shape[-1]
         total += sample.sum(0)

@@ -51,9 +51,7 @@ def test_log_probabilities_and_entropy(policy):
         with torch.no_grad():
             params["log_std"].copy_(torch.tensor([-0.5, 0.3]))
         actions = torch.randn(5, 7, 2, generator=generator, dtype=torch.float64)
-        normal = torch.distributions.Normal(
-            policy.act(params, obs, None), params["log_std"].exp()
-        )
+        normal = torch.distributions.Normal(policy.act(params, obs, None), params["log_std"].exp())
         reference = torch.distributions.Independent(normal, 1)
     log_prob, entropy = policy.log_prob(params, obs, actions)
     torch.testing.assert_close(log_prob, reference.log_prob(actions))
@@ -67,9 +65,7 @@ def test_gumbel_noise_samples_the_softmax():
     with torch.no_grad():
         params["bias1"].copy_(torch.tensor([0.5, 0.3, 0.2]).log())
     samples = 40_000
-    actions = policy.act(
-        params, torch.zeros(samples, 1), policy.noise(1, samples, generator)[0]
-    )
+    actions = policy.act(params, torch.zeros(samples, 1), policy.noise(1, samples, generator)[0])
     frequency = actions.bincount(minlength=3) / samples
     error = 4 * torch.sqrt(torch.tensor([0.25, 0.21, 0.16]) / samples)
     assert ((frequency - torch.tensor([0.5, 0.3, 0.2])).abs() <= error).all()
@@ -82,9 +78,7 @@ def test_initialisation_is_orthogonal_with_the_published_gains():
     for params, gain in ((actor, 0.01), (critic, 1.0)):
         hidden, head = params["weight1"], params["weight2"]
         torch.testing.assert_close(hidden @ hidden.T, 2 * torch.eye(64), rtol=0, atol=1e-4)
-        torch.testing.assert_close(
-            head @ head.T, gain**2 * torch.eye(len(head)), rtol=0, atol=1e-4
-        )
+        torch.testing.assert_close(head @ head.T, gain**2 * torch.eye(len(head)), rtol=0, atol=1e-4)
         assert all(not p.any() for name, p in params.items() if name.startswith("bias"))
     assert critic_value(critic, torch.zeros(2, 5, 4)).shape == (2, 5)
 

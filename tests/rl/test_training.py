@@ -210,7 +210,15 @@ def test_resume_continues_where_the_checkpoint_is(tmp_path):
 
 
 def test_a_used_run_directory_is_refused_and_keeps_its_content(tmp_path, capsys):
-    flags = ["--algo", "ppo", "--total-steps", "512", "--run-dir", str(tmp_path), "--no-tensorboard"]
+    flags = [
+        "--algo",
+        "ppo",
+        "--total-steps",
+        "512",
+        "--run-dir",
+        str(tmp_path),
+        "--no-tensorboard",
+    ]
     assert main(["train", *flags]) == 0
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     capsys.readouterr()
@@ -294,7 +302,7 @@ def test_summary_figures(tmp_path):
             [(0, "")] + [(1, 5.0)] * 8 + [(0, "")] + [(3, 10.0), (1, 20.0)] * 5
         )
     ]
-    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+    with (tmp_path / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
