@@ -61,18 +61,18 @@ def critic_advantages(critic: Params, batch: Batch, gamma: float) -> tuple[Tenso
 
 def outer_gradients(
     policy: Policy, actor: Params, critic: Params, batch: Batch, config: BLPOConfig
-) -> tuple[Params, Params | None, dict[str, Tensor]]:
+) -> tuple[Params, Params, dict[str, Tensor]]:
     """The gradients d = grad_theta f and v = grad_w f_outer on a fixed batch, and statistics.
 
     ``config.outer_objective`` names f_outer: "return" for :func:`f_return`, "advantage" for f
-    itself. d is grad_theta f under both. v is None for ``solver="none"``.
+    itself. d is grad_theta f under both. v is empty for ``solver="none"``.
     """
     log_probs, entropy = policy.log_prob(actor, batch.obs, batch.actions)
     log_ratio = log_probs - batch.log_probs
     advantages, values = critic_advantages(critic, batch, config.gamma)
     f = f_advantage(log_ratio, advantages.detach(), config.clip)
     d = _grad(f, actor)
-    v = None
+    v: Params = {}
     if config.solver != "none":
         if config.outer_objective == "return":
             outer = f_return(log_ratio.detach(), advantages, values)
@@ -231,7 +231,7 @@ class BLPO(Agent):
                     apply_gradient(self.critic_optimizer, critic, _grad(g, critic).values())
                 step, v, entry = outer_gradients(policy, actor, critic, batch, config)
                 entry["value_loss"] = g.detach()
-                if v is not None:
+                if config.solver != "none":
                     c, residual = correction(
                         policy, actor, critic, v, batch, config, self.generator
                     )

@@ -81,7 +81,8 @@ class AgentConfig:
 class PPOConfig(AgentConfig):
     """PPO (Schulman et al. 2017) with the usual details (Huang et al. 2022, "37 details").
 
-    Rates annealed to zero, normalised advantages, an entropy bonus, gradient clipping. The networks and the rates are BLPO's, so that a comparison shows nesting and the hypergradient
+    Rates annealed to zero, normalised advantages, an entropy bonus, gradient clipping. The
+    networks and the rates are BLPO's, so that a comparison shows nesting and the hypergradient
     alone (CartPole-v1, 150k steps, seed 0: last tenth 500 with this critic rate, 442 with the
     actor's rate for both).
     """
@@ -127,7 +128,10 @@ class BLPOConfig(AgentConfig):
     curvature: str = "ggn"
     outer_objective: str = "return"
     cross_term: str = "suffix"
-    correction_bound: float | None = None  # |c| <= bound |d|
+    # |c| <= bound |d|; None for no bound. Unbounded, c is about 15 |d| and nearly parallel to it, and
+    # training drops out now and then: CartPole-v1, 200k steps, seeds 0 and 1: area under the curve
+    # 452 and 411 without a bound, 462 and 467 with 0.5 (Nested 464 and 472).
+    correction_bound: float | None = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()

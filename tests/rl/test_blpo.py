@@ -2,9 +2,12 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hypergrad_rl import BLPO, BLPOConfig
 from hypergrad_rl.blpo import (
@@ -15,19 +18,20 @@ from hypergrad_rl.blpo import (
     outer_gradients,
     published_cross_term,
 )
-from hypergrad_rl.networks import CategoricalPolicy, critic_value, init_critic
-from hypergrad_rl.rollout import Rollout, make_batch
+from hypergrad_rl.networks import CategoricalPolicy, Params, critic_value, init_critic
+from hypergrad_rl.rollout import Batch, Rollout, make_batch
 
 OBS, ACTIONS, STEPS = 3, 3, 12
 GAMMA, LAMBDA, CLIP = 0.99, 0.95, 0.2
 POLICY = CategoricalPolicy(ACTIONS)
+Problem = tuple[Params, Params, Batch]
 
 
-def double(params):
+def double(params: Params) -> Params:
     return {name: p.detach().double().requires_grad_() for name, p in params.items()}
 
 
-def shifted(params, generator, size):
+def shifted(params: Params, generator: torch.Generator, size: float) -> Params:
     """The same tree a little elsewhere, so that ratios differ from 1 and w from w0."""
     noise = {
         n: size * torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -37,7 +41,7 @@ def shifted(params, generator, size):
 
 
 @pytest.fixture
-def problem():
+def problem() -> Problem:
     """Actor, critic and a batch of two trajectories with ends of both kinds."""
     generator = torch.Generator().manual_seed(0)
     old_actor = double(POLICY.init(OBS, (5,), generator))
@@ -61,12 +65,13 @@ def problem():
     return shifted(old_actor, generator, 0.05), shifted(old_critic, generator, 0.05), batch
 
 
-def naive_advantages(critic, batch):
+def naive_advantages(critic: Params, batch: Batch) -> tuple[Tensor, Tensor]:
     """GAE by its recursion, differentiable in the critic."""
     values, next_values = critic_value(critic, batch.obs), critic_value(critic, batch.next_obs)
     rows = []
     for n in range(len(values)):
-        following, row = torch.zeros((), dtype=torch.float64), []
+        following = torch.zeros((), dtype=torch.float64)
+        row: list[Tensor] = []
         for t in reversed(range(STEPS)):
             bootstrap = 0.0 if batch.terminated[n, t] else GAMMA * next_values[n, t]
             delta = batch.rewards[n, t] + bootstrap - values[n, t]
@@ -76,47 +81,46 @@ def naive_advantages(critic, batch):
     return torch.stack(rows), values
 
 
-def naive_ratio(actor, batch):
+def naive_ratio(actor: Params, batch: Batch) -> Tensor:
     return (POLICY.log_prob(actor, batch.obs, batch.actions)[0] - batch.log_probs).exp()
 
 
-def naive_surrogate(ratio, advantages):
+def naive_surrogate(ratio: Tensor, advantages: Tensor) -> Tensor:
     return torch.maximum(-ratio * advantages, -ratio.clip(1 - CLIP, 1 + CLIP) * advantages)
 
 
-def gradient(loss, params):
+def gradient(loss: Tensor, params: Params) -> Params:
     return dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
 
 
-def flat(tree):
+def flat(tree: Params) -> Tensor:
     return torch.cat([leaf.reshape(-1) for leaf in tree.values()])
 
 
-def dense_curvature(critic, batch, kind):
+def dense_curvature(critic: Params, batch: Batch, kind: str) -> Tensor:
     """H of g as a matrix, entry by entry through double differentiation."""
     shapes = {n: p.shape for n, p in critic.items()}
 
-    def unflatten(w):
-        parts = w.split([s.numel() for s in shapes.values()])
+    def unflatten(w: Tensor) -> Params:
+        parts = torch.split(w, [s.numel() for s in shapes.values()])
         return {n: x.view(s) for (n, s), x in zip(shapes.items(), parts, strict=True)}
 
     w = flat(critic).detach()
     if kind == "ggn":
-        jacobian = torch.autograd.functional.jacobian(
-            lambda w: critic_value(unflatten(w), batch.obs).reshape(-1), w
-        )
+        jacobian = torch.func.jacrev(lambda w: critic_value(unflatten(w), batch.obs).reshape(-1))(w)
         return 2 / len(jacobian) * jacobian.T @ jacobian
-    return torch.autograd.functional.hessian(
-        lambda w: (batch.targets - critic_value(unflatten(w), batch.obs)).square().mean(), w
-    )
+    hessian: Tensor = torch.func.hessian(
+        lambda w: (batch.targets - critic_value(unflatten(w), batch.obs)).square().mean()
+    )(w)
+    return hessian
 
 
-def config(**settings):
+def config(**settings: Any) -> BLPOConfig:
     return BLPOConfig(gamma=GAMMA, gae_lambda=LAMBDA, clip=CLIP, **settings)
 
 
 @pytest.mark.parametrize("objective", ["return", "advantage"])
-def test_direct_gradient_and_v(problem, objective):
+def test_direct_gradient_and_v(problem: Problem, objective: str) -> None:
     actor, critic, batch = problem
     d, v, stats = outer_gradients(POLICY, actor, critic, batch, config(outer_objective=objective))
     advantages, values = naive_advantages(critic, batch)
@@ -131,7 +135,7 @@ def test_direct_gradient_and_v(problem, objective):
     assert stats["policy_loss"] == pytest.approx(f.item())
 
 
-def test_v_by_finite_differences(problem):
+def test_v_by_finite_differences(problem: Problem) -> None:
     actor, critic, batch = problem
     settings = config(outer_objective="return")
     _, v, _ = outer_gradients(POLICY, actor, critic, batch, settings)
@@ -140,7 +144,7 @@ def test_v_by_finite_differences(problem):
         for n, p in critic.items()
     }
 
-    def f(step):
+    def f(step: float) -> float:
         moved = {n: p.detach() + step * direction[n] for n, p in critic.items()}
         advantages, values = naive_advantages(moved, batch)
         return -(naive_ratio(actor, batch) * (advantages + values)).mean().item()
@@ -152,7 +156,9 @@ def test_v_by_finite_differences(problem):
 @pytest.mark.parametrize(
     ("solver", "curvature"), list(itertools.product(["exact", "nystrom", "cg"], ["ggn", "hessian"]))
 )
-def test_inverse_hvp_and_response_against_the_dense_solve(problem, solver, curvature):
+def test_inverse_hvp_and_response_against_the_dense_solve(
+    problem: Problem, solver: str, curvature: str
+) -> None:
     actor, critic, batch = problem
     dense = dense_curvature(critic, batch, curvature)
     damping = 0.1 + max(0.0, -2 * torch.linalg.eigvalsh(dense)[0].item())
@@ -166,13 +172,13 @@ def test_inverse_hvp_and_response_against_the_dense_solve(problem, solver, curva
     x, residual = inverse_hvp(critic, batch, v, settings, generator)
     assert residual < 1e-8
     torch.testing.assert_close(flat(x), expected, rtol=1e-7, atol=1e-9)
-    _, change = torch.func.jvp(lambda w: critic_value(w, batch.obs), (critic,), (x,))
+    change = torch.func.jvp(lambda w: critic_value(w, batch.obs), (critic,), (x,))[1]
     u, residual = critic_response(critic, batch, v, settings, generator)
     assert residual < 1e-8
     torch.testing.assert_close(u, change, rtol=1e-7, atol=1e-9)
 
 
-def test_identity_is_v_over_damping(problem):
+def test_identity_is_v_over_damping(problem: Problem) -> None:
     actor, critic, batch = problem
     settings = config(solver="identity", damping=2.0)
     _, v, _ = outer_gradients(POLICY, actor, critic, batch, settings)
@@ -180,13 +186,13 @@ def test_identity_is_v_over_damping(problem):
     assert torch.equal(flat(x), flat(v) / 2)
 
 
-def naive_cross_term(actor, critic, u, batch, mode):
+def naive_cross_term(actor: Params, critic: Params, u: Tensor, batch: Batch, mode: str) -> Tensor:
     """mean over samples of grad log pi_k W_k, one gradient per step."""
     total = torch.zeros_like(flat(actor))
     values = critic_value(critic, batch.obs)
     for n in range(len(u)):
         for k in range(STEPS):
-            weight = 0.0
+            weight = torch.zeros((), dtype=torch.float64)
             for t in range(k + 1):
                 if not batch.done[n, t:k].any():
                     decay = (GAMMA * LAMBDA) ** (k - t)
@@ -200,7 +206,7 @@ def naive_cross_term(actor, critic, u, batch, mode):
 
 
 @pytest.mark.parametrize("mode", ["suffix", "full"])
-def test_cross_term(problem, mode):
+def test_cross_term(problem: Problem, mode: str) -> None:
     actor, critic, batch = problem
     u = torch.randn(2, STEPS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     c = cross_term(POLICY, actor, critic, u, batch, mode)
@@ -210,7 +216,7 @@ def test_cross_term(problem, mode):
         torch.testing.assert_close(flat(c), -naive, rtol=1e-9, atol=1e-12)
 
 
-def test_published_cross_term_by_finite_differences(problem):
+def test_published_cross_term_by_finite_differences(problem: Problem) -> None:
     actor, critic, batch = problem
     settings = config(cross_term="paper")
     x = {
@@ -219,7 +225,7 @@ def test_published_cross_term_by_finite_differences(problem):
     }
     c = published_cross_term(POLICY, actor, critic, x, batch, settings)
 
-    def actor_gradient(step):
+    def actor_gradient(step: float) -> Tensor:
         moved = {n: p.detach() + step * x[n] for n, p in critic.items()}
         advantages, values = naive_advantages(moved, batch)
         losses = naive_surrogate(naive_ratio(actor, batch), advantages)
@@ -229,7 +235,7 @@ def test_published_cross_term_by_finite_differences(problem):
     torch.testing.assert_close(flat(c), difference, rtol=1e-6, atol=1e-8)
 
 
-def test_combine_bounds_the_correction():
+def test_combine_bounds_the_correction() -> None:
     d, c = {"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([0.0, 20.0])}
     step, stats = combine(d, c, None)
     assert step["w"].tolist() == [3.0, -16.0]
@@ -242,7 +248,7 @@ def test_combine_bounds_the_correction():
     assert combine(d, {"w": torch.zeros(2)}, 0.5)[0]["w"].tolist() == [3.0, 4.0]
 
 
-def test_one_update_is_the_algorithm(problem):
+def test_one_update_is_the_algorithm(problem: Problem) -> None:
     """One epoch, one trajectory a minibatch: the parameters after ``update`` are those of the
     algorithm in the module's documentation, written out with dense matrices and naive loops."""
     actor, critic, batch = problem
@@ -263,7 +269,7 @@ def test_one_update_is_the_algorithm(problem):
     theta_adam = torch.optim.Adam(theta.values(), settings.learning_rate, eps=settings.adam_eps)
     w_adam = torch.optim.Adam(w.values(), settings.critic_learning_rate, eps=settings.adam_eps)
 
-    def step(optimizer, params, grads):
+    def step(optimizer: torch.optim.Optimizer, params: Params, grads: Iterable[Tensor]) -> None:
         for p, g in zip(params.values(), grads, strict=True):
             p.grad = g
         optimizer.step()

@@ -1,19 +1,27 @@
 """Losses against finite differences, networks and distributions against PyTorch's own."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from hypergrad_rl.networks import CategoricalPolicy, GaussianPolicy, critic_value, init_critic
+from hypergrad_rl.networks import (
+    CategoricalPolicy,
+    GaussianPolicy,
+    Params,
+    Policy,
+    critic_value,
+    init_critic,
+)
 from hypergrad_rl.objectives import clipped_surrogate, f_advantage, f_return, value_loss
 
 
-def double(params):
+def double(params: Params) -> Params:
     return {name: p.detach().double().requires_grad_() for name, p in params.items()}
 
 
-def test_losses_by_finite_differences():
+def test_losses_by_finite_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     log_ratio, advantages, values, targets = 0.3 * torch.randn(
         4, 2, 6, generator=generator, dtype=torch.float64
@@ -26,7 +34,7 @@ def test_losses_by_finite_differences():
         assert torch.autograd.gradcheck(loss, [x.clone().requires_grad_() for x in inputs])
 
 
-def test_clipping_stops_the_gradient_only_where_it_should():
+def test_clipping_stops_the_gradient_only_where_it_should() -> None:
     log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
     (gradient,) = torch.autograd.grad(
@@ -37,7 +45,7 @@ def test_clipping_stops_the_gradient_only_where_it_should():
 
 
 @pytest.mark.parametrize("policy", [CategoricalPolicy(3), GaussianPolicy(2)])
-def test_log_probabilities_and_entropy(policy):
+def test_log_probabilities_and_entropy(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(0)
     params = double(policy.init(4, (8, 8), generator))
     obs = torch.randn(5, 7, 4, generator=generator, dtype=torch.float64)
@@ -46,7 +54,7 @@ def test_log_probabilities_and_entropy(policy):
         mode_logits = torch.stack(
             [policy.log_prob(params, obs, torch.full((5, 7), a))[0] for a in range(3)], -1
         )
-        reference = torch.distributions.Categorical(logits=mode_logits)
+        reference: Any = torch.distributions.Categorical(logits=mode_logits)
     else:
         with torch.no_grad():
             params["log_std"].copy_(torch.tensor([-0.5, 0.3]))
@@ -58,7 +66,7 @@ def test_log_probabilities_and_entropy(policy):
     torch.testing.assert_close(entropy, reference.entropy())
 
 
-def test_gumbel_noise_samples_the_softmax():
+def test_gumbel_noise_samples_the_softmax() -> None:
     policy = CategoricalPolicy(3)
     generator = torch.Generator().manual_seed(0)
     params = policy.init(1, (4,), generator)
@@ -71,7 +79,7 @@ def test_gumbel_noise_samples_the_softmax():
     assert ((frequency - torch.tensor([0.5, 0.3, 0.2])).abs() <= error).all()
 
 
-def test_initialisation_is_orthogonal_with_the_published_gains():
+def test_initialisation_is_orthogonal_with_the_published_gains() -> None:
     generator = torch.Generator().manual_seed(0)
     actor = CategoricalPolicy(3).init(4, (64, 64), generator)
     critic = init_critic(4, (64, 64), generator)
@@ -83,7 +91,7 @@ def test_initialisation_is_orthogonal_with_the_published_gains():
     assert critic_value(critic, torch.zeros(2, 5, 4)).shape == (2, 5)
 
 
-def test_gaussian_entropy_at_unit_scale():
+def test_gaussian_entropy_at_unit_scale() -> None:
     policy = GaussianPolicy(1)
     params = policy.init(2, (4,), torch.Generator().manual_seed(0))
     _, entropy = policy.log_prob(params, torch.zeros(1, 2), torch.zeros(1, 1))

@@ -3,6 +3,9 @@
 import csv
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -27,28 +30,32 @@ ALGOS = ("ppo", "nested", "blpo")
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-class Countdown(gym.Env):
+class Countdown(gym.Env[Any, Any]):
     """Observation: steps taken. Reward 1 a step. Ends at step ``end``, or at a time limit."""
 
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    action_space = gym.spaces.Discrete(2, start=3)
+    observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space: gym.Space[Any] = gym.spaces.Discrete(2, start=3)
 
-    def __init__(self, end=10**9, fault=None, render_mode=None):
+    def __init__(
+        self, end: int = 10**9, fault: int | None = None, render_mode: str | None = None
+    ) -> None:
         self.end, self.fault = end, fault
 
-    def reset(self, *, seed=None, options=None):
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.steps = 0
         return np.zeros(1, np.float32), {}
 
-    def step(self, action):
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         assert action in (3, 4)
         self.steps += 1
         obs = np.array([self.steps], np.float32)
@@ -57,11 +64,11 @@ class Countdown(gym.Env):
 
 
 @pytest.fixture
-def countdown(request):
+def countdown(request: Any) -> Iterator[Callable[..., str]]:
     """Ids of Countdown variants, registered for one test."""
-    ids = []
+    ids: list[str] = []
 
-    def make(limit=None, **kwargs):
+    def make(limit: int | None = None, **kwargs: Any) -> str:
         name = f"Countdown{len(ids)}-v0"
         gym.register(name, lambda **kw: Countdown(**kw), max_episode_steps=limit, kwargs=kwargs)
         ids.append(name)
@@ -72,13 +79,13 @@ def countdown(request):
         del gym.registry[name]
 
 
-def collector_of(env_id, **settings):
+def collector_of(env_id: str, **settings: Any) -> tuple[Collector, VectorEnv]:
     config = PPOConfig(env=env_id, num_envs=2, num_steps=7, **settings)
     env = VectorEnv(env_id, 2)
     return Collector(env, config, torch.Generator().manual_seed(0)), env
 
 
-def test_rollout_keeps_final_observations_and_true_returns(countdown):
+def test_rollout_keeps_final_observations_and_true_returns(countdown: Callable[..., str]) -> None:
     collector, env = collector_of(countdown(limit=3))
     actor = env.policy.init(1, (4,), torch.Generator())
     rollout, episodes = collector.collect(actor)
@@ -92,20 +99,22 @@ def test_rollout_keeps_final_observations_and_true_returns(countdown):
     assert episodes.returns == [3.0] * 4
 
 
-def test_terminations_are_told_from_time_limits(countdown):
+def test_terminations_are_told_from_time_limits(countdown: Callable[..., str]) -> None:
     collector, env = collector_of(countdown(limit=5, end=2))
     rollout, _ = collector.collect(env.policy.init(1, (4,), torch.Generator()))
     assert torch.equal(rollout.terminated, rollout.done)
     assert rollout.terminated[0].tolist() == [False, True] * 3 + [False]
 
 
-def test_a_nan_reward_stops_training_with_a_message(countdown, tmp_path):
+def test_a_nan_reward_stops_training_with_a_message(
+    countdown: Callable[..., str], tmp_path: Path
+) -> None:
     config = PPOConfig(env=countdown(fault=3), num_envs=1, num_steps=8, num_minibatches=1)
     with pytest.raises(EnvironmentFault, match="non-finite observation or reward"):
         train(config, tmp_path)
 
 
-def test_observation_statistics_are_those_of_the_samples():
+def test_observation_statistics_are_those_of_the_samples() -> None:
     samples = np.random.default_rng(0).normal(3.0, 2.0, (1000, 2)) * [1.0, 1e-3]
     moments = RunningMoments(2)
     for part in np.array_split(samples, 7):
@@ -114,12 +123,12 @@ def test_observation_statistics_are_those_of_the_samples():
     np.testing.assert_allclose(moments.variance, samples.var(0), rtol=1e-12)
 
 
-def without_times(metrics):
+def without_times(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if "second" not in k} for row in metrics]
 
 
 @pytest.mark.parametrize("algo", ALGOS)
-def test_the_same_seed_gives_the_same_metrics(algo):
+def test_the_same_seed_gives_the_same_metrics(algo: str) -> None:
     config = preset(algo, "CartPole-v1", total_steps=1536, seed=5)
     first, again = (without_times(train(config).metrics) for _ in range(2))
     np.testing.assert_equal(first, again)
@@ -128,7 +137,7 @@ def test_the_same_seed_gives_the_same_metrics(algo):
 
 
 @pytest.mark.parametrize("algo", ALGOS)
-def test_continuous_actions_train_finite(algo):
+def test_continuous_actions_train_finite(algo: str) -> None:
     config = preset(algo, "Pendulum-v1", total_steps=1536, num_envs=2, epochs=2)
     metrics = to_metrics(train(config).metrics)
     for name, column in metrics.items():
@@ -149,36 +158,36 @@ def test_continuous_actions_train_finite(algo):
         {"envs_per_minibatch": 2},
     ],
 )  # fmt: skip
-def test_every_option_trains(settings):
+def test_every_option_trains(settings: dict[str, Any]) -> None:
     config = preset("blpo", "CartPole-v1", total_steps=1024, epochs=1, **settings)
     metrics = to_metrics(train(config).metrics)
     assert np.isfinite(metrics["correction_ratio"]).all()
     if "correction_bound" in settings:
         assert (metrics["bound_active"] >= 0).all()
     if settings.get("solver") in ("cg", "exact"):
-        assert (metrics["ihvp_relative_residual"] <= config.cg_rtol).all()
+        assert (metrics["ihvp_relative_residual"] <= 1e-3).all()
 
 
-def test_blpo_solves_its_linear_system():
+def test_blpo_solves_its_linear_system() -> None:
     metrics = to_metrics(train(preset("blpo", "CartPole-v1", total_steps=4096)).metrics)
     assert metrics["ihvp_relative_residual"].mean() < 0.1
     assert (np.abs(metrics["correction_cosine"]) <= 1 + 1e-6).all()
 
 
-def test_nested_is_blpo_without_a_correction():
+def test_nested_is_blpo_without_a_correction() -> None:
     metrics = train(preset("nested", "CartPole-v1", total_steps=512)).metrics
     assert "correction_ratio" not in metrics[0]
 
 
 @pytest.mark.parametrize("algo", ALGOS)
-def test_learns_cartpole(algo):
+def test_learns_cartpole(algo: str) -> None:
     """A random policy's mean return is about 22."""
     metrics = to_metrics(train(preset(algo, "CartPole-v1", total_steps=30_000)).metrics)
     assert summarize(metrics).final_return > 100
 
 
 @pytest.mark.parametrize("algo", ["ppo", "blpo"])
-def test_checkpoints_round_trip(algo, tmp_path):
+def test_checkpoints_round_trip(algo: str, tmp_path: Path) -> None:
     config = preset(
         algo, "Pendulum-v1", total_steps=1024, num_envs=2, epochs=1, num_steps=256, hidden=[16, 16]
     )
@@ -194,7 +203,7 @@ def test_checkpoints_round_trip(algo, tmp_path):
     ]  # fmt: skip
 
 
-def test_resume_continues_where_the_checkpoint_is(tmp_path):
+def test_resume_continues_where_the_checkpoint_is(tmp_path: Path) -> None:
     config = preset("ppo", "CartPole-v1", total_steps=4 * 512)
     train(config, tmp_path)
     before = read_metrics(tmp_path)
@@ -209,7 +218,9 @@ def test_resume_continues_where_the_checkpoint_is(tmp_path):
     assert (np.diff(after["seconds"]) > 0).all()
 
 
-def test_a_used_run_directory_is_refused_and_keeps_its_content(tmp_path, capsys):
+def test_a_used_run_directory_is_refused_and_keeps_its_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = [
         "--algo",
         "ppo",
@@ -229,7 +240,7 @@ def test_a_used_run_directory_is_refused_and_keeps_its_content(tmp_path, capsys)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_damaged_and_foreign_checkpoints(tmp_path):
+def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "checkpoint.pt")
     path = tmp_path / "checkpoint.pt"
@@ -243,7 +254,9 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
         load_config(tmp_path)
 
 
-def test_unknown_and_unsupported_environments(capsys, tmp_path):
+def test_unknown_and_unsupported_environments(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     command = ["train", "--env", "CartPol-v1", "--run-dir", str(tmp_path / "run")]
     assert main(command) == 2
     message = capsys.readouterr().err
@@ -284,18 +297,18 @@ def test_unknown_and_unsupported_environments(capsys, tmp_path):
         ("sac", {}, "one of ppo, nested, blpo"),
     ],
 )
-def test_bad_settings(algo, settings, message):
+def test_bad_settings(algo: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(algo, **settings)
 
 
-def test_configs_survive_json():
+def test_configs_survive_json() -> None:
     for config in (PPOConfig(hidden=(8,)), BLPOConfig(solver="none"), BLPOConfig(rank=3)):
         settings = json.loads(json.dumps(dataclasses.asdict(config)))
         assert make_config(config.algo, **settings) == config
 
 
-def test_summary_figures(tmp_path):
+def test_summary_figures(tmp_path: Path) -> None:
     rows = [
         {"env_steps": 100 * (i + 1), "seconds": i + 1, "episodes": n, "episode_return": r}
         for i, (n, r) in enumerate(
@@ -312,7 +325,9 @@ def test_summary_figures(tmp_path):
     assert summary.steps_per_second == 100
 
 
-def test_compare_reports_every_algorithm(tmp_path, capsys):
+def test_compare_reports_every_algorithm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [
         "compare", "--algos", "ppo", "nested", "--seeds", "0", "1", "--total-steps", "1024",
         "--run-dir", str(tmp_path), "--jobs", "2", "--nested-steps", "2", "--no-tensorboard",
@@ -322,12 +337,14 @@ def test_compare_reports_every_algorithm(tmp_path, capsys):
     assert "return, last tenth" in table
     assert "nested" in table
     assert (tmp_path / "comparison.png").stat().st_size > 0
-    assert load_config(tmp_path / "nested-1").nested_steps == 2
+    assert dataclasses.asdict(load_config(tmp_path / "nested-1"))["nested_steps"] == 2
     assert main(command) == 2
     assert "already holds a run" in capsys.readouterr().err
 
 
-def test_train_evaluate_and_resume_from_the_command_line(tmp_path, capsys):
+def test_train_evaluate_and_resume_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = str(tmp_path / "run")
     assert main(["train", "--algo", "blpo", "--total-steps", "1024", "--epochs", "1",
                  "--rank", "3", "--run-dir", run]) == 0  # fmt: skip
