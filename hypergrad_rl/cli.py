@@ -72,22 +72,28 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--env", default="CartPole-v1", help="a Gymnasium id")
-    sub.add_argument("--total-steps", type=int, help="default: the task's preset")
+    sub.add_argument(
+        "--total-steps", type=int, default=argparse.SUPPRESS, help="default: the task's preset"
+    )
     _add_run_flags(sub)
-    group = sub.add_argument_group("hyper-parameters (default: the task's preset)")
+    group = sub.add_argument_group(
+        "hyper-parameters (default: the task's preset)", argument_default=argparse.SUPPRESS
+    )
     fields = {f.name: f for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
     for name, field in fields.items():
         if name not in _OWN_FLAGS:
-            kind = str(field.type)
-            flag = "--" + name.replace("_", "-")
+            flag, kind = "--" + name.replace("_", "-"), str(field.type)
             if kind == "bool":
                 group.add_argument(flag, action=argparse.BooleanOptionalAction)
             elif kind.startswith("tuple"):
                 group.add_argument(flag, type=int, nargs="+")
             else:
-                group.add_argument(
-                    flag, type=int if kind == "int" else float if "float" in kind else str
-                )
+                parse = {"int": int, "float": float, "float | None": _float_or_none}.get(kind, str)
+                group.add_argument(flag, type=parse)
+
+
+def _float_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
 
 
 def _add_run_flags(sub: argparse.ArgumentParser) -> None:
@@ -97,11 +103,13 @@ def _add_run_flags(sub: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace, algo: str, seed: int) -> Config:
     """The preset with the flags given; of several algorithms, a flag goes to those that have it."""
-    kind = PPOConfig if algo == "ppo" else BLPOConfig
-    names = [f.name for f in dataclasses.fields(kind) if f.name not in ("env", "seed")]
-    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    if algo == "nested" and hasattr(args, "algos"):
-        given.pop("solver", None)
+    fields = {f.name for kind in (PPOConfig, BLPOConfig) for f in dataclasses.fields(kind)}
+    given = {n: value for n, value in vars(args).items() if n in fields - {"env", "seed"}}
+    if hasattr(args, "algos"):
+        kind = PPOConfig if algo == "ppo" else BLPOConfig
+        given = {n: v for n, v in given.items() if n in kind.__dataclass_fields__}
+        if algo == "nested":
+            given.pop("solver", None)
     return preset(algo, args.env, seed=seed, **given)
 
 

@@ -49,11 +49,11 @@ class VectorEnv:
                 vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
                 render_mode=render_mode,
             )
-        except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled) as error:
+        except (gym.error.Error, ModuleNotFoundError) as error:
             reason = " ".join(str(error).split())
             raise EnvironmentUnsupported(
-                f"cannot make environment {env_id!r}: {reason} "
-                "(`python -m gymnasium` style ids, for instance CartPole-v1, are expected)"
+                f"cannot make environment {env_id!r}: {reason} Expected the id of a registered "
+                "Gymnasium environment whose packages are installed, for instance CartPole-v1."
             ) from error
         obs_space, action_space = self.envs.single_observation_space, self.envs.single_action_space
         if not isinstance(obs_space, gym.spaces.Box):

@@ -302,6 +302,15 @@ def test_bad_settings(algo: str, settings: dict[str, Any], message: str) -> None
         make_config(algo, **settings)
 
 
+def test_a_flag_of_another_algorithm_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--algo", "ppo", "--rank", "3", "--run-dir", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "rank=3: expected a hyper-parameter of ppo" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_configs_survive_json() -> None:
     for config in (PPOConfig(hidden=(8,)), BLPOConfig(solver="none"), BLPOConfig(rank=3)):
         settings = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -347,7 +356,10 @@ def test_train_evaluate_and_resume_from_the_command_line(
 ) -> None:
     run = str(tmp_path / "run")
     assert main(["train", "--algo", "blpo", "--total-steps", "1024", "--epochs", "1",
-                 "--rank", "3", "--run-dir", run]) == 0  # fmt: skip
+                 "--rank", "3", "--correction-bound", "none", "--hidden", "32", "32",
+                 "--run-dir", run]) == 0  # fmt: skip
+    config = dataclasses.asdict(load_config(run))
+    assert (config["rank"], config["correction_bound"], config["hidden"]) == (3, None, (32, 32))
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
     assert main(["evaluate", run, "--episodes", "3"]) == 0
     assert "3 episodes: mean return" in capsys.readouterr().out
