@@ -47,8 +47,9 @@ class NystromSketch:
         operator_dtype: dtype of A's products.
         smallest_eigenvalue: smallest eigenvalue seen: the smallest Ritz value where there is
             negative curvature, else that of the sketch (0 when it is complete below rank).
-        tail: eigenvalue at which the sketch stops seeing: its last one when the rank was used
-            up, 0 when the operator had no more to show.
+        tail: size of what the sketch does not see: its last eigenvalue when the rank was used
+            up; with negative curvature, the norm of A's coupling of the basis to the rest; 0
+            when the operator had no more to show.
         num_hvps: products used.
 
     Examples:
@@ -188,8 +189,8 @@ def nystrom_sketch(
         NonFiniteError: a product holds nan or inf.
         NegativeCurvatureError: there is negative curvature and the policy is ``"raise"``.
 
-    Cost: k HVPs in one block, k more if there is negative curvature; O(n k^2) operations, three
-    n x k blocks of memory.
+    Cost: k HVPs in one block, k more if there is negative curvature (or if a very small sketch
+    looks as if cancellation had inflated it); O(n k^2) operations, three n x k blocks of memory.
     Sources: Hataya and Yamada, AISTATS 2023 (columns); Frangella, Tropp, Udell, arXiv 2110.02820
     (Gaussian, algorithm 2.1); Nakatsukasa and Park, arXiv 2212.01127 (indefinite A).
     """
@@ -273,20 +274,25 @@ class Nystrom(Solver):
     def _statuses(
         self, sketch: NystromSketch, system: DampedSystem, x: Tensor, residual: Tensor, rho: float
     ) -> list[Status]:
-        # The smallest eigenvalue may also lie outside the sketch; there it is not used.
-        if sketch.rank and float(sketch.eigenvalues.min()) + rho <= 0:
-            return [Status.NEGATIVE_CURVATURE] * len(x)
+        indefinite = bool(sketch.rank) and float(sketch.eigenvalues.min()) + rho <= 0
+        # x'(A + rho I) x, at no further product: proof of negative curvature that lies outside.
+        curvatures = (x * (system.b - residual)).sum(1).tolist()
         norms = row_norms(residual)
         if self.negative_curvature in ("absolute", "clip") and sketch.smallest_eigenvalue < 0:
             # The policy changed the system on purpose: along the basis the answer is exact for
             # the changed one, so only what lies outside can be wrong.
             norms = row_norms(residual - (residual @ sketch.basis.T) @ sketch.basis)
-        return [
-            Status.CONVERGED
-            if size == 0
-            else (Status.FIXED_ITERATIONS if norm < size else Status.STAGNATED)
-            for norm, size in zip(norms.tolist(), system.b_norms.tolist(), strict=True)
-        ]
+        statuses = []
+        for norm, size, along in zip(
+            norms.tolist(), system.b_norms.tolist(), curvatures, strict=True
+        ):
+            if size == 0:
+                statuses.append(Status.CONVERGED)
+            elif indefinite or (along <= 0 and self.negative_curvature == "keep"):
+                statuses.append(Status.NEGATIVE_CURVATURE)
+            else:
+                statuses.append(Status.FIXED_ITERATIONS if norm < size else Status.STAGNATED)
+        return statuses
 
 
 def positive_damping(damping: Any) -> float:
@@ -322,13 +328,14 @@ def _sketch(system: DampedSystem, config: Nystrom) -> NystromSketch:
     # The antisymmetric part is a free measurement of the products' rounding.
     eps = torch.finfo(operator.dtype).eps
     floor = max(_CORE_ROUNDING * eps * float(values.abs().max()), 2.0 * float(skew))
-    if float(values[0]) < -floor:
-        eigenvalues, basis = _rayleigh_ritz(system.product, y)
-    else:
-        kept = values > floor
-        half = (vectors[:, kept].T @ y) / values[kept].sqrt()[:, None]
-        eigenvalues, basis = _squared_svd(half)
-    smallest, tail = _ends(eigenvalues, rank, n, eps)
+    kept = values > floor
+    half = (vectors[:, kept].T @ y) / values[kept].sqrt()[:, None]
+    eigenvalues, basis = _squared_svd(half)
+    complete = len(eigenvalues) < rank or rank == n
+    tail = 0.0 if complete else float(eigenvalues[-1])
+    if float(values[0]) < -floor or _inflated(eigenvalues, y):
+        eigenvalues, basis, tail = _rayleigh_ritz(system.product, y)
+    smallest = _smallest(eigenvalues, n, eps)
     if smallest < 0:
         eigenvalues = _apply_policy(eigenvalues, config.negative_curvature)
     return NystromSketch(
@@ -366,23 +373,45 @@ def _squared_svd(half: Tensor) -> tuple[Tensor, Tensor]:
     return singular**2, (q @ left).T.contiguous()
 
 
-def _rayleigh_ritz(product: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
-    """Ritz pairs on the range of Y, largest value first; they never leave the spectrum."""
-    q = torch.linalg.qr(y.T).Q.T.contiguous()
-    small = q @ product(q).T
-    values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
-    return values.flip(0), (vectors.T @ q).flip(0).contiguous()
+def _inflated(eigenvalues: Tensor, y: Tensor) -> bool:
+    """Whether the largest eigenvalue is more than the products can vouch for.
 
-
-def _ends(eigenvalues: Tensor, rank: int, n: int, eps: float) -> tuple[float, float]:
-    """Smallest eigenvalue seen (0 when that is rounding), and where the sketch stops seeing."""
+    A core that is positive only by cancellation of positive and negative curvature (a sketch of
+    one or two vectors can meet one) inflates it without limit.  For a random subspace of k out
+    of n dimensions |Y| falls below |A| by about sqrt(k/n); three times that is rare above k = 3.
+    """
     if len(eigenvalues) == 0:
-        return 0.0, 0.0
-    smallest, largest = float(eigenvalues.min()), float(eigenvalues.abs().max())
-    if smallest < -10.0 * eps * largest:
-        return smallest, 0.0
-    complete = len(eigenvalues) < rank or rank == n
-    return (0.0 if len(eigenvalues) < n else max(smallest, 0.0)), (0.0 if complete else smallest)
+        return False
+    k, n = y.shape
+    seen = float(torch.linalg.matrix_norm(y, ord=2))
+    largest = float(eigenvalues[0])
+    limit: float = 3.0 * (n / k) ** 0.5 * seen
+    return largest > limit
+
+
+def _rayleigh_ritz(product: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Ritz pairs on the range Q of Y, largest value first, and the norm of (I - QQ') A Q.
+
+    The values never leave the spectrum; the norm is 0 when Q is invariant, and else measures how
+    strongly A couples it to what the sketch does not see.
+    """
+    q = torch.linalg.qr(y.T).Q.T.contiguous()
+    image = product(q)
+    small = q @ image.T
+    small = 0.5 * (small + small.T)
+    values, vectors = torch.linalg.eigh(small)
+    missed = torch.linalg.svdvals(image - small @ q)[0]
+    return values.flip(0), (vectors.T @ q).flip(0).contiguous(), float(missed)
+
+
+def _smallest(eigenvalues: Tensor, n: int, eps: float) -> float:
+    """Smallest eigenvalue seen; 0 when that is rounding, or when the sketch leaves a null space."""
+    if len(eigenvalues) == 0:
+        return 0.0
+    smallest = float(eigenvalues.min())
+    if smallest < -10.0 * eps * float(eigenvalues.abs().max()):
+        return smallest
+    return max(smallest, 0.0) if len(eigenvalues) == n else 0.0
 
 
 def _apply_policy(eigenvalues: Tensor, policy: NegativeCurvature) -> Tensor:
