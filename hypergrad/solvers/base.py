@@ -84,7 +84,7 @@ class SolveInfo:
 
     @property
     def message(self) -> str:
-        """One sentence for people: the status, its likely causes, the figures."""
+        """One sentence for people, with the status, its likely causes and the figures."""
         return (
             f"{type(self.solver).__name__}: {self.status.value}"
             f" (relative residual {self.relative_residual:.2e}, damping {self.damping:.3g},"
