@@ -67,8 +67,10 @@ def solve(
         NonFiniteError: nan or inf in v, x0 or a product, or an answer too large for the dtype.
         DampingError: a negative or non-finite damping.
         NotSymmetricError: the products are not those of a symmetric operator.
-        TreeStructureError, LeafTypeError, DeviceError, EmptyTreeError: see
-            :class:`hypergrad.errors`.
+        TreeStructureError: v, x0 or a product has other keys, leaves or shapes than expected.
+        LeafTypeError: a leaf is no real floating-point tensor, or has another dtype.
+        DeviceError: tensors on different devices.
+        EmptyTreeError: v has no entries.
 
     Cost: the solver's products, one to check the answer, and up to 20 for ``damping="auto"``
     (none with Nyström, which takes it from its sketch); ``info.num_hvps`` counts them all.
