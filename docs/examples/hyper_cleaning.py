@@ -119,7 +119,15 @@ def weighted_loss(w: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return (weights * cross_entropy(x @ w, y, reduction="none")).mean()
 
 
-def train(x: Tensor, y: Tensor, weights: Tensor, l2: float, w: Tensor, tolerance: float) -> Tensor:
+def train(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    l2: float,
+    w: Tensor,
+    tolerance: float,
+    max_iter: int = 5000,
+) -> Tensor:
     """Minimise the inner loss from ``w`` to stationarity: it is strongly convex.
 
     The implicit function theorem holds where the inner gradient is zero, so this stops at a
@@ -128,7 +136,7 @@ def train(x: Tensor, y: Tensor, weights: Tensor, l2: float, w: Tensor, tolerance
     w = w.clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
         [w],
-        max_iter=5000,
+        max_iter=max_iter,
         tolerance_grad=tolerance,
         tolerance_change=0.0,
         history_size=20,
@@ -425,13 +433,13 @@ def draw(
         average = [statistics.mean(point) for point in points]
         axes.plot(average, line, color=colour, linewidth=2, label=f"{name}_ihvp")
     axes.set_xlabel("outer step")
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.3))
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.36))
 
     name, run = next(iter(learned.items()))
     right.suptitle(f"The least trusted, as labelled and in truth ({name}_ihvp)")
     cells = right.subplots(4, 6).flat
     for cell, index in zip(cells, run.weights.argsort().tolist(), strict=False):
-        cell.imshow(data.train_x[index, :64].reshape(8, 8), cmap="gray_r")
+        cell.imshow(data.train_x[index, :64].reshape(8, 8).numpy(), cmap="gray_r")
         given, true = int(data.train_y[index]), int(data.true_y[index])
         cell.set_title(f"“{given}” is {true}", fontsize=10, pad=3)
         cell.set(xticks=[], yticks=[])
