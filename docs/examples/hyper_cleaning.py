@@ -67,7 +67,7 @@ class Config:
     damping: float = 1e-2
     rank: int = 100
     cg_rtol: float = 1e-3
-    outer_steps: int = 40
+    outer_steps: int = 60
     outer_lr: float = 0.3
     outer_eps: float = 3e-4
     inner_tolerance: float = 1e-6

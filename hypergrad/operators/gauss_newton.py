@@ -120,8 +120,9 @@ def ggn(
         UnusedParameterWarning: the outputs do not depend on some leaves; their rows are zero.
 
     Cost: one gradient and one forward pass when made.  A product is one forward-mode pass, one
-    product with H and one reverse pass, about two gradients.  Source: Schraudolph, "Fast curvature matrix-vector products for second-order
-    gradient descent", Neural Computation 14 (2002).
+    product with H and one reverse pass, about two gradients.
+    Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient
+    descent", Neural Computation 14 (2002).
 
     Examples:
         >>> import torch, hypergrad
