@@ -38,6 +38,7 @@ class GaussNewtonOperator(LinearOperator):
         self._versions = [(leaf, leaf._version) for leaf in originals]
         self._point = self.layout.unflatten_leaves([leaf.detach() for leaf in originals])
         self._model = lambda p: model_fn(p, inputs)
+        self._loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
         pass_forward = torch.func.vjp(self._model, self._point)
         self._outputs, self._pull_back = pass_forward[0], pass_forward[1]
         if not isinstance(self._outputs, Tensor):
@@ -48,16 +49,14 @@ class GaussNewtonOperator(LinearOperator):
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
-        # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch (mse_loss,
-        # huber_loss) have no other through their gradients.
-        loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
-        self._loss_hessian = torch.func.vjp(loss_gradient, self._outputs)[1]
         self.chunk_size = chunk_size
 
     def _product(self, vector: Tensor) -> Tensor:
         tangent = self.layout.unflatten(vector)
         pushed = torch.func.jvp(self._model, (self._point,), (tangent,))[1]
-        (weighted,) = self._loss_hessian(pushed)
+        # The loss's Hessian is symmetric, so reverse mode serves; some losses of PyTorch (mse_loss,
+        # huber_loss) have no other through their gradients.
+        (weighted,) = torch.func.vjp(self._loss_gradient, self._outputs)[1](pushed)
         (pulled,) = self._pull_back(weighted)
         return torch.cat(
             [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(pulled)]

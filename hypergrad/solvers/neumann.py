@@ -54,25 +54,20 @@ class Neumann(Solver):
         x = torch.zeros_like(system.b) if x0 is None else x0
         residual = system.b if x0 is None else system.residual(x, damping)
         best_x, best = x, row_norms(residual)
-        norms, curvature = best, torch.ones_like(best)
-        # |M^j b| is log-convex in j for symmetric M: once grown it never comes back.  A row that
-        # grew this much stops, well before its products overflow; the others go on.
-        limit = best * torch.finfo(system.operator.dtype).max ** 0.25
-        gone = torch.zeros_like(best, dtype=torch.bool)
+        curvature = torch.ones_like(best)
         for _ in range(self.num_terms):
             x = x + step * residual
             image = system.apply(residual, damping)
             # Curvature along a residual that has grown tells why it grows.
             curvature = torch.where(row_norms(residual) > 0, (residual * image).sum(1), curvature)
             residual = residual - step * image
-            norms = torch.where(gone, norms, row_norms(residual))
+            norms = row_norms(residual)
+            # A term is a sum of powers of one operator: past overflow nothing useful follows.
             better = norms <= best
             best_x = torch.where(better[:, None], x, best_x)
             best = torch.where(better, norms, best)
-            gone = gone | ~(norms <= limit)
-            if bool(gone.all()):
+            if not bool(torch.isfinite(norms).all()) or bool((norms > 1e100).any()):
                 break
-            residual = torch.where(gone[:, None], torch.zeros_like(residual), residual)
         diverged = ~(norms <= system.b_norms)
         if bool(diverged.any()):
             x = torch.where(diverged[:, None], best_x, x)
