@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class LinearOperator(ABC):
     """A self-adjoint linear operator A on trees of tensors.
 
-    A subclass gives a ``TreeLayout`` and ``_apply``, the product with a block of flat vectors.  Everything else is derived: products with trees, sums, multiples,
-    shifts, dense matrices and SciPy operators.
+    A subclass gives a ``TreeLayout`` and ``_apply``, the product with a block of flat vectors.
+    Everything else is derived: products with trees, sums, multiples, shifts, dense matrices and
+    SciPy operators.
 
     Examples:
         >>> import torch, hypergrad

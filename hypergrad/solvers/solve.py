@@ -117,7 +117,10 @@ def solve(
     if solution.info.status.failed and on_failure != "ignore":
         if on_failure == "raise":
             raise ConvergenceError(solution.info.message, solution)
-        warn(solution.info.message, ConvergenceWarning)
+        # Few digits, so that Python shows the warning once a place and not at each outer step.
+        info = solution.info
+        figure = f"relative residual about {info.relative_residual:.0e}"
+        warn(f"{type(solver).__name__}: {info.status.value} ({figure}).", ConvergenceWarning)
     return solution
 
 
