@@ -243,7 +243,7 @@ class _Core:
         )
         error = self.eps * self.size * lift
         rounding_of_a = self.eps * float(eigenvalues[0])
-        return error > 3.0 * rounding_of_a and error > self.eps**_WORTH_A_PASS * damping
+        return error > 4.0 * rounding_of_a and error > self.eps**_WORTH_A_PASS * damping
 
     def blurred(self, damping: float) -> bool:
         """Whether the rounding of the core's eigenvalues could be felt at this damping.
