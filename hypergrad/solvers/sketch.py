@@ -232,7 +232,7 @@ class _Core:
         To first order an error E in Y changes Y W^+ Y' by E W^+ Y' and its transpose, and the
         answer by that over the damping.  |Y W^+| is large where the test matrix, by bad luck, is
         nearly orthogonal to an eigenvector, which happens when the rank just covers that of A.
-        (Measured: the error in the answer is 0.1 to 0.8 of this prediction, in both dtypes, and
+        (Measured in both dtypes: the error in the answer is at most 0.8 of this prediction, and
         sketches of operators with more eigenvalues than the rank amplify by less than four.)
         """
         kept = self.kept
