@@ -156,8 +156,9 @@ def nystrom_ihvp(
         DampingError: damping is not positive.
         HypergradError: see :func:`hypergrad.solve`.
 
-    Cost: ``rank`` HVPs, once more that where there is negative curvature, and one to check the
-    answer.  See :class:`hypergrad.Nystrom`; to reuse a sketch, :func:`hypergrad.nystrom_sketch`.
+    Cost: ``rank`` HVPs, once more that where there is negative curvature, and one each to check
+    the sketch and the answer.  See :class:`hypergrad.Nystrom`; to reuse a sketch,
+    :func:`hypergrad.nystrom_sketch`.
 
     Examples:
         >>> import torch, hypergrad

@@ -32,6 +32,9 @@ NegativeCurvature = Literal["keep", "absolute", "clip", "raise"]
 #: rounding.  Frangella, Tropp and Udell shift the core instead; at a singular core the shift
 #: costs up to its own square root in accuracy, truncation does not.
 _CORE_ROUNDING = 8.0
+#: By how much, relatively, the sketch's largest eigenvalue may exceed its Rayleigh quotient.
+#: More than the rounding of 16-bit products, less than what would matter.
+_ABOVE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,10 @@ def nystrom_sketch(
 
     With test matrix Omega (n x k, orthonormal), Y = A Omega and core W = Omega' Y, the Nyström
     approximation is Y W^+ Y'.  The core is truncated at the rounding of the products, so nothing
-    is shifted and a singular core is no special case.  When W shows negative curvature, Y W^+ Y'
-    can have eigenvalues far outside the spectrum; the sketch then is the Rayleigh-Ritz one on the
-    range of Y, whose eigenvalues never are, at ``rank`` more products.
+    is shifted and a singular core is no special case.  Of an indefinite A, Y W^+ Y' can have
+    eigenvalues far outside the spectrum; where W or the Rayleigh quotient of the largest shows
+    that, the sketch is the Rayleigh-Ritz one on the span of Omega and Y, at ``rank`` more
+    products.
 
     Args:
         operator: anything :func:`hypergrad.as_operator` takes.
@@ -188,7 +192,8 @@ def nystrom_sketch(
         NonFiniteError: a product holds nan or inf.
         NegativeCurvatureError: there is negative curvature and the policy is ``"raise"``.
 
-    Cost: k HVPs in one block, k more if there is negative curvature; O(n k^2) operations, three
+    Cost: k HVPs in one block and at most one to check them, k more if there is negative
+    curvature; O(n k^2) operations, three
     n x k blocks of memory.
     Sources: Hataya and Yamada, AISTATS 2023 (columns); Frangella, Tropp, Udell, arXiv 2110.02820
     (Gaussian, algorithm 2.1); Nakatsukasa and Park, arXiv 2212.01127 (indefinite A).
@@ -220,15 +225,15 @@ class Nystrom(Solver):
         generator: source of the test matrix; None for torch's global one.
         negative_curvature: ``"keep"``, ``"absolute"``, ``"clip"`` or ``"raise"``.
 
-    Cost: ``rank`` HVPs (twice that where there is negative curvature), one a right-hand side to
-    check the answer.
+    Cost: ``rank`` HVPs (twice that where there is negative curvature), at most one to check the
+    sketch and one a right-hand side to check the answer.
 
     Examples:
         >>> import torch, hypergrad
         >>> a = torch.diag(torch.tensor([5.0, 1.0, 0.0, 0.0]))
         >>> info = hypergrad.solve(a, torch.ones(4), hypergrad.Nystrom(rank=2), damping=0.1).info
         >>> info.relative_residual < 1e-5, info.rank, info.num_hvps
-        (True, 2, 3)
+        (True, 2, 4)
     """
 
     rank: int
@@ -322,15 +327,16 @@ def _sketch(system: DampedSystem, config: Nystrom) -> NystromSketch:
     # The antisymmetric part is a free measurement of the products' rounding.
     eps = torch.finfo(operator.dtype).eps
     floor = max(_CORE_ROUNDING * eps * float(values.abs().max()), 2.0 * float(skew))
-    if float(values[0]) < -floor:
-        eigenvalues, basis = _rayleigh_ritz(system.product, y)
+    kept = values > floor
+    half = (vectors[:, kept].T @ y) / values[kept].sqrt()[:, None]
+    eigenvalues, basis = _squared_svd(half)
+    if float(values[0]) < -floor or not _is_below(eigenvalues, basis, y, system):
+        eigenvalues, basis, lowest = _rayleigh_ritz(system.product, omega, y)
     else:
-        kept = values > floor
-        half = (vectors[:, kept].T @ y) / values[kept].sqrt()[:, None]
-        eigenvalues, basis = _squared_svd(half)
-    smallest, tail = _ends(eigenvalues, rank, n, eps)
+        lowest = float(eigenvalues.min()) if len(eigenvalues) else 0.0
+    smallest, tail = _ends(eigenvalues, lowest, rank, n, eps)
     if smallest < 0:
-        eigenvalues = _apply_policy(eigenvalues, config.negative_curvature)
+        eigenvalues = _apply_policy(eigenvalues, smallest, config.negative_curvature)
     return NystromSketch(
         eigenvalues=eigenvalues,
         basis=basis,
@@ -366,30 +372,66 @@ def _squared_svd(half: Tensor) -> tuple[Tensor, Tensor]:
     return singular**2, (q @ left).T.contiguous()
 
 
-def _rayleigh_ritz(product: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
-    """Ritz pairs on the range of Y, largest value first; they never leave the spectrum."""
-    q = torch.linalg.qr(y.T).Q.T.contiguous()
-    small = q @ product(q).T
+def _is_below(eigenvalues: Tensor, basis: Tensor, y: Tensor, system: DampedSystem) -> bool:
+    """Whether the largest eigenvalue of the sketch can be one of a positive operator.
+
+    For positive A, A_nys <= A, hence l = u'A_nys u <= u'A u for its first eigenpair.  For an
+    indefinite A whose core happens to be positive l can be anything: the core of
+    [[0, 1], [1, -1]] + small I on its first coordinate is small, and l is its inverse.
+    """
+    size = float(torch.linalg.matrix_norm(y, ord=2))
+    if len(eigenvalues) == 0:
+        return size == 0  # a positive A with x'A x = 0 has A x = 0
+    largest = float(eigenvalues[0])
+    # |A| >= |A Omega| for orthonormal Omega: no product is needed.
+    if largest <= size * (1 + _ABOVE):
+        return True
+    top = system.rounded(basis[:1])
+    return float((top * system.product(top)).sum()) >= largest * (1 - _ABOVE)
+
+
+def _rayleigh_ritz(
+    product: Callable[[Tensor], Tensor], omega: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """Ritz pairs on the span of Omega and A Omega, largest value first, and the smallest value.
+
+    Ritz values never leave the spectrum.  Omega belongs to the space because the range of A Omega
+    alone may show nothing: of [[0, B], [B', 0]] and columns of one block its Ritz values are zero.
+    """
+    k = len(omega)
+    columns, r = torch.linalg.qr(torch.cat([omega, y]).T)
+    q = columns.T.contiguous()
+    # The products with the first k are known: q1 = R11^-T Omega', hence A q1 = R11^-T Y'.
+    images = torch.linalg.solve_triangular(r[:k, :k].T, y, upper=False)
+    if len(q) > k:
+        images = torch.cat([images, product(q[k:])])
+    small = q @ images.T
     values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
-    return values.flip(0), (vectors.T @ q).flip(0).contiguous()
+    kept = values.abs().argsort(descending=True)[:k]
+    kept = kept[values[kept].argsort(descending=True)]
+    return values[kept], (vectors[:, kept].T @ q).contiguous(), float(values[0])
 
 
-def _ends(eigenvalues: Tensor, rank: int, n: int, eps: float) -> tuple[float, float]:
+def _ends(
+    eigenvalues: Tensor, smallest: float, rank: int, n: int, eps: float
+) -> tuple[float, float]:
     """Smallest eigenvalue seen (0 when that is rounding), and where the sketch stops seeing."""
     if len(eigenvalues) == 0:
         return 0.0, 0.0
-    smallest, largest = float(eigenvalues.min()), float(eigenvalues.abs().max())
+    last, largest = float(eigenvalues.min()), float(eigenvalues.abs().max())
     if smallest < -10.0 * eps * largest:
         return smallest, 0.0
     complete = len(eigenvalues) < rank or rank == n
-    return (0.0 if len(eigenvalues) < n else max(smallest, 0.0)), (0.0 if complete else smallest)
+    return (0.0 if len(eigenvalues) < n else max(smallest, 0.0)), (
+        0.0 if complete else max(last, 0.0)
+    )
 
 
-def _apply_policy(eigenvalues: Tensor, policy: NegativeCurvature) -> Tensor:
+def _apply_policy(eigenvalues: Tensor, smallest: float, policy: NegativeCurvature) -> Tensor:
     if policy == "raise":
         raise NegativeCurvatureError(
             f"the operator has negative curvature: smallest Ritz value "
-            f"{float(eigenvalues.min()):.3e}, largest {float(eigenvalues.max()):.3e}. Solve the "
+            f"{smallest:.3e}, largest kept {float(eigenvalues.max()):.3e}. Solve the "
             "inner problem further, use a Gauss-Newton operator, add damping with "
             "negative_curvature='keep', or choose 'absolute' or 'clip'."
         )
