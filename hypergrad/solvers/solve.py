@@ -100,11 +100,13 @@ def solve(
     rows = _rows(op, v, "v", batched)
     scales = _powers_of_two(row_norms(rows))
     b = rows / scales[:, None]
-    start = None if x0 is None else _rows(op, x0, "x0", batched) / scales[:, None]
-    if start is not None and start.shape != b.shape:
-        raise TreeStructureError(
-            f"x0 stacks {start.shape[0]} trees, but v stacks {b.shape[0]}; expected the same."
-        )
+    start = None if x0 is None else _rows(op, x0, "x0", batched)
+    if start is not None:
+        if start.shape != b.shape:
+            raise TreeStructureError(
+                f"x0 stacks {start.shape[0]} trees, but v stacks {b.shape[0]}; expected the same."
+            )
+        start = start / scales[:, None]
     system = DampedSystem(op, b, scales, damping)
     outcome = solver._run(system, start)
 
