@@ -326,7 +326,7 @@ def _sketch(system: DampedSystem, config: Nystrom) -> NystromSketch:
         eigenvalues, basis = _rayleigh_ritz(system.product, y)
     else:
         kept = values > floor
-        half = (vectors[:, kept] / values[kept].sqrt()).T @ y
+        half = (vectors[:, kept].T @ y) / values[kept].sqrt()[:, None]
         eigenvalues, basis = _squared_svd(half)
     smallest, tail = _ends(eigenvalues, rank, n, eps)
     if smallest < 0:
