@@ -362,7 +362,8 @@ def _test_matrix(config: Nystrom, n: int, dtype: torch.dtype, device: torch.devi
     # Szarek 2001, theorem II.13), so it is as accurate as Householder's and a few times as fast.
     factor = torch.linalg.cholesky(gaussian @ gaussian.T)
     eye = torch.eye(config.rank, dtype=dtype, device=device)
-    return torch.linalg.solve_triangular(factor, eye, upper=False) @ gaussian
+    inverse: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return inverse @ gaussian
 
 
 def _squared_svd(half: Tensor) -> tuple[Tensor, Tensor]:
