@@ -372,7 +372,7 @@ def _squared_svd(half: Tensor) -> tuple[Tensor, Tensor]:
         return half.new_zeros(0), half
     q, r = torch.linalg.qr(half.T)
     left, singular, _ = torch.linalg.svd(r)
-    return singular**2, left.T @ q.T
+    return singular**2, (q @ left).T.contiguous()
 
 
 def _rayleigh_ritz(product: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
