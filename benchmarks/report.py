@@ -29,11 +29,12 @@ SPECTRA = ("rank-deficient", "exponential", "1/i", "flat")
 COUNTS = (2, 3, 5, 8, 12, 18, 25, 35, 50, 70, 100)
 SEEDS = 5
 #: Colours that people with any colour vision tell apart (Okabe and Ito).
-COLOURS = {"Nystrom": "#D55E00", "CG": "#0072B2", "Neumann": "#009E73"}
+COLOURS = {"Nyström": "#D55E00", "CG": "#0072B2", "Neumann": "#009E73"}
+PRODUCT_COLOURS = ("#E69F00", "#56B4E9", "#CC79A7")
 
 
 def solver_of(name: str, count: int, seed: int) -> hypergrad.Solver:
-    if name == "Nystrom":
+    if name == "Nyström":
         return hypergrad.Nystrom(count, generator=torch.Generator().manual_seed(seed))
     if name == "CG":
         return hypergrad.CG(rtol=0.0, max_iters=count)
@@ -70,8 +71,8 @@ def ratio_rows(*, trial: bool) -> list[dict[str, object]]:
         solvers.problems = problems  # type: ignore[misc]
         solvers.setup(problem)
         for what, value in (
-            ("nystrom rank 10 / 10 products", solvers.track_nystrom_over_products(problem)),
-            ("cg 20 iterations / 20 products", solvers.track_cg_over_products(problem)),
+            ("Nyström rank 10 / 10 products", solvers.track_nystrom_over_products(problem)),
+            ("CG 20 iterations / 20 products", solvers.track_cg_over_products(problem)),
         ):
             rows.append({"problem": problem, "what": what, "ratio": value})
         for kind in ProductRatios.kinds:
@@ -128,18 +129,19 @@ def draw_ratios(rows: list[dict[str, object]], path: Path) -> None:
         "10 products / gradient": 20.0,
     }
     for axis, (title, mine) in zip(axes, groups.items(), strict=True):
-        _bars(axis, mine)
+        _bars(axis, mine, list(COLOURS.values()) if "solve" in title else PRODUCT_COLOURS)
         axis.axhline(floors[title], color="0.3", linewidth=0.9, linestyle=":")
         axis.set_title(f"{title} (dotted: {floors[title]:g})", fontsize=10)
+    axes[0].set_ylabel("ratio of processor times, one thread")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _bars(axis: Axes, rows: list[dict[str, object]]) -> None:
+def _bars(axis: Axes, rows: list[dict[str, object]], colours: Sequence[str]) -> None:
     problems = list(dict.fromkeys(str(row["problem"]) for row in rows))
     whats = list(dict.fromkeys(str(row["what"]) for row in rows))
     width = 0.8 / len(whats)
-    for i, (what, colour) in enumerate(zip(whats, COLOURS.values(), strict=False)):
+    for i, (what, colour) in enumerate(zip(whats, colours, strict=False)):
         heights = [float(str(row["ratio"])) for row in rows if row["what"] == what]
         places = [j + (i - (len(whats) - 1) / 2) * width for j in range(len(problems))]
         label = what.split(" / ")[0].split(", ")[-1]

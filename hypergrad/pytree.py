@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -188,12 +189,19 @@ class TreeLayout:
         return self._assemble(block, (block.shape[0],))
 
     def _assemble(self, flat: Tensor, lead: tuple[int, ...]) -> Tree:
-        pieces = torch.split(flat, [math.prod(shape) for shape in self.shapes], dim=-1)
-        leaves = [
-            piece.reshape(lead + tuple(shape)).to(dtype)
+        return torch_pytree.tree_unflatten(self.split(flat, lead), self.spec)
+
+    def split(self, flat: Tensor, lead: tuple[int, ...] = ()) -> list[Tensor]:
+        """The leaves of a vector of shape (n,), or (*lead, n), in this layout's order."""
+        pieces = flat.split_with_sizes(self._sizes, dim=-1)
+        return [
+            piece.reshape(lead + shape).to(dtype)
             for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
         ]
-        return torch_pytree.tree_unflatten(leaves, self.spec)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes]
 
     def unflatten_leaves(self, leaves: list[Tensor]) -> Tree:
         """Leaves in this layout's order, put back into the tree as they are."""

@@ -98,9 +98,10 @@ class _Core:
         lift = float(
             torch.linalg.matrix_norm(self.products[kept] / self.values[kept][:, None], ord=2)
         )
-        error = self.eps * self.size * lift
-        rounding_of_a = self.eps * float(eigenvalues[0])
-        return error > 4.0 * rounding_of_a and error > self.eps**_WORTH_A_PASS * damping
+        largest, n = float(eigenvalues[0]), self.products.shape[1]
+        # A test matrix that nearly misses A makes small products, but no smaller errors.
+        error = self.eps * max(self.size, largest / n**0.5) * lift
+        return error > 3.0 * self.eps * largest and error > self.eps**_WORTH_A_PASS * damping
 
     def blurred(self, damping: float) -> bool:
         """Whether the rounding of the core's eigenvalues could be felt at this damping.
