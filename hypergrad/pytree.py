@@ -279,3 +279,14 @@ def row_norms(block: Tensor) -> Tensor:
     safe = torch.where(largest > 0, largest, torch.ones_like(largest))
     scaled: Tensor = torch.linalg.vector_norm(block / safe[:, None], dim=1)
     return safe * scaled
+
+
+def powers_of_two(norms: Tensor) -> Tensor:
+    """A power of two next to each norm (1 for zero).
+
+    Scaling by it is exact, so the answer for 2^k v is 2^k times the answer for v, to the bit.
+    """
+    _, exponents = torch.frexp(norms)
+    limit = 1000 if norms.dtype == torch.float64 else 120  # keep 2^-e itself representable
+    exponents = exponents.clamp(-limit, limit)
+    return torch.where(norms > 0, torch.ldexp(torch.ones_like(norms), exponents), 1.0)

@@ -154,6 +154,8 @@ def make_sketch(
     smallest = _smallest(eigenvalues, lowest, n, torch.finfo(operator.dtype).eps)
     if smallest < 0:
         eigenvalues = _apply_policy(eigenvalues, smallest, policy)
+    else:  # a Ritz value below zero by rounding is zero
+        eigenvalues = eigenvalues.clamp(min=0.0)
     return NystromSketch(
         eigenvalues=eigenvalues,
         basis=basis,

@@ -17,7 +17,7 @@ from ..errors import (
     warn,
 )
 from ..operators import LinearOperator, as_operator
-from ..pytree import Tree, TreeLayout, row_norms, working_dtype
+from ..pytree import Tree, TreeLayout, powers_of_two, row_norms, working_dtype
 from .base import (
     DampedSystem,
     Damping,
@@ -98,7 +98,7 @@ def solve(
     op = as_operator(operator, like=_one_tree(layout, v, batched))
 
     rows = _rows(op, v, "v", batched)
-    scales = _powers_of_two(row_norms(rows))
+    scales = powers_of_two(row_norms(rows))
     b = rows / scales[:, None]
     start = None if x0 is None else _rows(op, x0, "x0", batched)
     if start is not None:
@@ -139,17 +139,6 @@ def _rows(op: LinearOperator, tree: Tree, name: str, batched: bool) -> Tensor:
         block = op.layout.flatten(tree, name=name)[None]
     op.layout.check_finite(block, name)
     return block.to(working_dtype(op.dtype, op.device))
-
-
-def _powers_of_two(norms: Tensor) -> Tensor:
-    """A power of two next to each norm (1 for zero).
-
-    Scaling by it is exact, so the answer for 2^k v is 2^k times the answer for v, to the bit.
-    """
-    _, exponents = torch.frexp(norms)
-    limit = 1000 if norms.dtype == torch.float64 else 120  # keep 2^-e itself representable
-    exponents = exponents.clamp(-limit, limit)
-    return torch.where(norms > 0, torch.ldexp(torch.ones_like(norms), exponents), 1.0)
 
 
 def _check_answer(x: Tensor) -> None:
