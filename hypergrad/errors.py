@@ -16,6 +16,9 @@ indefinite; pass damping=0.0 for none.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class HypergradError(Exception):
     """Base class of every exception of the library."""
@@ -99,3 +102,16 @@ class ConvergenceWarning(HypergradWarning):
 
 class UnusedParameterWarning(HypergradWarning):
     """A loss does not depend on some leaves: their curvature and gradient are zero."""
+
+
+def warn(message: str, category: type[HypergradWarning]) -> None:
+    """Warn at the line of the first caller outside the library, however deep this call is.
+
+    Python shows a warning once a line by default, so that one attributed to a line of the library
+    would hide those of every later caller.
+    """
+    package = __name__.partition(".")[0]
+    level, frame = 2, sys._getframe(1)  # level 1 is this function
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

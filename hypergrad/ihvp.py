@@ -17,7 +17,7 @@ import torch
 from .pytree import Tree
 from .solvers import CG, Exact, Neumann, Nystrom, Solver
 from .solvers.base import Damping
-from .solvers.nystrom import SketchKind
+from .solvers.sketch import SketchKind
 from .solvers.solve import solve
 
 HvpFn = Callable[[Tree], Tree] | Any

@@ -134,6 +134,8 @@ class TreeLayout:
         flat, spec = torch_pytree.tree_flatten(tree)
         if spec != self.spec:
             by_path = _leaves_by_path(tree)
+            for path, leaf in by_path.items():  # None or a number is not a matter of structure
+                _check_leaf(leaf, path, name)
             if by_path.keys() != set(self.paths):
                 missing = [p or "a tensor" for p in self.paths if p not in by_path]
                 extra = [p or "a tensor" for p in by_path if p not in self.paths]
@@ -203,6 +205,9 @@ class TreeLayout:
 
     def check_finite(self, flat: Tensor, what: str) -> None:
         """Raise :class:`NonFiniteError`, naming the first bad leaf, unless ``flat`` is finite."""
+        # A nan or an infinity passes into the sum: one pass, unless finite entries overflow it.
+        if math.isfinite(flat.sum()):
+            return
         finite = torch.isfinite(flat)
         if bool(finite.all()):
             return
@@ -256,6 +261,12 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def row_norms(block: Tensor) -> Tensor:
     """Euclidean norm of each row of (m, n), safe from overflow and underflow; shape (m,)."""
+    norms: Tensor = torch.linalg.vector_norm(block, dim=1)
+    # In this range no square that counts has left the dtype's: the usual case, in one pass.
+    limits = torch.finfo(block.dtype)
+    low, high = (limits.tiny / limits.eps) ** 0.5, limits.max**0.5
+    if bool(((norms > low) & (norms < high)).all()):
+        return norms
     largest = block.abs().amax(dim=1)
     safe = torch.where(largest > 0, largest, torch.ones_like(largest))
     scaled: Tensor = torch.linalg.vector_norm(block / safe[:, None], dim=1)

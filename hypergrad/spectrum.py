@@ -62,8 +62,8 @@ def extreme_eigenvalues(
         >>> round(ends.smallest, 4), round(ends.largest, 4), ends.num_hvps
         (1.0, 5.0, 5)
     """
-    if num_steps < 1:
-        raise SolverOptionError(f"num_steps is {num_steps}, expected at least 1.")
+    if not (isinstance(num_steps, int) and num_steps >= 1):
+        raise SolverOptionError(f"num_steps is {num_steps!r}, expected an integer >= 1.")
     dtype = working_dtype(operator.dtype, operator.device)
 
     def product(vector: Tensor) -> Tensor:

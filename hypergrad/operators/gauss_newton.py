@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LossError, SolverOptionError, StaleOperatorError
+from ..errors import LossError, NonFiniteError, SolverOptionError, StaleOperatorError
 from ..pytree import Tree, TreeLayout
 from .base import LinearOperator
+from .hessian import report_unused
 
 
 class GaussNewtonOperator(LinearOperator):
@@ -31,30 +32,48 @@ class GaussNewtonOperator(LinearOperator):
                 "ggn needs at least the model's inputs: ggn(model_fn, loss_fn, params, inputs, "
                 "*targets) with model_fn(params, inputs) and loss_fn(outputs, *targets)."
             )
-        if chunk_size is not None and chunk_size < 1:
-            raise SolverOptionError(f"chunk_size is {chunk_size}, expected None or at least 1.")
+        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+            raise SolverOptionError(
+                f"chunk_size is {chunk_size!r}, expected None or an integer >= 1."
+            )
         inputs, targets = batch[0], batch[1:]
         originals = self.layout.leaves(params, name="params")
         self._versions = [(leaf, leaf._version) for leaf in originals]
         self._point = self.layout.unflatten_leaves([leaf.detach() for leaf in originals])
-        self._model = lambda p: model_fn(p, inputs)
-        self._loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
+        self._model: Callable[[Tree], Any] = lambda p: model_fn(p, inputs)
+        report_unused(self.layout, self._unused(), "the output of model_fn")
         pass_forward = torch.func.vjp(self._model, self._point)
         self._outputs, self._pull_back = pass_forward[0], pass_forward[1]
-        if not isinstance(self._outputs, Tensor):
-            raise LossError(
-                f"model_fn returned a {type(self._outputs).__name__}, expected one torch.Tensor."
-            )
         loss = loss_fn(self._outputs, *targets)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the loss is {float(loss)}; expected a finite number.")
+        # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch (mse_loss,
+        # huber_loss) have no other through their gradients.
+        loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
+        self._loss_hessian = torch.func.vjp(loss_gradient, self._outputs)[1]
         self.chunk_size = chunk_size
+
+    def _unused(self) -> list[bool]:
+        # torch.func gives zeros for parameters that the model ignores; autograd tells them apart.
+        leaves = [leaf.detach().requires_grad_() for leaf, _ in self._versions]
+        with torch.enable_grad():
+            outputs = self._model(self.layout.unflatten_leaves(leaves))
+            if not isinstance(outputs, Tensor):
+                raise LossError(
+                    f"model_fn returned a {type(outputs).__name__}, expected one torch.Tensor."
+                )
+            used: tuple[Tensor | None, ...] = (None,) * len(leaves)
+            if outputs.requires_grad:
+                used = torch.autograd.grad(outputs.sum(), leaves, allow_unused=True)
+        return [grad is None for grad in used]
 
     def _product(self, vector: Tensor) -> Tensor:
         tangent = self.layout.unflatten(vector)
         pushed = torch.func.jvp(self._model, (self._point,), (tangent,))[1]
-        weighted = torch.func.jvp(self._loss_gradient, (self._outputs,), (pushed,))[1]
+        (weighted,) = self._loss_hessian(pushed)
         (pulled,) = self._pull_back(weighted)
         return torch.cat(
             [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(pulled)]
@@ -92,12 +111,18 @@ def ggn(
         chunk_size: how many vectors are carried at a time in a block of products.
 
     Raises:
-        LossError: no inputs, outputs that are no tensor, or a loss that is no scalar.
+        LossError: no inputs, outputs that are no tensor or do not depend on ``params``, or a loss
+            that is no scalar.
+        NonFiniteError: the loss is nan or inf.
         StaleOperatorError: at a product, if ``params`` have been modified in place since.
 
-    Cost: a product is one forward-mode pass, one product with H and one reverse pass, about two
-    gradients.  Source: Schraudolph, "Fast curvature matrix-vector products for second-order
-    gradient descent", Neural Computation 14 (2002).
+    Warns:
+        UnusedParameterWarning: the outputs do not depend on some leaves; their rows are zero.
+
+    Cost: one gradient and one forward pass when made.  A product is one forward-mode pass, one
+    product with H and one reverse pass, about two gradients.
+    Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient
+    descent", Neural Computation 14 (2002).
 
     Examples:
         >>> import torch, hypergrad

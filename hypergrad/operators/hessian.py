@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from ..errors import (
     SolverOptionError,
     StaleOperatorError,
     UnusedParameterWarning,
+    warn,
 )
 from ..pytree import Tree, TreeLayout
 from .base import LinearOperator
@@ -37,8 +37,10 @@ class HessianOperator(LinearOperator):
         super().__init__(TreeLayout.of(params, name="params"))
         if mode not in get_args(Mode):
             raise SolverOptionError(f"mode is {mode!r}, expected one of {get_args(Mode)}.")
-        if chunk_size is not None and chunk_size < 1:
-            raise SolverOptionError(f"chunk_size is {chunk_size}, expected None or at least 1.")
+        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
+            raise SolverOptionError(
+                f"chunk_size is {chunk_size!r}, expected None or an integer >= 1."
+            )
         self.loss_fn, self.batch, self.mode, self.chunk_size = loss_fn, batch, mode, chunk_size
         originals = self.layout.leaves(params, name="params")
         self._versions = [(leaf, leaf._version) for leaf in originals]
@@ -49,27 +51,9 @@ class HessianOperator(LinearOperator):
             loss = check_loss(self.loss_fn(self._params, *batch), "the loss")
             grads = torch.autograd.grad(loss, self._leaves, create_graph=True, allow_unused=True)
         self.loss = loss.detach()
-        self._report_unused([grad is None for grad in grads])
+        report_unused(self.layout, [grad is None for grad in grads], "the loss")
         # Leaves in which the loss is linear have a gradient without a graph: their rows are zero.
         self.gradients = grads
-
-    def _report_unused(self, unused: list[bool]) -> None:
-        names = [
-            path or "the tensor" for path, u in zip(self.layout.paths, unused, strict=True) if u
-        ]
-        if len(names) == len(unused):
-            raise LossError(
-                "the loss does not depend on params at all. loss_fn must compute it from its first "
-                "argument; a model called directly uses its own parameters instead: call it with "
-                "torch.func.functional_call(model, params, inputs)."
-            )
-        if names:
-            warnings.warn(
-                f"the loss does not depend on {', '.join(names)}: its curvature there is zero. "
-                "Leave unused or frozen parameters out of params.",
-                UnusedParameterWarning,
-                stacklevel=4,
-            )
 
     def _check_fresh(self) -> None:
         for (leaf, version), path in zip(self._versions, self.layout.paths, strict=True):
@@ -185,3 +169,20 @@ def check_loss(loss: Any, name: str) -> Tensor:
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"{name} is {float(loss.detach())}; expected a finite number.")
     return loss.reshape(())
+
+
+def report_unused(layout: TreeLayout, unused: list[bool], name: str) -> None:
+    """Raise if no leaf is used, warn if some are not; ``name`` is what should depend on them."""
+    names = [path or "the tensor" for path, no in zip(layout.paths, unused, strict=True) if no]
+    if len(names) == len(unused):
+        raise LossError(
+            f"{name} does not depend on params at all. It must be computed from the function's "
+            "first argument; a model called directly uses its own parameters instead: call it "
+            "with torch.func.functional_call(model, params, inputs)."
+        )
+    if names:
+        warn(
+            f"{name} does not depend on {', '.join(names)}: its curvature there is zero. "
+            "Leave unused or frozen parameters out of params.",
+            UnusedParameterWarning,
+        )

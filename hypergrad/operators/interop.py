@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import LeafTypeError, TreeStructureError
+from ..errors import DeviceError, LeafTypeError, TreeStructureError
 from ..pytree import Tree, TreeLayout
 from .base import LinearOperator
 
@@ -32,11 +32,13 @@ class CallableOperator(LinearOperator):
         if self.batchable:
             products = torch.func.vmap(self.hvp_fn)(self.layout.unflatten_block(block))
             return self.layout.flatten_block(products, name="the output of hvp_fn")
+        # Copies: a callable that works in place on its argument must not reach the solver's own
+        # vectors.
         rows = [
             self.layout.flatten(
                 self.hvp_fn(self.layout.unflatten(row)), name="the output of hvp_fn"
             )
-            for row in block
+            for row in block.clone()
         ]
         return torch.stack(rows)
 
@@ -82,6 +84,7 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
 
     Raises:
         TreeStructureError: a matrix that is not square, or whose size is not that of ``like``.
+        DeviceError: a tensor on another device than ``like``.
         LeafTypeError: an integer or complex matrix, or an object of unknown kind.
         EmptyTreeError: ``like`` has no entries.
 
@@ -101,6 +104,10 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
         raise LeafTypeError(
             f"got a torch.nn.Module ({type(obj).__name__}) as operator, expected a product "
             "v -> A v. For the Hessian of its loss, use hypergrad.hessian(loss_fn, params, *batch)."
+        )
+    if isinstance(obj, Tensor) and layout is not None and obj.device != layout.device:
+        raise DeviceError(
+            f"the matrix is on {obj.device}, but v is on {layout.device}. Move one of them."
         )
     if isinstance(obj, Tensor | np.ndarray):
         return _dense(torch.as_tensor(obj), layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -83,7 +84,7 @@ class SolveInfo:
 
     @property
     def message(self) -> str:
-        """One sentence for people: the status, its likely causes, the figures."""
+        """One sentence for people, with the status, its likely causes and the figures."""
         return (
             f"{type(self.solver).__name__}: {self.status.value}"
             f" (relative residual {self.relative_residual:.2e}, damping {self.damping:.3g},"
@@ -212,7 +213,8 @@ def check_damping(damping: Any) -> Damping:
     if damping == "auto" and isinstance(damping, str):
         return "auto"
     try:
-        value = float(damping)
+        # float() would take "0.1" and True, which are mistakes here.
+        value = float(None if isinstance(damping, str | bool) else damping)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise DampingError(f"damping must be a number >= 0 or 'auto', got {damping!r}.") from None
     if not math.isfinite(value) or value < 0:
@@ -231,12 +233,14 @@ def check_option(ok: bool, name: str, got: object, expected: str) -> None:
 
 def is_count(value: object) -> bool:
     """Whether ``value`` is an integer >= 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and value >= 1  # type: ignore[operator]
 
 
 def is_tolerance(value: object) -> bool:
     """Whether ``value`` is a finite number >= 0."""
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and math.isfinite(value) and value >= 0  # type: ignore[arg-type,operator]
 
 
 def check_skew(skew: Tensor, size: Tensor, dtype: torch.dtype) -> None:

@@ -9,12 +9,21 @@ from torch import Tensor
 
 from ..errors import OperatorTooLargeError
 from ..pytree import row_norms
-from .base import DampedSystem, Outcome, Solver, Status, check_option, check_skew, is_tolerance
+from .base import (
+    DampedSystem,
+    Outcome,
+    Solver,
+    Status,
+    check_option,
+    check_skew,
+    is_count,
+    is_tolerance,
+)
 
 
 @dataclass(frozen=True)
 class Exact(Solver):
-    """Dense assembly, then Cholesky; the eigendecomposition when that finds A not positive.
+    """Dense assembly, then Cholesky; the eigendecomposition when A is not safely positive.
 
     An indefinite system is solved as it is, with ``info.smallest_eigenvalue`` (that of A, without
     damping) reported.  Of a singular one the answer is the least-squares solution of smallest
@@ -43,7 +52,9 @@ class Exact(Solver):
 
     def __post_init__(self) -> None:
         check_option(is_tolerance(self.rtol), "rtol", self.rtol, "a finite number >= 0")
-        check_option(self.max_bytes > 0, "max_bytes", self.max_bytes, "a positive number of bytes")
+        check_option(
+            is_count(self.max_bytes), "max_bytes", self.max_bytes, "a positive number of bytes"
+        )
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         matrix = self._assemble(system)
@@ -54,15 +65,17 @@ class Exact(Solver):
         # A direct solve from x0 is one for the correction to it.
         start = torch.zeros_like(system.b) if x0 is None else x0
         target = system.b - start @ damped
+        # Of an undamped matrix, eigenvalues below the rounding of its products are zero; damping
+        # is exact, so that of a damped one only the arithmetic's own rounding counts.
+        eps = torch.finfo(system.operator.dtype if damping == 0 else system.b.dtype).eps
         factor, failed = torch.linalg.cholesky_ex(damped)
         smallest: float | None = None
-        if int(failed) == 0:
+        if int(failed) == 0 and not _is_singular(damped, factor, eps):
             x = start + torch.cholesky_solve(target.T, factor).T
         else:
             values, vectors = torch.linalg.eigh(damped)
             smallest = float(values[0]) - damping
-            # Below this an eigenvalue is the rounding of the products: treat it as zero.
-            floor = n * torch.finfo(system.operator.dtype).eps * values.abs().max()
+            floor = n * eps * values.abs().max()
             inverse = torch.where(values.abs() > floor, 1.0 / values, torch.zeros_like(values))
             x = start + ((target @ vectors) * inverse) @ vectors.T
         x = system.rounded(x)
@@ -97,3 +110,19 @@ class Exact(Solver):
         skew = torch.linalg.vector_norm(matrix - matrix.T) / 2
         check_skew(skew, torch.linalg.vector_norm(matrix), system.operator.dtype)
         return 0.5 * (matrix + matrix.T)
+
+
+def _is_singular(matrix: Tensor, factor: Tensor, eps: float) -> bool:
+    """Whether a matrix that Cholesky accepted is singular to rounding.
+
+    Rounding gives a zero eigenvalue either sign, so the factorisation of a singular matrix
+    succeeds half of the time.  Two inverse iterations find the smallest eigenvalue then: the
+    start's share along its eigenvector, 1/sqrt(n) or so, is amplified by its inverse twice.
+    """
+    source = torch.Generator().manual_seed(0)
+    vector = torch.randn(len(matrix), 1, generator=source, dtype=torch.float32).to(matrix)
+    for _ in range(2):
+        vector = torch.cholesky_solve(vector / torch.linalg.vector_norm(vector), factor)
+    smallest = 1.0 / float(torch.linalg.vector_norm(vector))
+    largest = float(torch.linalg.matrix_norm(matrix, ord=1))
+    return not smallest > eps * largest

@@ -14,17 +14,20 @@ from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count,
 
 #: Lanczos steps that bound the largest eigenvalue for step_size="auto".
 _PROBE_STEPS = 10
+#: A residual that has grown by this factor is not followed any further.
+_GROWTH = 1e6
 
 
 @dataclass(frozen=True)
 class Neumann(Solver):
     """x_K = eta * sum over j < K of (I - eta (A + damping I))^j v.
 
-    The residual of x_K is the next term of the series over eta, so K products give K terms and
-    their exact residual.  The series converges when the spectrum of A + damping I lies in
-    (0, 2/eta); ``"auto"`` takes 1/eta = the Lanczos bound on its largest eigenvalue, so that only
-    negative curvature can make it diverge.  A series that diverges is not returned: the best
-    partial sum is, with status NEGATIVE_CURVATURE or STAGNATED.
+    The residual of a partial sum is the next term of the series over eta, so K - 1 products give
+    K terms; one more gives the true residual of the answer as it is returned.  The series
+    converges when the spectrum of A + damping I lies in (0, 2/eta); ``"auto"`` takes 1/eta = the
+    Lanczos bound on its largest eigenvalue, so that only negative curvature can make it diverge.
+    A series whose residual is no smaller than v is not returned: the best partial sum is, with
+    status NEGATIVE_CURVATURE or STAGNATED.
 
     Attributes:
         num_terms: K, terms of the series.
@@ -53,25 +56,34 @@ class Neumann(Solver):
         step = self._step(system, damping)
         x = torch.zeros_like(system.b) if x0 is None else x0
         residual = system.b if x0 is None else system.residual(x, damping)
-        best_x, best = x, row_norms(residual)
-        curvature = torch.ones_like(best)
-        for _ in range(self.num_terms):
+        norms = row_norms(residual)
+        best_x, best = x, norms
+        hopeless = _GROWTH * torch.maximum(norms, system.b_norms)
+        abandoned = torch.zeros_like(norms, dtype=torch.bool)
+        curvature = torch.ones_like(norms)
+        for term in range(1, self.num_terms + 1):
             x = x + step * residual
-            image = system.apply(residual, damping)
+            if term < self.num_terms:
+                following = residual - step * system.apply(residual, damping)
+            else:  # the recurrence drifts and does not know the answer's rounding: look at x itself
+                following = system.residual(x, damping)
             # Curvature along a residual that has grown tells why it grows.
-            curvature = torch.where(row_norms(residual) > 0, (residual * image).sum(1), curvature)
-            residual = residual - step * image
-            norms = row_norms(residual)
-            # A term is a sum of powers of one operator: past overflow nothing useful follows.
-            better = norms <= best
+            along = (residual * (residual - following)).sum(1)
+            curvature = torch.where(abandoned | (norms == 0), curvature, along)
+            residual, norms = following, torch.where(abandoned, norms, row_norms(following))
+            better = (norms < best) & ~abandoned
             best_x = torch.where(better[:, None], x, best_x)
             best = torch.where(better, norms, best)
-            if not bool(torch.isfinite(norms).all()) or bool((norms > 1e100).any()):
+            # A term is a power of one operator: what has grown like this never comes back.
+            abandoned = abandoned | ~(norms <= hopeless)
+            if bool(abandoned.all()):
                 break
-        diverged = ~(norms <= system.b_norms)
+            residual = torch.where(abandoned[:, None], torch.zeros_like(residual), residual)
+        diverged = ~(norms < system.b_norms) & (system.b_norms > 0)
         if bool(diverged.any()):
             x = torch.where(diverged[:, None], best_x, x)
-            norms = torch.where(diverged, row_norms(system.residual(x, damping)), norms)
+            fresh = row_norms(system.residual(x[diverged], damping, diverged))
+            norms = norms.masked_scatter(diverged, fresh)
         statuses = [
             Status.FIXED_ITERATIONS
             if not bad

@@ -1,157 +1,24 @@
-"""Nyström: a low-rank sketch of A from one block of products, inverted by construction."""
+"""Nyström: one sketch of A, inverted by construction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import DampingError, NegativeCurvatureError, RankError
-from ..operators import LinearOperator, as_operator
-from ..pytree import Tree, TreeLayout, row_norms, working_dtype
-from ..spectrum import damping_from_extremes
-from .base import (
-    DampedSystem,
-    Damping,
-    Outcome,
-    Solver,
-    Status,
-    check_damping,
-    check_option,
-    check_skew,
-    is_count,
+from ..errors import RankError
+from ..operators import as_operator
+from ..pytree import Tree, row_norms, working_dtype
+from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count
+from .sketch import (
+    NegativeCurvature,
+    NystromSketch,
+    SketchKind,
+    make_sketch,
+    positive_damping,
 )
-
-SketchKind = Literal["gaussian", "columns"]
-NegativeCurvature = Literal["keep", "absolute", "clip", "raise"]
-
-#: Core eigenvalues below this many eps of the products' dtype (relative to the largest) are
-#: rounding.  Frangella, Tropp and Udell shift the core instead; at a singular core the shift
-#: costs up to its own square root in accuracy, truncation does not.
-_CORE_ROUNDING = 8.0
-
-
-@dataclass(frozen=True)
-class NystromSketch:
-    """A rank-r approximation U diag(L) U' of A, made once and solved with at any damping.
-
-    Made by :func:`nystrom_sketch`.
-
-    Attributes:
-        eigenvalues: L, shape (r,), largest first.
-        basis: U', orthonormal rows of shape (r, n) in the flat coordinates of ``layout``.
-        layout: of the trees that A acts on.
-        operator_dtype: dtype of A's products.
-        smallest_eigenvalue: smallest eigenvalue seen: the smallest Ritz value where there is
-            negative curvature, else that of the sketch (0 when it is complete below rank).
-        tail: size of what the sketch does not see: its last eigenvalue when the rank was used
-            up; with negative curvature, the norm of A's coupling of the basis to the rest; 0
-            when the operator had no more to show.
-        num_hvps: products used.
-
-    Examples:
-        >>> import torch, hypergrad
-        >>> a = torch.diag(torch.tensor([5.0, 1.0, 0.0, 0.0]))
-        >>> sketch = hypergrad.nystrom_sketch(a, rank=3)
-        >>> [round(x, 4) for x in sketch.eigenvalues.tolist()]
-        [5.0, 1.0]
-        >>> sketch.solve(torch.ones(4), damping=1.0)
-        tensor([0.1667, 0.5000, 1.0000, 1.0000])
-        >>> round(sketch.effective_dimension(1.0), 4)
-        1.3333
-    """
-
-    eigenvalues: Tensor
-    basis: Tensor
-    layout: TreeLayout
-    operator_dtype: torch.dtype
-    smallest_eigenvalue: float
-    tail: float
-    num_hvps: int
-    negative_curvature: NegativeCurvature
-
-    @property
-    def rank(self) -> int:
-        """r, the number of eigenpairs kept; at most the rank asked for."""
-        return len(self.eigenvalues)
-
-    def auto_damping(self) -> float:
-        """The value of ``damping="auto"``; see :func:`hypergrad.spectrum.damping_from_extremes`."""
-        if self.rank == 0:
-            return damping_from_extremes(0.0, 0.0, rounding=0.0)
-        keep = self.negative_curvature == "keep"
-        return damping_from_extremes(
-            min(self.smallest_eigenvalue, 0.0) if keep else 0.0,
-            float(self.eigenvalues.abs().max()),
-            rounding=10.0 * torch.finfo(self.operator_dtype).eps,
-            tail=self.tail,
-        )
-
-    def solve(self, v: Tree, damping: Damping = "auto") -> Tree:
-        """(U diag(L) U' + damping I)^-1 v, with no further HVP.
-
-        Symmetric positive definite with norm at most 1/damping whenever L >= 0, by construction.
-
-        Raises:
-            DampingError: damping is not positive.
-            TreeStructureError, LeafTypeError, DeviceError: v does not fit the operator.
-        """
-        rho = self.auto_damping() if damping == "auto" else positive_damping(damping)
-        vector = self.layout.flatten(v)
-        self.layout.check_finite(vector, "v")
-        x = self.solve_block(vector.to(self.basis.dtype)[None], rho)[0].to(self.layout.dtype)
-        self.layout.check_finite(x, "the answer")
-        return self.layout.unflatten(x)
-
-    def solve_block(self, block: Tensor, damping: float) -> Tensor:
-        """:meth:`solve` for rows of shape (m, n) in the dtype of :attr:`basis`.
-
-        x = (v + U [(damping / (L + damping) - 1) U'v]) / damping.  The Woodbury form is the same
-        in exact arithmetic, but subtracts numbers (L + damping)/damping times larger than the
-        answer.
-        """
-        shrink = damping / (self.eigenvalues + damping) - 1.0
-        return (block + ((block @ self.basis.T) * shrink) @ self.basis) / damping
-
-    def effective_dimension(self, damping: float) -> float:
-        """The sum of L/(L + damping): how many directions the damping leaves to be learned."""
-        rho = positive_damping(damping)
-        positive = self.eigenvalues.clamp(min=0.0)
-        return float((positive / (positive + rho)).sum())
-
-    def preconditioner(self, damping: float) -> LinearOperator:
-        """P^-1 = (l + damping) U (L + damping)^-1 U' + (I - U U'), with l the last of L.
-
-        Source: Frangella, Tropp, Udell, arXiv 2110.02820, equation (5.3).  Negative L enter by
-        their absolute value, so that it is always positive definite.
-
-        Examples:
-            >>> import torch, hypergrad
-            >>> a = torch.diag(torch.logspace(0, 4, 50, dtype=torch.float64))
-            >>> v = torch.ones(50, dtype=torch.float64)
-            >>> sketch = hypergrad.nystrom_sketch(a, rank=40)
-            >>> plain = hypergrad.solve(a, v, hypergrad.CG(), damping=1e-3).info
-            >>> better = hypergrad.CG(preconditioner=sketch.preconditioner(1e-3))
-            >>> hypergrad.solve(a, v, better, damping=1e-3).info.iterations < plain.iterations
-            True
-        """
-        return _Preconditioner(self, positive_damping(damping))
-
-
-class _Preconditioner(LinearOperator):
-    def __init__(self, sketch: NystromSketch, damping: float) -> None:
-        super().__init__(sketch.layout)
-        self.basis = sketch.basis
-        size = sketch.eigenvalues.abs()
-        last = float(size.min()) if sketch.rank else 0.0
-        self.weights = (last + damping) / (size + damping) - 1.0
-
-    def _apply(self, block: Tensor) -> Tensor:
-        wide = block.to(self.basis.dtype)
-        return (wide + ((wide @ self.basis.T) * self.weights) @ self.basis).to(block.dtype)
 
 
 def nystrom_sketch(
@@ -199,7 +66,7 @@ def nystrom_sketch(
     dtype = working_dtype(op.dtype, op.device)
     empty = torch.zeros(1, op.layout.dim, dtype=dtype, device=op.device)
     system = DampedSystem(op, empty, torch.ones_like(empty[:, 0]), "auto")
-    return _sketch(system, config)
+    return config.sketch_of(system)
 
 
 @dataclass(frozen=True)
@@ -251,10 +118,14 @@ class Nystrom(Solver):
             f"one of {policies}",
         )
 
+    def sketch_of(self, system: DampedSystem) -> NystromSketch:
+        """The sketch that this configuration makes of a system's operator."""
+        return make_sketch(system, self.rank, self.sketch, self.generator, self.negative_curvature)
+
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         if system.damping != "auto":
             positive_damping(system.damping)  # before any product is spent
-        sketch = _sketch(system, self)
+        sketch = self.sketch_of(system)
         damping = sketch.auto_damping() if system.damping == "auto" else float(system.damping)
         if x0 is None:
             x = sketch.solve_block(system.b, damping)
@@ -293,135 +164,3 @@ class Nystrom(Solver):
             else:
                 statuses.append(Status.FIXED_ITERATIONS if norm < size else Status.STAGNATED)
         return statuses
-
-
-def positive_damping(damping: Any) -> float:
-    """``damping`` as a positive float, or :class:`DampingError`."""
-    value = check_damping(damping)
-    if value == "auto" or value == 0.0:
-        raise DampingError(
-            f"Nyström needs a positive damping, got {damping!r}: outside the sketch its answer is "
-            "v/damping. Pass a positive number, damping='auto' where the call takes it, or use CG "
-            "or Exact."
-        )
-    return float(value)
-
-
-def _sketch(system: DampedSystem, config: Nystrom) -> NystromSketch:
-    operator, rank = system.operator, config.rank
-    layout, n = operator.layout, operator.layout.dim
-    if rank > n:
-        raise RankError(
-            f"rank is {rank}, but the operator has dimension {n}; expected 1 <= rank <= {n}."
-        )
-    before = system.num_hvps
-    dtype = system.b.dtype
-    omega = _test_matrix(config, n, dtype, system.b.device)
-    omega = system.rounded(omega)  # what the products really are of
-    y = system.product(omega)
-    core = omega @ y.T
-    # Antisymmetry is measured against what products with unrelated vectors would leave in the core.
-    skew = torch.linalg.vector_norm(core - core.T) / 2
-    check_skew(skew, torch.linalg.vector_norm(y) * (rank / n) ** 0.5, operator.dtype)
-    core = 0.5 * (core + core.T)
-    values, vectors = torch.linalg.eigh(core)
-    # The antisymmetric part is a free measurement of the products' rounding.
-    eps = torch.finfo(operator.dtype).eps
-    floor = max(_CORE_ROUNDING * eps * float(values.abs().max()), 2.0 * float(skew))
-    kept = values > floor
-    half = (vectors[:, kept].T @ y) / values[kept].sqrt()[:, None]
-    eigenvalues, basis = _squared_svd(half)
-    complete = len(eigenvalues) < rank or rank == n
-    tail = 0.0 if complete else float(eigenvalues[-1])
-    if float(values[0]) < -floor or _inflated(eigenvalues, y):
-        eigenvalues, basis, tail = _rayleigh_ritz(system.product, y)
-    smallest = _smallest(eigenvalues, n, eps)
-    if smallest < 0:
-        eigenvalues = _apply_policy(eigenvalues, config.negative_curvature)
-    return NystromSketch(
-        eigenvalues=eigenvalues,
-        basis=basis,
-        layout=layout,
-        operator_dtype=operator.dtype,
-        smallest_eigenvalue=smallest,
-        tail=tail,
-        num_hvps=system.num_hvps - before,
-        negative_curvature=config.negative_curvature,
-    )
-
-
-def _test_matrix(config: Nystrom, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Orthonormal rows, shape (k, n)."""
-    generator = config.generator
-    place = device if generator is None else generator.device
-    if config.sketch == "columns":
-        chosen = torch.randperm(n, generator=generator, device=place)[: config.rank].to(device)
-        omega = torch.zeros(config.rank, n, dtype=dtype, device=device)
-        omega[torch.arange(config.rank, device=device), chosen] = 1.0
-        return omega
-    gaussian = torch.randn(n, config.rank, generator=generator, device=place, dtype=dtype)
-    q: Tensor = torch.linalg.qr(gaussian.to(device))[0]
-    return q.T.contiguous()
-
-
-def _squared_svd(half: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of half' half, for half of shape (r, n), without squaring its condition."""
-    if len(half) == 0:
-        return half.new_zeros(0), half
-    q, r = torch.linalg.qr(half.T)
-    left, singular, _ = torch.linalg.svd(r)
-    return singular**2, (q @ left).T.contiguous()
-
-
-def _inflated(eigenvalues: Tensor, y: Tensor) -> bool:
-    """Whether the largest eigenvalue is more than the products can vouch for.
-
-    A core that is positive only by cancellation of positive and negative curvature (a sketch of
-    one or two vectors can meet one) inflates it without limit.  For a random subspace of k out
-    of n dimensions |Y| falls below |A| by about sqrt(k/n); three times that is rare above k = 3.
-    """
-    if len(eigenvalues) == 0:
-        return False
-    k, n = y.shape
-    seen = float(torch.linalg.matrix_norm(y, ord=2))
-    largest = float(eigenvalues[0])
-    limit: float = 3.0 * (n / k) ** 0.5 * seen
-    return largest > limit
-
-
-def _rayleigh_ritz(product: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Ritz pairs on the range Q of Y, largest value first, and the norm of (I - QQ') A Q.
-
-    The values never leave the spectrum; the norm is 0 when Q is invariant, and else measures how
-    strongly A couples it to what the sketch does not see.
-    """
-    q = torch.linalg.qr(y.T).Q.T.contiguous()
-    image = product(q)
-    small = q @ image.T
-    small = 0.5 * (small + small.T)
-    values, vectors = torch.linalg.eigh(small)
-    missed = torch.linalg.svdvals(image - small @ q)[0]
-    return values.flip(0), (vectors.T @ q).flip(0).contiguous(), float(missed)
-
-
-def _smallest(eigenvalues: Tensor, n: int, eps: float) -> float:
-    """Smallest eigenvalue seen; 0 when that is rounding, or when the sketch leaves a null space."""
-    if len(eigenvalues) == 0:
-        return 0.0
-    smallest = float(eigenvalues.min())
-    if smallest < -10.0 * eps * float(eigenvalues.abs().max()):
-        return smallest
-    return max(smallest, 0.0) if len(eigenvalues) == n else 0.0
-
-
-def _apply_policy(eigenvalues: Tensor, policy: NegativeCurvature) -> Tensor:
-    if policy == "raise":
-        raise NegativeCurvatureError(
-            f"the operator has negative curvature: smallest Ritz value "
-            f"{float(eigenvalues.min()):.3e}, largest {float(eigenvalues.max()):.3e}. Solve the "
-            "inner problem further, use a Gauss-Newton operator, add damping with "
-            "negative_curvature='keep', or choose 'absolute' or 'clip'."
-        )
-    if policy == "absolute":
-        return eigenvalues.abs()
-    return eigenvalues.clamp(min=0.0) if policy == "clip" else eigenvalues

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from ..errors import (
     NonFiniteError,
     SolverOptionError,
     TreeStructureError,
+    warn,
 )
 from ..operators import LinearOperator, as_operator
 from ..pytree import Tree, TreeLayout, row_norms, working_dtype
@@ -67,8 +67,10 @@ def solve(
         NonFiniteError: nan or inf in v, x0 or a product, or an answer too large for the dtype.
         DampingError: a negative or non-finite damping.
         NotSymmetricError: the products are not those of a symmetric operator.
-        TreeStructureError, LeafTypeError, DeviceError, EmptyTreeError: see
-            :class:`hypergrad.errors`.
+        TreeStructureError: v, x0 or a product has other keys, leaves or shapes than expected.
+        LeafTypeError: a leaf is no real floating-point tensor, or has another dtype.
+        DeviceError: tensors on different devices.
+        EmptyTreeError: v has no entries.
 
     Cost: the solver's products, one to check the answer, and up to 20 for ``damping="auto"``
     (none with Nyström, which takes it from its sketch); ``info.num_hvps`` counts them all.
@@ -115,8 +117,10 @@ def solve(
     if solution.info.status.failed and on_failure != "ignore":
         if on_failure == "raise":
             raise ConvergenceError(solution.info.message, solution)
-        # Two frames up: past this function and the verb that called it, or its caller.
-        warnings.warn(solution.info.message, ConvergenceWarning, stacklevel=3)
+        # Few digits, so that Python shows the warning once a place and not at each outer step.
+        info = solution.info
+        figure = f"relative residual about {info.relative_residual:.0e}"
+        warn(f"{type(solver).__name__}: {info.status.value} ({figure}).", ConvergenceWarning)
     return solution
 
 

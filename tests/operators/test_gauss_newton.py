@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+import hypergrad
+from tests.strategies import F64, flat, gaussian, quick_and_thorough, tree_like, trees
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).mean()
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(outputs, targets.abs().softmax(1))
+
+
+def linear(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs * targets).sum()
+
+
+def nonconvex(outputs: Tensor, targets: Tensor) -> Tensor:
+    return torch.sin(outputs * targets).sum()
+
+
+LOSSES = (squared, cross_entropy, linear, nonconvex)
+
+
+def reference(
+    model_fn: Callable[[Any], Tensor], loss_fn: Callable[[Tensor], Tensor], tree: Any
+) -> Tensor:
+    """J'HJ with dense J and H."""
+    point = flat(tree)
+
+    def outputs(vector: Tensor) -> Tensor:
+        return model_fn(tree_like(tree, vector))
+
+    value = outputs(point)
+    jacobian = torch.func.jacrev(outputs)(point).reshape(value.numel(), -1)
+    inner = torch.func.hessian(loss_fn)(value).reshape(value.numel(), value.numel())
+    return jacobian.T @ inner @ jacobian
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES)
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_network_ggn_is_jacobian_hessian_jacobian(loss_fn: Any, chunk_size: int | None) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)
+    ).double()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    x, y = gaussian(5, 3, seed=1), gaussian(5, 3, seed=2)
+
+    def call(p: Any, inputs: Tensor) -> Tensor:
+        return torch.func.functional_call(model, p, inputs)
+
+    op = hypergrad.ggn(call, loss_fn, params, x, y, chunk_size=chunk_size)
+    expected = reference(lambda p: call(p, x), lambda out: loss_fn(out, y), params)
+    size = float(expected.abs().max())
+    torch.testing.assert_close(op.to_dense(), expected, rtol=0, atol=1e-10 * size)
+    v = {name: gaussian(*p.shape, seed=i) for i, (name, p) in enumerate(params.items())}
+    torch.testing.assert_close(flat(op @ v), expected @ flat(v), rtol=0, atol=1e-10 * (size + 1))
+
+
+@quick_and_thorough
+@given(tree=trees())
+def test_ggn_over_any_tree(effort: str, tree: Any) -> None:
+    weights = gaussian(4, len(flat(tree)), seed=1)
+
+    def model_fn(params: Any, scale: Tensor) -> Tensor:
+        return torch.tanh(scale * (weights @ flat(params)))
+
+    scale = torch.tensor(0.7, dtype=F64)
+    targets = gaussian(4, seed=2)
+    got = hypergrad.ggn(model_fn, squared, tree, scale, targets).to_dense()
+    expected = reference(lambda p: model_fn(p, scale), lambda out: squared(out, targets), tree)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10 * (float(expected.norm()) + 1e-3))
+
+
+def test_a_convex_loss_gives_no_negative_curvature() -> None:
+    targets, inputs = gaussian(6, seed=1), gaussian(6, 4, seed=2)
+    params = gaussian(4, seed=3)
+
+    def model_fn(p: Tensor, x: Tensor) -> Tensor:
+        return torch.sin(3 * (x @ p))
+
+    full = hypergrad.hessian(lambda p: squared(model_fn(p, inputs), targets), params).to_dense()
+    assert float(torch.linalg.eigvalsh(full)[0]) < -0.1  # or the test would show nothing
+    dense = hypergrad.ggn(model_fn, squared, params, inputs, targets).to_dense()
+    values = torch.linalg.eigvalsh(0.5 * (dense + dense.T))
+    assert float(values[0]) >= -1e-13 * float(values[-1])
+
+
+def test_of_a_linear_model_it_is_the_hessian() -> None:
+    inputs, targets = gaussian(6, 3, seed=2), gaussian(6, seed=1)
+    params = gaussian(3, seed=3)
+
+    def model_fn(p: Tensor, x: Tensor) -> Tensor:
+        return x @ p
+
+    got = hypergrad.ggn(model_fn, squared, params, inputs, targets).to_dense()
+    torch.testing.assert_close(got, inputs.T @ inputs / 3, rtol=1e-12, atol=1e-12)
+
+
+def test_caller_is_untouched_and_no_grad_does_not_matter() -> None:
+    params = gaussian(3).requires_grad_()
+    inputs, targets = gaussian(6, 3, seed=2), gaussian(6, seed=1)
+    with torch.no_grad():
+        op = hypergrad.ggn(lambda p, x: x @ p, squared, params, inputs, targets)
+        product = op @ torch.ones(3, dtype=F64)
+    assert params.grad is None
+    assert params.requires_grad
+    assert not product.requires_grad
+    expected = inputs.T @ inputs @ torch.ones(3, dtype=F64) / 3
+    torch.testing.assert_close(product, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_params_modified_in_place_make_the_operator_stale() -> None:
+    params = {"w": gaussian(3)}
+    op = hypergrad.ggn(
+        lambda p, x: x @ p["w"], squared, params, gaussian(6, 3, seed=2), gaussian(6, seed=1)
+    )
+    params["w"].mul_(2.0)
+    with pytest.raises(hypergrad.StaleOperatorError, match=r"params\['w'\] was modified in place"):
+        op @ {"w": torch.ones(3, dtype=F64)}
+
+
+def test_a_model_that_ignores_params_is_refused() -> None:
+    model = torch.nn.Linear(3, 1).double()
+    params = dict(model.named_parameters())
+    with pytest.raises(hypergrad.LossError, match="functional_call"):
+        hypergrad.ggn(
+            lambda p, x: model(x), squared, params, gaussian(6, 3), gaussian(6, 1, seed=1)
+        )
+
+
+def test_an_unused_leaf_is_reported_and_has_zero_rows() -> None:
+    tree = {"used": gaussian(2), "unused": gaussian(1)}
+    inputs, targets = gaussian(4, 2, seed=1), gaussian(4, seed=2)
+    with pytest.warns(hypergrad.UnusedParameterWarning, match=r"\['unused'\]") as caught:
+        op = hypergrad.ggn(lambda p, x: x @ p["used"], squared, tree, inputs, targets)
+    assert caught[0].filename == __file__
+    assert torch.equal(op.to_dense()[2], torch.zeros(3, dtype=F64))
+    assert float(op.to_dense()[0, 0]) > 0

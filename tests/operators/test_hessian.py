@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+import hypergrad
+from tests.strategies import F32, F64, flat, gaussian, quick_and_thorough, tree_like, trees
+
+MODES = ("auto", "reverse_over_reverse", "forward_over_reverse")
+
+
+def mlp() -> tuple[torch.nn.Module, dict[str, Tensor], Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)
+    ).double()
+    return model, dict(model.named_parameters()), gaussian(7, 3, seed=1), gaussian(7, 2, seed=2)
+
+
+def model_loss(model: torch.nn.Module) -> Callable[..., Tensor]:
+    def loss(params: Any, x: Tensor, y: Tensor) -> Tensor:
+        return ((torch.func.functional_call(model, params, x) - y) ** 2).mean()
+
+    return loss
+
+
+def reference(loss_of_tree: Callable[[Any], Tensor], tree: Any) -> Tensor:
+    """torch.func.hessian in flat coordinates of its own."""
+    return torch.func.hessian(lambda vector: loss_of_tree(tree_like(tree, vector)))(flat(tree))
+
+
+def smooth(tree: Any) -> Tensor:
+    """A loss that couples every entry of a tree with every other."""
+    vector = flat(tree)
+    weights = torch.linspace(0.5, 1.5, len(vector), dtype=vector.dtype)
+    return torch.sin(weights @ vector) + (weights * vector**4).sum() + 0.3 * vector.sum() ** 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("chunk_size", [None, 1, 4])
+def test_network_hessian_is_that_of_torch(mode: Any, chunk_size: int | None) -> None:
+    model, params, x, y = mlp()
+    loss = model_loss(model)
+    got = hypergrad.hessian(loss, params, x, y, mode=mode, chunk_size=chunk_size).to_dense()
+    tree = {name: p.detach() for name, p in params.items()}
+    expected = reference(lambda t: loss(t, x, y), tree)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+
+
+@quick_and_thorough
+@pytest.mark.parametrize("mode", MODES[1:])
+@given(tree=trees())
+def test_hessian_over_any_tree(effort: str, mode: Any, tree: Any) -> None:
+    expected = reference(smooth, tree)
+    got = hypergrad.hessian(smooth, tree, mode=mode)
+    torch.testing.assert_close(
+        got.to_dense(), expected, rtol=0, atol=1e-10 * float(expected.abs().max())
+    )
+    assert torch.allclose(got.loss, smooth(tree))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_0d_parameter(mode: Any) -> None:
+    op = hypergrad.hessian(lambda p: p**3, torch.tensor(2.0, dtype=F64), mode=mode)
+    product = op @ torch.tensor(1.0, dtype=F64)
+    assert product.shape == ()
+    assert float(product) == pytest.approx(12.0, rel=1e-14)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_linear_loss_has_no_curvature(mode: Any) -> None:
+    tree = {"w": gaussian(3), "b": torch.tensor(1.0, dtype=F64)}
+    op = hypergrad.hessian(lambda t: t["w"].sum() + 2 * t["b"], tree, mode=mode)
+    assert torch.equal(op.to_dense(), torch.zeros(4, 4, dtype=F64))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_leaf_in_which_the_loss_is_linear_has_zero_rows(mode: Any) -> None:
+    tree = {"w": gaussian(3), "b": torch.tensor(1.0, dtype=F64)}
+    op = hypergrad.hessian(lambda t: (t["w"] ** 2).sum() + 2 * t["b"], tree, mode=mode)
+    expected = torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0], dtype=F64))
+    assert torch.equal(op.to_dense(), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unused_leaf_is_reported_and_has_zero_rows(mode: Any) -> None:
+    tree = {"used": gaussian(2), "unused": gaussian(1)}
+    with pytest.warns(hypergrad.UnusedParameterWarning, match=r"\['unused'\]") as caught:
+        op = hypergrad.hessian(lambda t: (t["used"] ** 2).sum(), tree, mode=mode)
+    assert caught[0].filename == __file__
+    assert torch.equal(op.to_dense(), torch.diag(torch.tensor([2.0, 2.0, 0.0], dtype=F64)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_params_modified_in_place_make_the_operator_stale(mode: Any) -> None:
+    tree = {"w": gaussian(3).requires_grad_(), "b": gaussian(1).requires_grad_()}
+    op = hypergrad.hessian(lambda t: (t["w"] ** 4).sum() + (t["b"] ** 2).sum(), tree, mode=mode)
+    v = {"w": torch.ones(3, dtype=F64), "b": torch.ones(1, dtype=F64)}
+    op @ v
+    tree["w"].grad = torch.ones(3, dtype=F64)
+    torch.optim.SGD([tree["w"]], lr=0.1).step()
+    with pytest.raises(hypergrad.StaleOperatorError, match=r"params\['w'\] was modified in place"):
+        op @ v
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_flags_gradients_and_values_of_the_caller_are_untouched(mode: Any) -> None:
+    frozen, trained = gaussian(2), gaussian(2).requires_grad_()
+    trained.grad = torch.full((2,), 7.0, dtype=F64)
+    values = frozen.clone(), trained.detach().clone()
+    op = hypergrad.hessian(smooth, [frozen, trained], mode=mode)
+    product = op @ [torch.ones(2, dtype=F64), torch.ones(2, dtype=F64)]
+    assert not frozen.requires_grad
+    assert frozen.grad is None
+    assert trained.requires_grad
+    assert torch.equal(trained.grad, torch.full((2,), 7.0, dtype=F64))
+    assert torch.equal(frozen, values[0])
+    assert torch.equal(trained.detach(), values[1])
+    assert not any(leaf.requires_grad for leaf in product)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_works_under_no_grad(mode: Any) -> None:
+    tree = [gaussian(3)]
+    with torch.no_grad():
+        op = hypergrad.hessian(smooth, tree, mode=mode)
+        dense = op.to_dense()
+    torch.testing.assert_close(dense, reference(smooth, tree), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mixed_dtypes_keep_their_own(mode: Any) -> None:
+    tree = {"single": gaussian(2).to(F32), "double": gaussian(2)}
+
+    def loss(t: Any) -> Tensor:
+        return (t["single"].double() * t["double"]).sum() ** 2 + (t["double"] ** 2).sum()
+
+    op = hypergrad.hessian(loss, tree, mode=mode)
+    product = op @ {"single": torch.ones(2), "double": torch.ones(2, dtype=F64)}
+    assert product["single"].dtype == F32
+    assert product["double"].dtype == F64
+    wide = {name: leaf.double() for name, leaf in tree.items()}
+    expected = reference(loss, wide) @ torch.ones(4, dtype=F64)
+    # The rows of the float32 leaf are rounded once to it.
+    torch.testing.assert_close(
+        torch.cat([product["single"].double(), product["double"]]), expected, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_modes_agree_on_blocks_of_vectors() -> None:
+    model, params, x, y = mlp()
+    modes: Any = MODES[1:]
+    ops = [hypergrad.hessian(model_loss(model), params, x, y, mode=mode) for mode in modes]
+    block = {name: gaussian(6, *p.shape, seed=i) for i, (name, p) in enumerate(params.items())}
+    left, right = (op.matmat(block) for op in ops)
+    for name in params:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-10, atol=1e-12)
+
+
+def test_a_loss_of_one_entry_is_a_scalar() -> None:
+    op = hypergrad.hessian(lambda p: (p**2).sum().reshape(1, 1), gaussian(2))
+    assert torch.equal(op.to_dense(), 2 * torch.eye(2, dtype=F64))
+
+
+def test_the_batch_reaches_the_loss() -> None:
+    scale = torch.tensor([1.0, 4.0], dtype=F64)
+    op = hypergrad.hessian(lambda p, s: (s * p**2).sum() / 2, gaussian(2), scale)
+    assert torch.equal(op.to_dense(), torch.diag(scale))

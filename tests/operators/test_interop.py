@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+import hypergrad
+from tests.strategies import DTYPES, F32, F64, flat, gaussian, symmetric, tree_hvp
+
+PROBLEM = symmetric(torch.linspace(1.0, 3.0, 6, dtype=F64), seed=1)
+A = PROBLEM.matrix
+TREE = {
+    "w": torch.zeros(2, 2, dtype=F64),
+    "b": (torch.zeros((), dtype=F64), torch.zeros(1).double()),
+}
+
+#: The same operator in every form that as_operator takes.
+FORMATS: dict[str, Any] = {
+    "tensor": A,
+    "array": A.numpy(),
+    "callable": lambda v: A @ v,
+    "operator": hypergrad.as_operator(A),
+    "sparse array": scipy.sparse.csr_array(A.numpy()),
+    "sparse matrix": scipy.sparse.coo_matrix(A.numpy()),
+    "scipy operator": scipy.sparse.linalg.aslinearoperator(A.numpy()),
+    "exported": hypergrad.as_operator(A).to_scipy(),
+}
+
+
+@pytest.mark.parametrize("obj", FORMATS.values(), ids=FORMATS.keys())
+def test_every_format_is_the_same_operator(obj: Any) -> None:
+    v = gaussian(6)
+    op = hypergrad.as_operator(obj, like=v)
+    torch.testing.assert_close(op.to_dense(), A, rtol=0, atol=1e-15)
+    torch.testing.assert_close(op.matmat(gaussian(3, 6)), gaussian(3, 6) @ A, rtol=0, atol=1e-14)
+    x = hypergrad.solve(obj, v, hypergrad.CG(rtol=1e-12)).value
+    torch.testing.assert_close(x, torch.linalg.solve(A, v), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("callable", "operator")])
+def test_matrices_act_on_trees_in_the_order_of_their_leaves(name: str) -> None:
+    op = hypergrad.as_operator(FORMATS[name], like=TREE)
+    v = {"w": gaussian(2, 2), "b": (torch.tensor(1.0, dtype=F64), gaussian(1))}
+    torch.testing.assert_close(flat(op @ v), A @ flat(v), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sparse_matrix_serves_either_dtype(dtype: torch.dtype) -> None:
+    op = hypergrad.as_operator(scipy.sparse.csr_array(A.numpy()), like=torch.zeros(6, dtype=dtype))
+    assert (op @ torch.ones(6, dtype=dtype)).dtype == dtype
+
+
+def test_an_integer_sparse_matrix_is_taken_as_float64() -> None:
+    op = hypergrad.as_operator(scipy.sparse.csr_array(np.eye(3, dtype=np.int64) * 2))
+    assert torch.equal(op.to_dense(), 2 * torch.eye(3, dtype=F64))
+
+
+@pytest.mark.parametrize("batchable", [False, True])
+def test_a_batchable_callable_gives_the_same_products(batchable: bool) -> None:
+    hvp = tree_hvp(A, TREE)
+    op = hypergrad.as_operator(hvp, like=TREE, batchable=batchable)
+    torch.testing.assert_close(op.to_dense(), A, rtol=0, atol=1e-15)
+
+
+def test_a_batchable_callable_is_called_once_a_block() -> None:
+    calls = 0
+
+    def hvp(v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return A @ v
+
+    hypergrad.as_operator(hvp, like=gaussian(6), batchable=True).matmat(gaussian(5, 6))
+    assert calls == 1
+
+
+class TestHonestCallables:
+    """What users write: autograd on a kept graph, tuples for lists, dicts in any order."""
+
+    def test_autograd_on_a_kept_graph(self) -> None:
+        params = [gaussian(3).requires_grad_(), gaussian(2, seed=1).requires_grad_()]
+        loss = (params[0] ** 4).sum() + (params[0].sum() * params[1]).pow(2).sum()
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+
+        def hvp(v: list[Tensor]) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(grads, params, grad_outputs=v, retain_graph=True)
+
+        v = [torch.ones(3, dtype=F64), torch.ones(2, dtype=F64)]
+        dense = hypergrad.as_operator(hvp, like=v).to_dense()
+        torch.testing.assert_close(dense, dense.T, rtol=1e-12, atol=1e-12)
+        for solver in (hypergrad.Exact(), hypergrad.Nystrom(5)):
+            x = hypergrad.solve(hvp, v, solver, damping=50.0).value
+            assert isinstance(x, list)
+            expected = torch.linalg.solve(dense + 50.0 * torch.eye(5, dtype=F64), flat(v))
+            torch.testing.assert_close(flat(x), expected, rtol=1e-9, atol=1e-12)
+        assert params[0].grad is None
+
+    def test_the_order_of_keys_does_not_matter(self) -> None:
+        weights = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0])}
+
+        def hvp(v: dict[str, Tensor]) -> dict[str, Tensor]:
+            assert list(v) == ["a", "b"]
+            return OrderedDict((key, weights[key] * v[key]) for key in ("b", "a"))
+
+        v = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([8.0])}
+        x = hypergrad.exact_ihvp(hvp, v)
+        assert list(x) == ["a", "b"]
+        assert type(x) is dict
+        assert x["a"].tolist() == [1.0, 1.0]
+        assert x["b"].tolist() == [2.0]
+
+    def test_the_answer_has_the_order_and_type_of_v_not_of_the_operator(self) -> None:
+        params = {"a": torch.ones(2), "b": torch.ones(1)}
+        op = hypergrad.hessian(lambda p: (p["a"] ** 2).sum() + 2 * (p["b"] ** 2).sum(), params)
+        v = OrderedDict(b=torch.tensor([4.0]), a=torch.tensor([2.0, 4.0]))
+        x = hypergrad.solve(op, v).value
+        assert isinstance(x, OrderedDict)
+        assert list(x) == ["b", "a"]
+        torch.testing.assert_close(x["b"], torch.tensor([1.0]))
+        torch.testing.assert_close(x["a"], torch.tensor([1.0, 2.0]))
+
+    def test_the_identity_may_return_its_argument(self) -> None:
+        v = gaussian(4)
+        assert torch.equal(hypergrad.cg_ihvp(lambda u: u, v), v)
+
+    def test_a_result_with_a_graph_is_detached(self) -> None:
+        weight = torch.tensor(2.0, requires_grad=True)
+        x = hypergrad.cg_ihvp(lambda u: weight * u, torch.ones(2, requires_grad=True))
+        assert not x.requires_grad
+        assert x.tolist() == [0.5, 0.5]
+
+    def test_a_callable_may_overwrite_its_argument(self) -> None:
+        diagonal = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+        v = torch.ones(3, dtype=F64)
+        x = hypergrad.cg_ihvp(lambda u: u.mul_(diagonal), v, rtol=1e-12)
+        torch.testing.assert_close(x, 1 / diagonal)
+        assert torch.equal(v, torch.ones(3, dtype=F64))
+
+
+def test_an_operator_of_another_dtype_is_refused() -> None:
+    with pytest.raises(hypergrad.LeafTypeError, match=r"expected torch\.float64"):
+        hypergrad.as_operator(hypergrad.as_operator(A), like=torch.ones(6, dtype=F32))
