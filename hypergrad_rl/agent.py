@@ -85,8 +85,8 @@ def policy_stats(log_ratio: Tensor, entropy: Tensor, clip: float) -> dict[str, T
 
 
 def mean_stats(stats: list[dict[str, Tensor]], batch: Batch) -> dict[str, float]:
-    """Means over the minibatches, and the explained variance of the critic before the update."""
-    means = {name: torch.stack([s[name] for s in stats]).mean().item() for name in stats[0]}
+    """Means over the minibatches where defined, and the explained variance before the update."""
+    means = {name: torch.stack([s[name] for s in stats]).nanmean().item() for name in stats[0]}
     residual = (batch.targets - batch.values).var()
     means["explained_variance"] = (1 - residual / batch.targets.var()).item()
     return means

@@ -201,8 +201,9 @@ def combine(
     ratio = norm_c / norm_d.clamp_min(tiny)
     scale = torch.ones(()) if bound is None else (bound / ratio.clamp_min(tiny)).clamp_max(1.0)
     stats = {
-        "correction_ratio": ratio,
-        "correction_cosine": flat_d.dot(flat_c) / (norm_d * norm_c).clamp_min(tiny),
+        # Undefined for d = 0, which happens when every sample of a minibatch is clipped.
+        "correction_ratio": norm_c / norm_d if norm_d > 0 else torch.tensor(torch.nan),
+        "correction_cosine": flat_d.dot(flat_c) / (norm_d * norm_c),
         "bound_active": (scale < 1).float(),
     }
     return {name: d[name] - scale * c[name] for name in d}, stats

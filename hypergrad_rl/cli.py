@@ -7,7 +7,7 @@ import dataclasses
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group(
         "hyper-parameters (default: the task's preset)", argument_default=argparse.SUPPRESS
     )
+    parsers: dict[str, Callable[[str], Any]]
+    parsers = {"int": int, "float": float, "float | None": _float_or_none}
     fields = {f.name: f for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
     for name, field in fields.items():
         if name not in _OWN_FLAGS:
@@ -88,8 +90,7 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
             elif kind.startswith("tuple"):
                 group.add_argument(flag, type=int, nargs="+")
             else:
-                parse = {"int": int, "float": float, "float | None": _float_or_none}.get(kind, str)
-                group.add_argument(flag, type=parse)
+                group.add_argument(flag, type=parsers.get(kind, str))
 
 
 def _float_or_none(text: str) -> float | None:

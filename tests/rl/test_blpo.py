@@ -246,6 +246,9 @@ def test_combine_bounds_the_correction() -> None:
     assert step["w"].tolist() == [3.0, 1.5]
     assert stats["bound_active"] == 1.0
     assert combine(d, {"w": torch.zeros(2)}, 0.5)[0]["w"].tolist() == [3.0, 4.0]
+    step, stats = combine({"w": torch.zeros(2)}, c, 0.5)
+    assert step["w"].tolist() == [0.0, 0.0]
+    assert stats["correction_ratio"].isnan()
 
 
 def test_one_update_is_the_algorithm(problem: Problem) -> None:

@@ -179,10 +179,10 @@ def test_nested_is_blpo_without_a_correction() -> None:
     assert "correction_ratio" not in metrics[0]
 
 
-@pytest.mark.parametrize("algo", ALGOS)
-def test_learns_cartpole(algo: str) -> None:
+@pytest.mark.parametrize(("algo", "steps"), [("ppo", 30_000), ("nested", 16_000), ("blpo", 16_000)])
+def test_learns_cartpole(algo: str, steps: int) -> None:
     """A random policy's mean return is about 22."""
-    metrics = to_metrics(train(preset(algo, "CartPole-v1", total_steps=30_000)).metrics)
+    metrics = to_metrics(train(preset(algo, "CartPole-v1", total_steps=steps)).metrics)
     assert summarize(metrics).final_return > 100
 
 
