@@ -97,6 +97,8 @@ class NystromSketch:
         in exact arithmetic, but subtracts numbers (L + damping)/damping times larger than the
         answer.
         """
+        if self.rank == self.layout.dim:  # nothing lies outside, so nothing needs to cancel there
+            return ((block @ self.basis.T) / (self.eigenvalues + damping)) @ self.basis
         shrink = damping / (self.eigenvalues + damping) - 1.0
         return (block + ((block @ self.basis.T) * shrink) @ self.basis) / damping
 
