@@ -8,6 +8,8 @@ PYTHON  ?= python3
 WORKERS ?= 2
 VENV    ?= .venv
 ARGS    ?=
+# Each `make run` writes into a directory of its own, so that nothing is overwritten.
+RUN     ?= runs/$(shell date +%Y%m%d-%H%M%S)
 
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
@@ -30,8 +32,8 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(STAMP) ## Main job: data hyper-cleaning, then PPO, Nested and BLPO on CartPole (minutes)
-	$(PY) docs/examples/hyper_cleaning.py --run-dir runs/hyper_cleaning
-	$(PY) -m hypergrad_rl compare --algos ppo nested blpo --env CartPole-v1 --run-dir runs/cartpole
+	$(PY) docs/examples/hyper_cleaning.py --run-dir $(RUN)/hyper_cleaning
+	$(PY) -m hypergrad_rl compare --algos ppo nested blpo --env CartPole-v1 --seeds 0 1 --total-steps 150000 --jobs 2 --run-dir $(RUN)/cartpole
 
 test: lint types docs ## Everything a change must pass: lint, types, strict docs, tests
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)

@@ -2,6 +2,14 @@
 
 from hypergrad_rl.blpo import BLPO
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
+from hypergrad_rl.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentFault,
+    EnvironmentUnsupported,
+    HypergradRLError,
+    RunDirectoryError,
+)
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.presets import preset
 from hypergrad_rl.trainer import TrainResult, evaluate, load_config, train
@@ -10,7 +18,13 @@ __all__ = [
     "BLPO",
     "PPO",
     "BLPOConfig",
+    "CheckpointError",
+    "ConfigError",
+    "EnvironmentFault",
+    "EnvironmentUnsupported",
+    "HypergradRLError",
     "PPOConfig",
+    "RunDirectoryError",
     "TrainResult",
     "evaluate",
     "load_config",

@@ -100,8 +100,9 @@ class _Core:
         )
         largest, n = float(eigenvalues[0]), self.products.shape[1]
         # A test matrix that nearly misses A makes small products, but no smaller errors.
-        error = self.eps * max(self.size, largest / n**0.5) * lift
-        return error > 3.0 * self.eps * largest and error > self.eps**_WORTH_A_PASS * damping
+        error: float = self.eps * max(self.size, largest / n**0.5) * lift
+        worth: float = self.eps**_WORTH_A_PASS * damping
+        return error > max(3.0 * self.eps * largest, worth)
 
     def blurred(self, damping: float) -> bool:
         """Whether the rounding of the core's eigenvalues could be felt at this damping.
