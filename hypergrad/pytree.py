@@ -192,7 +192,7 @@ class TreeLayout:
         return torch_pytree.tree_unflatten(self.split(flat, lead), self.spec)
 
     def split(self, flat: Tensor, lead: tuple[int, ...] = ()) -> list[Tensor]:
-        """The leaves of a vector of shape (n,), or (*lead, n), in this layout's order."""
+        """The leaves of a vector, or of a block of them with leading shape ``lead``, in order."""
         pieces = flat.split_with_sizes(self._sizes, dim=-1)
         return [
             piece.reshape(lead + shape).to(dtype)

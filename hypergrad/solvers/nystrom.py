@@ -64,7 +64,7 @@ def nystrom_sketch(
     dtype = working_dtype(op.dtype, op.device)
     empty = torch.zeros(1, op.layout.dim, dtype=dtype, device=op.device)
     system = DampedSystem(op, empty, torch.ones_like(empty[:, 0]), "auto")
-    return config.sketch_of(system)
+    return config._sketch_of(system)
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ class Nystrom(Solver):
             f"one of {policies}",
         )
 
-    def sketch_of(self, system: DampedSystem) -> NystromSketch:
+    def _sketch_of(self, system: DampedSystem) -> NystromSketch:
         """The sketch that this configuration makes of a system's operator."""
         return make_sketch(system, self.rank, self.sketch, self.generator, self.negative_curvature)
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         if system.damping != "auto":
             positive_damping(system.damping)  # before any product is spent
-        sketch = self.sketch_of(system)
+        sketch = self._sketch_of(system)
         damping = sketch.auto_damping() if system.damping == "auto" else float(system.damping)
         if x0 is None:
             x = sketch.solve_block(system.b, damping)
