@@ -156,7 +156,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "quadratic": quadratic,
 }
 SMALL_PROBLEMS: dict[str, Callable[[], Problem]] = {
-    "critic": partial(critic, 8, 4),
+    "critic": partial(critic, 64, 8),
     "classifier": partial(classifier, 4, (5, 3)),
     "logistic": partial(logistic, 6, 3),
     "quadratic": partial(quadratic, 20),

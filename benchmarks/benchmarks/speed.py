@@ -27,11 +27,11 @@ HVP = Callable[[Params], Params]
 
 
 def nystrom(hvp: HVP, v: Params) -> Params:
-    """``RANK`` products and one that checks the answer."""
+    """``RANK`` products, one that checks the sketch and one that checks the answer."""
     # Twice the products where the sketch meets negative curvature; this one must not.
     x, info = hypergrad.nystrom_ihvp(hvp, v, rank=RANK, return_info=True)
-    if info.num_hvps != RANK + 1:
-        raise RuntimeError(f"Nyström took {info.num_hvps} products, expected {RANK + 1}")
+    if info.num_hvps != RANK + 2:
+        raise RuntimeError(f"Nyström took {info.num_hvps} products, expected {RANK + 2}")
     answer: Params = x
     return answer
 

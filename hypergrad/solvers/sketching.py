@@ -102,7 +102,7 @@ class _Core:
         # A test matrix that nearly misses A makes small products, but no smaller errors.
         error: float = self.eps * max(self.size, largest / n**0.5) * lift
         worth: float = self.eps**_WORTH_A_PASS * damping
-        return error > max(3.0 * self.eps * largest, worth)
+        return error > 3.0 * self.eps * largest + worth  # the first is what rounding A costs
 
     def blurred(self, damping: float) -> bool:
         """Whether the rounding of the core's eigenvalues could be felt at this damping.
