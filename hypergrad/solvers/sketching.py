@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NegativeCurvatureError, RankError
+from ..pytree import row_norms
 from ..spectrum import damping_from_extremes
 from .base import DampedSystem, check_skew
 from .sketch import NegativeCurvature, NystromSketch, SketchKind
@@ -34,6 +35,7 @@ class _Core:
         sizes: their norms.
         noise: rounding of the eigenvalues: the larger of the antisymmetric part, which measures
             it, and eps |Y| / sqrt(n), what independent errors of relative size eps project to.
+        gram: inner products of the rows of ``products``, over the square of ``size``.
         silence: size below which a row of ``products`` is rounding.
         size: |Y|, the spectral norm.
         eps: of the products' dtype.
@@ -42,6 +44,7 @@ class _Core:
     values: Tensor
     products: Tensor
     sizes: Tensor
+    gram: Tensor
     noise: float
     silence: float
     size: float
@@ -52,7 +55,12 @@ class _Core:
         k, n = y.shape
         core = omega @ y.T
         skew = torch.linalg.matrix_norm(core - core.T, ord=2) / 2
-        size = float(torch.linalg.matrix_norm(y, ord=2))
+        # The norm from the Gram matrix: as accurate for the largest as an SVD, at one pass.  The
+        # scale keeps the squares in range.
+        top = float(row_norms(y).max())
+        scaled = y / top if top > 0 else y
+        gram = scaled @ scaled.T
+        size = top * float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt())
         # Against what products with unrelated vectors would leave in the core.
         check_skew(skew, skew.new_tensor(size * (k / n) ** 0.5), dtype)
         values, vectors = torch.linalg.eigh(0.5 * (core + core.T))
@@ -61,7 +69,8 @@ class _Core:
         return cls(
             values=values,
             products=products,
-            sizes=torch.linalg.vector_norm(products, dim=1),
+            sizes=row_norms(products),
+            gram=vectors.T @ gram @ vectors * ((top / size) ** 2 if size > 0 else 1.0),
             noise=max(float(skew), eps * size / n**0.5),
             silence=_PRODUCT_NOISE * eps * size,
             size=size,
@@ -95,9 +104,9 @@ class _Core:
         kept = self.kept
         if not bool(kept.any()):
             return False
-        lift = float(
-            torch.linalg.matrix_norm(self.products[kept] / self.values[kept][:, None], ord=2)
-        )
+        inverse = self.size / self.values[kept]
+        squared = self.gram[kept][:, kept] * inverse[:, None] * inverse
+        lift = float(torch.linalg.eigvalsh(squared)[-1].clamp(min=0.0).sqrt())  # |Y W^+|
         largest, n = float(eigenvalues[0]), self.products.shape[1]
         # A test matrix that nearly misses A makes small products, but no smaller errors.
         error: float = self.eps * max(self.size, largest / n**0.5) * lift
