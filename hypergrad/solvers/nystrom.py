@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,20 +20,22 @@ from .base import (
     Status,
     check_damping,
     check_option,
-    check_skew,
     is_count,
 )
+from .sketching import low_rank
 
 SketchKind = Literal["gaussian", "columns"]
 NegativeCurvature = Literal["keep", "absolute", "clip", "raise"]
 
-#: Core eigenvalues below this many eps of the products' dtype (relative to the largest) are
-#: rounding.  Frangella, Tropp and Udell shift the core instead; at a singular core the shift
-#: costs up to its own square root in accuracy, truncation does not.
-_CORE_ROUNDING = 8.0
-#: By how much, relatively, the sketch's largest eigenvalue may exceed its Rayleigh quotient.
-#: More than the rounding of 16-bit products, less than what would matter.
-_ABOVE = 1e-2
+
+#: The sketch is made anew, from a better test matrix, when blur/damping, by which each step of
+#: refinement contracts the error, exceeds this.
+_BLURRED = 0.03
+#: The answer is refined while its relative error may exceed eps to this power (2e-10 for float64,
+#: 5e-5 for float32 products), in at most so many steps.
+_REFINED, _MOST_STEPS = 5 / 8, 3
+#: Relative residual up to which rounding, not the rank, is what a sketch lacks.
+_FITS = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class NystromSketch:
             negative curvature, else that of the sketch (0 when it is complete below rank).
         tail: eigenvalue at which the sketch stops seeing: its last one when the rank was used
             up, 0 when the operator had no more to show.
+        blur: how far, in norm, the rounding of the products may have moved the sketch.  Where the
+            rank is just that of A it is a large multiple of eps |A|.
         num_hvps: products used.
 
     Examples:
@@ -72,6 +75,7 @@ class NystromSketch:
     operator_dtype: torch.dtype
     smallest_eigenvalue: float
     tail: float
+    blur: float
     num_hvps: int
     negative_curvature: NegativeCurvature
 
@@ -192,7 +196,7 @@ def nystrom_sketch(
         NonFiniteError: a product holds nan or inf.
         NegativeCurvatureError: there is negative curvature and the policy is ``"raise"``.
 
-    Cost: k HVPs in one block and at most one to check them, k more if there is negative
+    Cost: k HVPs in one block and at most two to check them, k more if there is negative
     curvature; O(n k^2) operations, three
     n x k blocks of memory.
     Sources: Hataya and Yamada, AISTATS 2023 (columns); Frangella, Tropp, Udell, arXiv 2110.02820
@@ -225,13 +229,15 @@ class Nystrom(Solver):
         generator: source of the test matrix; None for torch's global one.
         negative_curvature: ``"keep"``, ``"absolute"``, ``"clip"`` or ``"raise"``.
 
-    Cost: ``rank`` HVPs (twice that where there is negative curvature), at most one to check the
-    sketch and one a right-hand side to check the answer.
+    Cost: ``rank`` HVPs (twice that where there is negative curvature), at most two to check the
+    sketch and one a right-hand side to check the answer.  A damping near the rounding of the
+    products costs as much again for a second sketch that rounding blurs less, and up to three a
+    right-hand side for steps of iterative refinement.
 
     Examples:
         >>> import torch, hypergrad
         >>> a = torch.diag(torch.tensor([5.0, 1.0, 0.0, 0.0]))
-        >>> info = hypergrad.solve(a, torch.ones(4), hypergrad.Nystrom(rank=2), damping=0.1).info
+        >>> info = hypergrad.solve(a, torch.ones(4), hypergrad.Nystrom(rank=2), damping=1.0).info
         >>> info.relative_residual < 1e-5, info.rank, info.num_hvps
         (True, 2, 4)
     """
@@ -265,6 +271,7 @@ class Nystrom(Solver):
         else:
             x = x0 + sketch.solve_block(system.residual(x0, damping), damping)
         residual = system.residual(x, damping)
+        x, residual = self._refined(sketch, system, x, residual, damping)
         return Outcome(
             x=x,
             residual_norms=row_norms(residual),
@@ -274,6 +281,33 @@ class Nystrom(Solver):
             rank=sketch.rank,
             smallest_eigenvalue=sketch.smallest_eigenvalue,
         )
+
+    def _refined(
+        self, sketch: NystromSketch, system: DampedSystem, x: Tensor, residual: Tensor, rho: float
+    ) -> tuple[Tensor, Tensor]:
+        """Iterative refinement where rounding, not the rank, separates A from its sketch.
+
+        For A >= 0 the error of x is at most |residual|/damping.  A large residual means that the
+        rank is too small instead, where a step would not contract.
+        """
+        if self.negative_curvature != "keep" and sketch.smallest_eigenvalue < 0:
+            return x, residual  # the system was changed on purpose
+        goal = torch.finfo(system.operator.dtype).eps ** _REFINED
+        rows = system.b_norms > 0
+        for _ in range(_MOST_STEPS):
+            size = row_norms(residual)
+            rows = rows & (size <= _FITS * system.b_norms) & (size > goal * rho * row_norms(x))
+            if not bool(rows.any()):
+                break
+            better = system.rounded(x[rows]) + sketch.solve_block(residual[rows], rho)
+            after = system.residual(better, rho, rows)
+            # The residual may already be at rounding; it must not grow beyond that.
+            fine = (row_norms(after) <= 2.0 * size[rows])[:, None]
+            x, residual = x.clone(), residual.clone()
+            x[rows] = torch.where(fine, better, x[rows])
+            residual[rows] = torch.where(fine, after, residual[rows])
+            rows = rows & (row_norms(residual) < 0.5 * size)
+        return x, residual
 
     def _statuses(
         self, sketch: NystromSketch, system: DampedSystem, x: Tensor, residual: Tensor, rho: float
@@ -313,37 +347,22 @@ def _sketch(system: DampedSystem, config: Nystrom) -> NystromSketch:
         raise RankError(
             f"rank is {rank}, but the operator has dimension {n}; expected 1 <= rank <= {n}."
         )
-    before = system.num_hvps
-    dtype = system.b.dtype
-    omega = _test_matrix(config, n, dtype, system.b.device)
-    omega = system.rounded(omega)  # what the products really are of
-    y = system.product(omega)
-    core = omega @ y.T
-    # Antisymmetry is measured against what products with unrelated vectors would leave in the core.
-    skew = torch.linalg.vector_norm(core - core.T) / 2
-    check_skew(skew, torch.linalg.vector_norm(y) * (rank / n) ** 0.5, operator.dtype)
-    core = 0.5 * (core + core.T)
-    values, vectors = torch.linalg.eigh(core)
-    # The antisymmetric part is a free measurement of the products' rounding.
-    eps = torch.finfo(operator.dtype).eps
-    floor = max(_CORE_ROUNDING * eps * float(values.abs().max()), 2.0 * float(skew))
-    kept = values > floor
-    half = (vectors[:, kept].T @ y) / values[kept].sqrt()[:, None]
-    eigenvalues, basis = _squared_svd(half)
-    if float(values[0]) < -floor or not _is_below(eigenvalues, basis, y, system):
-        eigenvalues, basis, lowest = _rayleigh_ritz(system.product, omega, y)
-    else:
-        lowest = float(eigenvalues.min()) if len(eigenvalues) else 0.0
-    smallest, tail = _ends(eigenvalues, lowest, rank, n, eps)
+    before, eps = system.num_hvps, torch.finfo(operator.dtype).eps
+    found = low_rank(system, _test_matrix(config, n, system.b.dtype, system.b.device))
+    if system.damping != "auto" and found.blur > _BLURRED * float(system.damping):
+        found = low_rank(system, torch.linalg.qr(found.products.T).Q.T.contiguous())
+    eigenvalues = found.eigenvalues
+    smallest, tail = _ends(eigenvalues, found.smallest, rank, n, eps)
     if smallest < 0:
         eigenvalues = _apply_policy(eigenvalues, smallest, config.negative_curvature)
     return NystromSketch(
         eigenvalues=eigenvalues,
-        basis=basis,
+        basis=found.basis,
         layout=layout,
         operator_dtype=operator.dtype,
         smallest_eigenvalue=smallest,
         tail=tail,
+        blur=found.blur,
         num_hvps=system.num_hvps - before,
         negative_curvature=config.negative_curvature,
     )
@@ -361,55 +380,6 @@ def _test_matrix(config: Nystrom, n: int, dtype: torch.dtype, device: torch.devi
     gaussian = torch.randn(n, config.rank, generator=generator, device=place, dtype=dtype)
     q: Tensor = torch.linalg.qr(gaussian.to(device))[0]
     return q.T.contiguous()
-
-
-def _squared_svd(half: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of half' half, for half of shape (r, n), without squaring its condition."""
-    if len(half) == 0:
-        return half.new_zeros(0), half
-    q, r = torch.linalg.qr(half.T)
-    left, singular, _ = torch.linalg.svd(r)
-    return singular**2, (q @ left).T.contiguous()
-
-
-def _is_below(eigenvalues: Tensor, basis: Tensor, y: Tensor, system: DampedSystem) -> bool:
-    """Whether the largest eigenvalue of the sketch can be one of a positive operator.
-
-    For positive A, A_nys <= A, hence l = u'A_nys u <= u'A u for its first eigenpair.  For an
-    indefinite A whose core happens to be positive l can be anything: the core of
-    [[0, 1], [1, -1]] + small I on its first coordinate is small, and l is its inverse.
-    """
-    size = float(torch.linalg.matrix_norm(y, ord=2))
-    if len(eigenvalues) == 0:
-        return size == 0  # a positive A with x'A x = 0 has A x = 0
-    largest = float(eigenvalues[0])
-    # |A| >= |A Omega| for orthonormal Omega: no product is needed.
-    if largest <= size * (1 + _ABOVE):
-        return True
-    top = system.rounded(basis[:1])
-    return float((top * system.product(top)).sum()) >= largest * (1 - _ABOVE)
-
-
-def _rayleigh_ritz(
-    product: Callable[[Tensor], Tensor], omega: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """Ritz pairs on the span of Omega and A Omega, largest value first, and the smallest value.
-
-    Ritz values never leave the spectrum.  Omega belongs to the space because the range of A Omega
-    alone may show nothing: of [[0, B], [B', 0]] and columns of one block its Ritz values are zero.
-    """
-    k = len(omega)
-    columns, r = torch.linalg.qr(torch.cat([omega, y]).T)
-    q = columns.T.contiguous()
-    # The products with the first k are known: q1 = R11^-T Omega', hence A q1 = R11^-T Y'.
-    images = torch.linalg.solve_triangular(r[:k, :k].T, y, upper=False)
-    if len(q) > k:
-        images = torch.cat([images, product(q[k:])])
-    small = q @ images.T
-    values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
-    kept = values.abs().argsort(descending=True)[:k]
-    kept = kept[values[kept].argsort(descending=True)]
-    return values[kept], (vectors[:, kept].T @ q).contiguous(), float(values[0])
 
 
 def _ends(
