@@ -34,10 +34,10 @@ run: $(STAMP) ## Main job: data hyper-cleaning, then PPO, Nested and BLPO on Car
 	$(PY) -m hypergrad_rl compare --algos ppo nested blpo --env CartPole-v1 --run-dir runs/cartpole
 
 test: lint types docs ## Everything a change must pass: lint, types, strict docs, tests
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 test-slow: $(STAMP) ## The statistical and training checks that `test` leaves out
-	HYPOTHESIS_PROFILE=slow $(PY) -m pytest -n $(WORKERS) --dist loadgroup -m slow --timeout 3600 $(ARGS)
+	HYPOTHESIS_PROFILE=slow $(PY) -m pytest -n $(WORKERS) -m slow --timeout 3600 $(ARGS)
 
 lint: $(STAMP) ## Ruff: rules and formatting
 	$(PY) -m ruff check .
@@ -55,7 +55,7 @@ docs: $(STAMP) ## Build the site into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -E -W -n --keep-going -q -b html docs docs/_build/html
 
 bench: $(STAMP) ## Benchmarks of this checkout into benchmarks/.asv (ARGS= for asv's own sampling)
-	cd benchmarks && ../$(PY) -m asv machine --yes
+	cd benchmarks && ../$(PY) -m asv machine --yes >/dev/null
 	cd benchmarks && ../$(PY) -m asv run --python=same --set-commit-hash $$(git rev-parse HEAD) $(or $(ARGS),--quick)
 
 clean: ## Remove caches and build outputs (the environment and runs/ stay)

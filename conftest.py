@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sybil import Sybil
-from sybil.integration.pytest import SybilItem
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
+from xdist.scheduler import LoadScopeScheduling
 
 # The blocks of one page share a namespace and run in order; each page begins with an empty one.
 pytest_collect_file = Sybil(
@@ -27,10 +28,18 @@ def page_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # pytest-xdist would send the blocks of one page to different processes, where the names
-    # that earlier blocks defined do not exist.
-    for item in items:
-        if isinstance(item, SybilItem):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+class PagesTogether(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is untyped here
+    """Spreads tests over processes one by one, but keeps the blocks of a page in one process.
+
+    Later blocks use names of earlier ones. Marking them with ``xdist_group`` is no way: that
+    renames test items in a manner that pytest 9.2 no longer allows, and is then ignored.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return path if path.endswith(".md") else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PagesTogether:
+    """Take the place of whatever ``--dist`` says."""
+    return PagesTogether(config, log)

@@ -1,0 +1,1 @@
+"""Benchmarks run by asv: `time_*` measure speed, `track_*` accuracy and stability."""
