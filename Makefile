@@ -8,6 +8,8 @@ PYTHON  ?= python3
 WORKERS ?= 2
 VENV    ?= .venv
 ARGS    ?=
+# Each `make run` writes into a directory of its own, so that nothing is overwritten.
+RUN     ?= runs/$(shell date +%Y%m%d-%H%M%S)
 
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
@@ -30,14 +32,14 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(STAMP) ## Main job: data hyper-cleaning, then PPO, Nested and BLPO on CartPole (minutes)
-	$(PY) docs/examples/hyper_cleaning.py --run-dir runs/hyper_cleaning
-	$(PY) -m hypergrad_rl compare --algos ppo nested blpo --env CartPole-v1 --run-dir runs/cartpole
+	$(PY) docs/examples/hyper_cleaning.py --run-dir $(RUN)/hyper_cleaning
+	$(PY) -m hypergrad_rl compare --algos ppo nested blpo --env CartPole-v1 --seeds 0 1 --total-steps 150000 --jobs 2 --run-dir $(RUN)/cartpole
 
 test: lint types docs ## Everything a change must pass: lint, types, strict docs, tests
-	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 test-slow: $(STAMP) ## The statistical and training checks that `test` leaves out
-	HYPOTHESIS_PROFILE=slow $(PY) -m pytest -n $(WORKERS) -m slow --timeout 3600 $(ARGS)
+	HYPOTHESIS_PROFILE=slow $(PY) -m pytest -n $(WORKERS) --dist loadgroup -m slow --timeout 3600 $(ARGS)
 
 lint: $(STAMP) ## Ruff: rules and formatting
 	$(PY) -m ruff check .
@@ -54,9 +56,10 @@ types: $(STAMP) ## Mypy, strict on both packages
 docs: $(STAMP) ## Build the site into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -E -W -n --keep-going -q -b html docs docs/_build/html
 
-bench: $(STAMP) ## Benchmarks of this checkout into benchmarks/.asv (ARGS= for asv's own sampling)
-	cd benchmarks && ../$(PY) -m asv machine --yes >/dev/null
-	cd benchmarks && ../$(PY) -m asv run --python=same --set-commit-hash $$(git rev-parse HEAD) $(or $(ARGS),--quick)
+bench: $(STAMP) ## Benchmarks of this checkout: asv into benchmarks/.asv, pictures into runs/bench
+	cd benchmarks && $(abspath $(PY)) -m asv machine --yes > /dev/null
+	cd benchmarks && $(abspath $(PY)) -m asv run --python=same --set-commit-hash $$(git rev-parse HEAD) $(or $(ARGS),--quick)
+	$(PY) -m benchmarks.report
 
 clean: ## Remove caches and build outputs (the environment and runs/ stay)
 	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -40,6 +40,7 @@ class PagesTogether(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist 
         return path if path.endswith(".md") else nodeid
 
 
+@pytest.hookimpl(optionalhook=True)  # tests also run without pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PagesTogether:
     """Take the place of whatever ``--dist`` says."""
     return PagesTogether(config, log)

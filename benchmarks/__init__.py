@@ -1,1 +1,1 @@
-"""Benchmarks run by asv: `time_*` measure speed, `track_*` accuracy and stability."""
+"""How fast and how right: asv suites in ``benchmarks``, a report with pictures beside it."""

@@ -17,7 +17,7 @@ import torch
 from .pytree import Tree
 from .solvers import CG, Exact, Neumann, Nystrom, Solver
 from .solvers.base import Damping
-from .solvers.nystrom import SketchKind
+from .solvers.sketch import SketchKind
 from .solvers.solve import solve
 
 HvpFn = Callable[[Tree], Tree] | Any
@@ -156,9 +156,9 @@ def nystrom_ihvp(
         DampingError: damping is not positive.
         HypergradError: see :func:`hypergrad.solve`.
 
-    Cost: ``rank`` HVPs, once more that where there is negative curvature, and one each to check
-    the sketch and the answer.  See :class:`hypergrad.Nystrom`; to reuse a sketch,
-    :func:`hypergrad.nystrom_sketch`.
+    Cost: ``rank`` HVPs, one to check the sketch and one to check the answer; ``rank`` more where
+    there is negative curvature or rounding asks for a second pass.  See
+    :class:`hypergrad.Nystrom`; to reuse a sketch, :func:`hypergrad.nystrom_sketch`.
 
     Examples:
         >>> import torch, hypergrad

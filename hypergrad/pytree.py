@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -188,12 +189,19 @@ class TreeLayout:
         return self._assemble(block, (block.shape[0],))
 
     def _assemble(self, flat: Tensor, lead: tuple[int, ...]) -> Tree:
-        pieces = torch.split(flat, [math.prod(shape) for shape in self.shapes], dim=-1)
-        leaves = [
-            piece.reshape(lead + tuple(shape)).to(dtype)
+        return torch_pytree.tree_unflatten(self.split(flat, lead), self.spec)
+
+    def split(self, flat: Tensor, lead: tuple[int, ...] = ()) -> list[Tensor]:
+        """The leaves of a vector, or of a block of them with leading shape ``lead``, in order."""
+        pieces = flat.split_with_sizes(self._sizes, dim=-1)
+        return [
+            piece.reshape(lead + shape).to(dtype)
             for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
         ]
-        return torch_pytree.tree_unflatten(leaves, self.spec)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [math.prod(shape) for shape in self.shapes]
 
     def unflatten_leaves(self, leaves: list[Tensor]) -> Tree:
         """Leaves in this layout's order, put back into the tree as they are."""
@@ -205,6 +213,9 @@ class TreeLayout:
 
     def check_finite(self, flat: Tensor, what: str) -> None:
         """Raise :class:`NonFiniteError`, naming the first bad leaf, unless ``flat`` is finite."""
+        # A nan or an infinity passes into the sum: one pass, unless finite entries overflow it.
+        if math.isfinite(flat.sum()):
+            return
         finite = torch.isfinite(flat)
         if bool(finite.all()):
             return
@@ -258,7 +269,24 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def row_norms(block: Tensor) -> Tensor:
     """Euclidean norm of each row of (m, n), safe from overflow and underflow; shape (m,)."""
+    norms: Tensor = torch.linalg.vector_norm(block, dim=1)
+    # In this range no square that counts has left the dtype's: the usual case, in one pass.
+    limits = torch.finfo(block.dtype)
+    low, high = (limits.tiny / limits.eps) ** 0.5, limits.max**0.5
+    if bool(((norms > low) & (norms < high)).all()):
+        return norms
     largest = block.abs().amax(dim=1)
     safe = torch.where(largest > 0, largest, torch.ones_like(largest))
     scaled: Tensor = torch.linalg.vector_norm(block / safe[:, None], dim=1)
     return safe * scaled
+
+
+def powers_of_two(norms: Tensor) -> Tensor:
+    """A power of two next to each norm (1 for zero).
+
+    Scaling by it is exact, so the answer for 2^k v is 2^k times the answer for v, to the bit.
+    """
+    _, exponents = torch.frexp(norms)
+    limit = 1000 if norms.dtype == torch.float64 else 120  # keep 2^-e itself representable
+    exponents = exponents.clamp(-limit, limit)
+    return torch.where(norms > 0, torch.ldexp(torch.ones_like(norms), exponents), 1.0)

@@ -142,7 +142,7 @@ def damping_from_extremes(
         return 1.0
     damping = max(scale / AUTO_DAMPING_CONDITION, AUTO_DAMPING_TAIL * tail)
     if smallest < -rounding * scale:
-        damping = max(damping, -AUTO_DAMPING_MARGIN * smallest)
+        damping = max(damping, AUTO_DAMPING_MARGIN * (tail - smallest))
     if not 0.0 < damping < float("inf"):
         raise NonFiniteError(
             f"no finite positive damping fits eigenvalues in [{smallest}, {largest}]. "

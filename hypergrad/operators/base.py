@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class LinearOperator(ABC):
     """A self-adjoint linear operator A on trees of tensors.
 
-    A subclass gives a :class:`~hypergrad.pytree.TreeLayout` and :meth:`_apply`, the product with
-    a block of flat vectors.  Everything else is derived: products with trees, sums, multiples,
-    shifts, dense matrices and SciPy operators.
+    A subclass gives a ``TreeLayout`` and ``_apply``, the product with a block of flat vectors.
+    Everything else is derived: products with trees, sums, multiples, shifts, dense matrices and
+    SciPy operators.
 
     Examples:
         >>> import torch, hypergrad
@@ -125,7 +125,7 @@ class LinearOperator(ABC):
         return _Affine(self, 1.0, float(damping))
 
     def to_dense(self, chunk_size: int = 256) -> Tensor:
-        """The matrix of A in the flat coordinates of :attr:`layout`, shape (n, n).
+        """The matrix of A in the flat coordinates of ``layout``, shape (n, n).
 
         Args:
             chunk_size: how many columns are computed at a time.

@@ -41,7 +41,6 @@ class GaussNewtonOperator(LinearOperator):
         self._versions = [(leaf, leaf._version) for leaf in originals]
         self._point = self.layout.unflatten_leaves([leaf.detach() for leaf in originals])
         self._model: Callable[[Tree], Any] = lambda p: model_fn(p, inputs)
-        self._loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
         report_unused(self.layout, self._unused(), "the output of model_fn")
         pass_forward = torch.func.vjp(self._model, self._point)
         self._outputs, self._pull_back = pass_forward[0], pass_forward[1]
@@ -51,6 +50,10 @@ class GaussNewtonOperator(LinearOperator):
             raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the loss is {float(loss)}; expected a finite number.")
+        # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch (mse_loss,
+        # huber_loss) have no other through their gradients.
+        loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
+        self._loss_hessian = torch.func.vjp(loss_gradient, self._outputs)[1]
         self.chunk_size = chunk_size
 
     def _unused(self) -> list[bool]:
@@ -70,7 +73,7 @@ class GaussNewtonOperator(LinearOperator):
     def _product(self, vector: Tensor) -> Tensor:
         tangent = self.layout.unflatten(vector)
         pushed = torch.func.jvp(self._model, (self._point,), (tangent,))[1]
-        weighted = torch.func.jvp(self._loss_gradient, (self._outputs,), (pushed,))[1]
+        (weighted,) = self._loss_hessian(pushed)
         (pulled,) = self._pull_back(weighted)
         return torch.cat(
             [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(pulled)]

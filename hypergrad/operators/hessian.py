@@ -71,7 +71,7 @@ class HessianOperator(LinearOperator):
 
     def _reverse_over_reverse(self, vector: Tensor) -> Tensor:
         """d/dp <grad(p), v> on the kept graph of the gradient: one backward pass a product."""
-        directions = self.layout.leaves(self.layout.unflatten(vector))
+        directions = self.layout.split(vector)
         pairs = [
             (grad, direction)
             for grad, direction in zip(self.gradients, directions, strict=True)

@@ -4,7 +4,8 @@ from .base import Solution, SolveInfo, Solver, Status
 from .cg import CG
 from .exact import Exact
 from .neumann import Neumann
-from .nystrom import Nystrom, NystromSketch, nystrom_sketch
+from .nystrom import Nystrom, nystrom_sketch
+from .sketch import NystromSketch
 from .solve import solve
 
 __all__ = [

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ..errors import DampingError, NotSymmetricError, SolverOptionError
 from ..operators import LinearOperator
-from ..pytree import Tree, row_norms
+from ..pytree import Tree, powers_of_two, row_norms
 from ..spectrum import damping_from_extremes, lanczos_extremes
 
 Damping = float | Literal["auto"]
+
+#: Rows of a smaller norm are scaled before a product in a narrower dtype.
+_SMALL = 1e-6
 
 
 class Status(enum.Enum):
@@ -84,7 +87,7 @@ class SolveInfo:
 
     @property
     def message(self) -> str:
-        """One sentence for people: the status, its likely causes, the figures."""
+        """One sentence for people, with the status, its likely causes and the figures."""
         return (
             f"{type(self.solver).__name__}: {self.status.value}"
             f" (relative residual {self.relative_residual:.2e}, damping {self.damping:.3g},"
@@ -157,10 +160,18 @@ class DampedSystem:
 
     def product(self, x: Tensor) -> Tensor:
         """A times each row of ``x``, shape (m, n), without damping."""
+        scales = None
+        if x.dtype != self.operator.dtype:
+            # Residuals fall far below one.  Narrowed as they are, their entries would lose digits
+            # to the narrow dtype's smallest numbers, and such numbers are slow to multiply.
+            norms = row_norms(x)
+            if bool((norms < _SMALL).any()):
+                scales = powers_of_two(norms)[:, None]
+                x = x / scales
         out = self.operator._apply(x.to(self.operator.dtype))
         self.num_hvps += x.shape[0]
         self.operator.layout.check_finite(out, "the output of the operator")
-        return out.to(self.b.dtype)
+        return out.to(self.b.dtype) if scales is None else out.to(self.b.dtype) * scales
 
     def apply(self, x: Tensor, damping: float) -> Tensor:
         """(A + damping I) times each row of ``x``."""

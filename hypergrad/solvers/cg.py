@@ -148,16 +148,16 @@ class _Recurrence:
     def _direct(self) -> None:
         """The next search direction; rz = 0 marks rows that start afresh."""
         z = self.precondition(self.r)
-        rz = (self.r * z).sum(1)
+        rz = torch.linalg.vecdot(self.r, z)
         _check_preconditioned(rz, self.r)
         beta = torch.where(self.rz > 0, rz / self.rz, torch.zeros_like(rz))
-        self.p = z + beta[:, None] * self.p
+        self.p = torch.addcmul(z, beta[:, None], self.p)
         self.rz = rz
 
     def _step(self, iteration: int) -> None:
         image = self.system.apply(self.p, self.damping)
         self._check_symmetry(image, iteration)
-        curvature = (self.p * image).sum(1)
+        curvature = torch.linalg.vecdot(self.p, image)
         stuck = curvature <= self.rounding * row_norms(self.p) * row_norms(image)
         if bool(stuck.any()):
             for i in torch.nonzero(stuck).flatten().tolist():
@@ -166,12 +166,15 @@ class _Recurrence:
             self._finish(stuck, Status.NEGATIVE_CURVATURE, iteration)
             image, curvature = image[~stuck], curvature[~stuck]
         alpha = (self.rz / curvature)[:, None]
-        self.x = self.x + alpha * self.p
-        self.r = self.r - alpha * image
+        self.x = torch.addcmul(self.x, alpha, self.p)
+        self.r = torch.addcmul(self.r, alpha, image, value=-1.0)
         norms = row_norms(self.r)
         better = norms < self.best
         self.best = torch.where(better, norms, self.best)
-        self.best_x = torch.where(better[:, None], self.x, self.best_x)
+        # x is new in each iteration, so where all rows got better it needs no copy.
+        self.best_x = (
+            self.x if bool(better.all()) else torch.where(better[:, None], self.x, self.best_x)
+        )
         due = norms <= self.claims[self.row]
         if iteration % _REFRESH == 0:
             due = torch.ones_like(due)
@@ -252,6 +255,8 @@ def _preconditioner(preconditioner: Any, system: DampedSystem) -> Callable[[Tens
 
 
 def _check_preconditioned(rz: Tensor, r: Tensor) -> None:
+    if bool((rz > 0).all()):
+        return
     bad = (rz <= 0) & (row_norms(r) > 0)
     if bool(bad.any()):
         raise PreconditionerError(

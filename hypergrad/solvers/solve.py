@@ -17,7 +17,7 @@ from ..errors import (
     warn,
 )
 from ..operators import LinearOperator, as_operator
-from ..pytree import Tree, TreeLayout, row_norms, working_dtype
+from ..pytree import Tree, TreeLayout, powers_of_two, row_norms, working_dtype
 from .base import (
     DampedSystem,
     Damping,
@@ -67,8 +67,10 @@ def solve(
         NonFiniteError: nan or inf in v, x0 or a product, or an answer too large for the dtype.
         DampingError: a negative or non-finite damping.
         NotSymmetricError: the products are not those of a symmetric operator.
-        TreeStructureError, LeafTypeError, DeviceError, EmptyTreeError: see
-            :class:`hypergrad.errors`.
+        TreeStructureError: v, x0 or a product has other keys, leaves or shapes than expected.
+        LeafTypeError: a leaf is no real floating-point tensor, or has another dtype.
+        DeviceError: tensors on different devices.
+        EmptyTreeError: v has no entries.
 
     Cost: the solver's products, one to check the answer, and up to 20 for ``damping="auto"``
     (none with Nyström, which takes it from its sketch); ``info.num_hvps`` counts them all.
@@ -96,7 +98,7 @@ def solve(
     op = as_operator(operator, like=_one_tree(layout, v, batched))
 
     rows = _rows(op, v, "v", batched)
-    scales = _powers_of_two(row_norms(rows))
+    scales = powers_of_two(row_norms(rows))
     b = rows / scales[:, None]
     start = None if x0 is None else _rows(op, x0, "x0", batched)
     if start is not None:
@@ -117,7 +119,10 @@ def solve(
     if solution.info.status.failed and on_failure != "ignore":
         if on_failure == "raise":
             raise ConvergenceError(solution.info.message, solution)
-        warn(solution.info.message, ConvergenceWarning)
+        # Few digits, so that Python shows the warning once a place and not at each outer step.
+        info = solution.info
+        figure = f"relative residual about {info.relative_residual:.0e}"
+        warn(f"{type(solver).__name__}: {info.status.value} ({figure}).", ConvergenceWarning)
     return solution
 
 
@@ -134,17 +139,6 @@ def _rows(op: LinearOperator, tree: Tree, name: str, batched: bool) -> Tensor:
         block = op.layout.flatten(tree, name=name)[None]
     op.layout.check_finite(block, name)
     return block.to(working_dtype(op.dtype, op.device))
-
-
-def _powers_of_two(norms: Tensor) -> Tensor:
-    """A power of two next to each norm (1 for zero).
-
-    Scaling by it is exact, so the answer for 2^k v is 2^k times the answer for v, to the bit.
-    """
-    _, exponents = torch.frexp(norms)
-    limit = 1000 if norms.dtype == torch.float64 else 120  # keep 2^-e itself representable
-    exponents = exponents.clamp(-limit, limit)
-    return torch.where(norms > 0, torch.ldexp(torch.ones_like(norms), exponents), 1.0)
 
 
 def _check_answer(x: Tensor) -> None:

@@ -45,10 +45,15 @@ NONZERO = {
 }
 
 
-def tolerance(dtype: torch.dtype, relative_damping: float) -> float:
-    """What a low-rank A can be solved to: rounding A costs about eps |A|/damping."""
+def tolerance(dtype: torch.dtype, relative_damping: float, *, inside: bool = False) -> float:
+    """What a low-rank A can be solved to: rounding A costs about eps |A|/damping.
+
+    For v inside the range of A, whose answer is of size |v|/|A|, the rounding of v - U U'v outside
+    the range is divided by the damping as well: a few more eps |A|/damping.
+    """
     eps = torch.finfo(dtype).eps
-    return 1e-9 if dtype == F64 else 1e-4 + 3 * eps / relative_damping
+    attainable = 1e-9 if dtype == F64 else 1e-4 + 3 * eps / relative_damping
+    return attainable + (5 * eps / relative_damping if inside else 0.0)
 
 
 # The one-argument call --------------------------------------------------------------------------
@@ -107,7 +112,7 @@ def test_agrees_with_the_dense_solve_when_the_rank_suffices(
 ) -> None:
     for seed in range(4):
         error = low_rank_error(dtype, spectrum, rank, extra, n, relative, seed)
-        assert error <= tolerance(dtype, relative)
+        assert error <= tolerance(dtype, relative, inside=seed % 2 == 0)
 
 
 @pytest.mark.slow
@@ -119,14 +124,9 @@ def test_agrees_with_the_dense_solve_for_the_worst_of_many_sketches(
 ) -> None:
     for relative in (1e-6, 1e-3):
         for n, rank in ((3, 1), (12, 5), (40, 20)):
-            errors = [
-                low_rank_error(dtype, spectrum, rank, extra, n, relative, seed)
-                for seed in range(150)
-            ]
-            # An eigenvector whose product with Omega is below the rounding of float32 cannot be
-            # seen; of a square Gaussian Omega that is an event of about one in ten thousand.
-            unlucky = 1 if dtype == F32 and extra == 0 else 0
-            assert sorted(errors)[-1 - unlucky] <= tolerance(dtype, relative)
+            for seed in range(150):
+                error = low_rank_error(dtype, spectrum, rank, extra, n, relative, seed)
+                assert error <= tolerance(dtype, relative, inside=seed % 2 == 0)
 
 
 @every_dtype
@@ -193,9 +193,12 @@ def test_interpolates_and_lies_below_a_positive_operator(
     effort: str, problem: Problem, seed: int, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(1, problem.n))
-    made = hypergrad.nystrom_sketch(problem.matrix, rank, generator=generator(seed))
+    made = hypergrad.nystrom_sketch(
+        problem.matrix, rank, sketch="columns", generator=generator(seed)
+    )
     approximation = (made.basis.T * made.eigenvalues) @ made.basis
-    omega = torch.linalg.qr(torch.randn(problem.n, rank, generator=generator(seed), dtype=F64))[0]
+    omega = torch.eye(problem.n, dtype=F64)[torch.randperm(problem.n, generator=generator(seed))]
+    omega = omega[:rank].T
     size = problem.norm
     # Truncating the core at 8 eps of its norm may drop directions of products up to its root.
     slack = 10 * (problem.n * torch.finfo(F64).eps) ** 0.5 * size

@@ -345,9 +345,7 @@ def test_a_multiple_of_the_identity_is_inverted_exactly(name: str, factor: float
     v = gaussian(7, seed=1)
     damping = 1e-6 * factor
     x = hypergrad.solve(lambda u: factor * u, v, SOLVERS[name](7), damping=damping).value
-    # Nyström forms 1/damping from a difference, hence eps times the condition of (A, damping).
-    tolerance = 1e-9 if name == "nystrom" else 1e-14
-    assert relative_error(x, v / (factor + damping)) <= tolerance
+    assert relative_error(x, v / (factor + damping)) <= 1e-14
 
 
 @every_solver
@@ -406,7 +404,9 @@ ONES = torch.ones(2, dtype=F64)
 
 
 def test_failures_warn_by_default_with_figures_and_causes() -> None:
-    with pytest.warns(hypergrad.ConvergenceWarning, match=r"not positive definite.*HVPs"):
+    with pytest.warns(
+        hypergrad.ConvergenceWarning, match=r"not positive definite.*residual about 1e"
+    ):
         hypergrad.solve(INDEFINITE_MATRIX, ONES, hypergrad.CG())
 
 

@@ -1,0 +1,1 @@
+"""The asv suites: how fast (:mod:`speed`) and how right (:mod:`stability`)."""

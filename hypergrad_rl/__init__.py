@@ -1,0 +1,34 @@
+"""BLPO (bilevel policy optimisation with Nyström hypergradients) and its PPO baseline."""
+
+from hypergrad_rl.blpo import BLPO
+from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
+from hypergrad_rl.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentFault,
+    EnvironmentUnsupported,
+    HypergradRLError,
+    RunDirectoryError,
+)
+from hypergrad_rl.ppo import PPO
+from hypergrad_rl.presets import preset
+from hypergrad_rl.trainer import TrainResult, evaluate, load_config, train
+
+__all__ = [
+    "BLPO",
+    "PPO",
+    "BLPOConfig",
+    "CheckpointError",
+    "ConfigError",
+    "EnvironmentFault",
+    "EnvironmentUnsupported",
+    "HypergradRLError",
+    "PPOConfig",
+    "RunDirectoryError",
+    "TrainResult",
+    "evaluate",
+    "load_config",
+    "make_config",
+    "preset",
+    "train",
+]

@@ -1,0 +1,25 @@
+"""Every exception of ``hypergrad_rl``; the command line prints each as one line."""
+
+
+class HypergradRLError(Exception):
+    """Base of the errors a user can mend: what was got, what was expected, and what to do."""
+
+
+class ConfigError(HypergradRLError, ValueError):
+    """A hyper-parameter is outside its domain."""
+
+
+class EnvironmentUnsupported(HypergradRLError, ValueError):
+    """An environment does not exist, or its spaces are not supported."""
+
+
+class EnvironmentFault(HypergradRLError, RuntimeError):
+    """An environment returned a non-finite observation or reward."""
+
+
+class RunDirectoryError(HypergradRLError, OSError):
+    """A run directory is already in use, or holds no run."""
+
+
+class CheckpointError(HypergradRLError, ValueError):
+    """A checkpoint is missing, damaged, or of another agent."""

@@ -1,0 +1,123 @@
+"""Separate tanh networks for actor and critic, as functions of an explicit tree of parameters.
+
+Parameters are plain dicts of tensors, so that a loss is a function of them, which is what a
+hypergradient differentiates. A policy draws actions from noise that is sampled beforehand for the
+whole rollout (Gumbel-max, or mean + std * noise): one call to the generator instead of one a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator) -> Params:
+    """Orthogonal weights, gain sqrt(2) in hidden layers, ``head_gain`` in the last; zero biases."""
+    params: Params = {}
+    last = len(sizes) - 2
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+        weight = torch.empty(fan_out, fan_in)
+        gain = head_gain if i == last else math.sqrt(2.0)
+        torch.nn.init.orthogonal_(weight, gain, generator=generator)
+        params[f"weight{i}"] = weight.requires_grad_()
+        params[f"bias{i}"] = torch.zeros(fan_out, requires_grad=True)
+    return params
+
+
+def mlp(params: Params, x: Tensor) -> Tensor:
+    """Tanh layers and a linear head: (..., in) -> (..., out)."""
+    depth = sum(name.startswith("weight") for name in params)
+    for i in range(depth):
+        x = torch.nn.functional.linear(x, params[f"weight{i}"], params[f"bias{i}"])
+        if i < depth - 1:
+            x = torch.tanh(x)
+    return x
+
+
+def init_critic(obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+    """Parameters of V_w: head gain 1."""
+    return init_mlp([obs_dim, *hidden, 1], 1.0, generator)
+
+
+def critic_value(params: Params, obs: Tensor) -> Tensor:
+    """V_w(s): (..., obs_dim) -> (...)."""
+    return mlp(params, obs).squeeze(-1)
+
+
+class Policy(Protocol):
+    """pi_theta(a|s): how actions are drawn and how likely they are."""
+
+    def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+        """Parameters theta."""
+
+    def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
+        """What ``act`` needs to draw num_steps x num_envs actions."""
+
+    def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions drawn with ``noise``; the most likely ones for None."""
+
+    def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair log pi(a|s) and entropy of pi(.|s), each (...)."""
+
+
+class CategoricalPolicy:
+    """Softmax policy over ``num_actions`` discrete actions."""
+
+    def __init__(self, num_actions: int) -> None:
+        self.num_actions = num_actions
+
+    def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+        """Parameters; head gain 0.01: the first policy hardly depends on the state."""
+        return init_mlp([obs_dim, *hidden, self.num_actions], 0.01, generator)
+
+    def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
+        """Standard Gumbel noise: argmax(logits + noise) is a sample of softmax(logits)."""
+        shape = (num_steps, num_envs, self.num_actions)
+        return torch.empty(shape).exponential_(generator=generator).log_().neg_()
+
+    def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Sampled actions (...) int64; the most likely ones for ``noise=None``."""
+        logits = mlp(params, obs)
+        return (logits if noise is None else logits + noise).argmax(-1)
+
+    def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair log pi(a|s) and entropy of pi(.|s), each (...)."""
+        log_probs = mlp(params, obs).log_softmax(-1)
+        taken = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return taken, -(log_probs.exp() * log_probs).sum(-1)
+
+
+class GaussianPolicy:
+    """Diagonal Gaussian with a state-independent log standard deviation, for Box actions."""
+
+    def __init__(self, action_dim: int) -> None:
+        self.action_dim = action_dim
+
+    def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+        """Parameters; head gain 0.01: the first policy hardly depends on the state."""
+        params = init_mlp([obs_dim, *hidden, self.action_dim], 0.01, generator)
+        return {**params, "log_std": torch.zeros(self.action_dim, requires_grad=True)}
+
+    def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
+        """Standard normal noise."""
+        return torch.randn(num_steps, num_envs, self.action_dim, generator=generator)
+
+    def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Sampled actions (..., action_dim); the means for ``noise=None``."""
+        mean = mlp(params, obs)
+        return mean if noise is None else mean + params["log_std"].exp() * noise
+
+    def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density of the (unclipped) actions and the entropy, each (...)."""
+        log_std = params["log_std"]
+        z = (actions - mlp(params, obs)) * (-log_std).exp()
+        log_norm = log_std.sum() + 0.5 * self.action_dim * math.log(2 * math.pi)
+        log_prob = -0.5 * z.square().sum(-1) - log_norm
+        return log_prob, (log_norm + 0.5 * self.action_dim).expand_as(log_prob)

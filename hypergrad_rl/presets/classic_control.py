@@ -1,0 +1,26 @@
+"""Gymnasium's classic control tasks."""
+
+from typing import Any
+
+CLASSIC_CONTROL: dict[str, dict[str, dict[str, Any]]] = {
+    "CartPole-v1": {"all": {"total_steps": 500_000}},
+    "Acrobot-v1": {
+        "all": {"total_steps": 400_000},
+        # Values of -60 make a curvature ten times CartPole's, with a slowly decaying spectrum.
+        "blpo": {"damping": 30.0, "rank": 64},
+    },
+    "Pendulum-v1": {
+        # Rewards of -16 to 0 a step and a short horizon: normalised rewards, gamma 0.9.
+        "all": {
+            "total_steps": 300_000,
+            "num_steps": 256,
+            "gamma": 0.9,
+            "epochs": 10,
+            "learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
+            "normalize_observations": True,
+            "normalize_rewards": True,
+        },
+        "ppo": {"entropy_bonus": 0.0, "num_minibatches": 16},
+    },
+}

@@ -1,0 +1,23 @@
+"""MuJoCo tasks (``pip install "gymnasium[mujoco]"``): the published setting.
+
+Scaled to a few environments on a CPU.
+"""
+
+from typing import Any
+
+_CONTINUOUS: dict[str, Any] = {
+    "total_steps": 1_000_000,
+    "num_envs": 8,
+    "num_steps": 256,
+    "learning_rate": 3e-4,
+    "critic_learning_rate": 1.2e-3,
+    "normalize_observations": True,
+    "normalize_rewards": True,
+}
+_PPO: dict[str, Any] = {"num_minibatches": 8, "entropy_bonus": 0.0}
+
+MUJOCO: dict[str, dict[str, dict[str, Any]]] = {
+    "Hopper-v5": {"all": _CONTINUOUS, "ppo": _PPO, "blpo": {"nested_steps": 3}},
+    "Walker2d-v5": {"all": _CONTINUOUS, "ppo": _PPO, "blpo": {"nested_steps": 3}},
+    "HalfCheetah-v5": {"all": _CONTINUOUS, "ppo": _PPO, "blpo": {"nested_steps": 7}},
+}

@@ -1,0 +1,174 @@
+"""Rollouts: N environments x T steps under a fixed policy, stored environment by environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hypergrad_rl.advantages import discount_matrix, gae
+from hypergrad_rl.config import AgentConfig
+from hypergrad_rl.envs import Array, RunningMoments, VectorEnv
+from hypergrad_rl.errors import EnvironmentFault
+from hypergrad_rl.networks import Params, Policy, critic_value
+
+NORMALIZED_LIMIT = 10.0  # normalised observations and rewards are clipped to +-10, as is usual
+
+
+@dataclass
+class Rollout:
+    """Transitions (N, T, ...); ``next_obs`` is a transition's own next state, never a reset one."""
+
+    obs: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+    done: Tensor  # terminated or truncated
+
+
+@dataclass
+class Batch(Rollout):
+    """A rollout with everything that stays fixed while the policy is improved on it."""
+
+    log_probs: Tensor  # log pi_old(a_t|s_t)
+    values: Tensor  # V_w0(s_t), the critic before the update
+    matrix: Tensor  # (N, T, T), see discount_matrix
+    advantages: Tensor  # GAE under w0
+    targets: Tensor  # lambda-returns G_t = A_t + V_w0(s_t)
+
+    def select(self, envs: Tensor) -> Batch:
+        """The whole trajectories of some environments: (len(envs), T, ...)."""
+        return Batch(**{f.name: getattr(self, f.name)[envs] for f in fields(self)})
+
+    def flatten(self) -> Batch:
+        """All N T samples in one dimension (without ``matrix``, which needs trajectories)."""
+        samples = {f.name: getattr(self, f.name).flatten(0, 1) for f in fields(self)}
+        return Batch(**{**samples, "matrix": torch.empty(len(samples["obs"]), 0)})
+
+
+@torch.no_grad()
+def make_batch(
+    policy: Policy, actor: Params, critic: Params, rollout: Rollout, gamma: float, gae_lambda: float
+) -> Batch:
+    """Log-probabilities, values, advantages and targets of a rollout, in a few batched calls."""
+    values = critic_value(critic, rollout.obs)
+    next_values = critic_value(critic, rollout.next_obs)
+    matrix = discount_matrix(rollout.done, gamma * gae_lambda, values.dtype)
+    advantages = gae(matrix, rollout.rewards, values, next_values, rollout.terminated, gamma)
+    return Batch(
+        **vars(rollout),
+        log_probs=policy.log_prob(actor, rollout.obs, rollout.actions)[0],
+        values=values,
+        matrix=matrix,
+        advantages=advantages,
+        targets=advantages + values,
+    )
+
+
+@dataclass
+class Episodes:
+    """Returns and lengths (undiscounted, unnormalised) of the episodes that ended in a rollout."""
+
+    returns: list[float]
+    lengths: list[int]
+
+
+class Collector:
+    """Steps the environments with a policy and keeps what must survive between rollouts.
+
+    That is the current observations, the running returns, the normalisers' statistics. The latter
+    are frozen during a rollout and updated after it, so that all states of one rollout, final ones
+    included, are normalised alike.
+    """
+
+    def __init__(self, env: VectorEnv, config: AgentConfig, generator: torch.Generator) -> None:
+        self.env, self.config, self.generator = env, config, generator
+        self.obs_moments = RunningMoments(env.obs_dim) if config.normalize_observations else None
+        self.return_moments = RunningMoments(1) if config.normalize_rewards else None
+        self.discounted = np.zeros(env.num_envs)
+        self.reset(config.seed)
+
+    def reset(self, seed: int) -> None:
+        """Start new episodes everywhere."""
+        self.obs = self.env.reset(seed)
+        self.returns = np.zeros(self.env.num_envs)
+        self.lengths = np.zeros(self.env.num_envs, np.int64)
+        self.discounted[:] = 0.0
+
+    def collect(self, actor: Params) -> tuple[Rollout, Episodes]:
+        """One rollout of ``config.num_steps`` steps in each environment.
+
+        Raises:
+            EnvironmentFault: a non-finite observation or reward.
+        """
+        steps, env = self.config.num_steps, self.env
+        noise = env.policy.noise(steps, env.num_envs, self.generator)
+        obs = np.empty((steps, env.num_envs, env.obs_dim), np.float32)
+        next_obs, rewards = np.empty_like(obs), np.empty((steps, env.num_envs))
+        discounted = np.empty_like(rewards)
+        terminated, done = np.empty((2, steps, env.num_envs), np.bool_)
+        actions, episodes = [], Episodes([], [])
+        raw = np.empty_like(obs) if self.obs_moments else obs
+        with torch.inference_mode():
+            for t in range(steps):
+                raw[t] = self.obs
+                obs[t] = normalize(self.obs_moments, self.obs)
+                action = env.policy.act(actor, torch.from_numpy(obs[t]), noise[t]).numpy()
+                step = env.step(action)
+                actions.append(action)
+                self.obs, rewards[t], terminated[t] = step.obs, step.rewards, step.terminated
+                next_obs[t] = normalize(self.obs_moments, step.next_obs)
+                ended = done[t] = step.terminated | step.truncated
+                self.returns += step.rewards
+                self.lengths += 1
+                if self.return_moments:
+                    discounted[t] = self.discounted = (
+                        self.config.gamma * self.discounted + step.rewards
+                    )
+                if ended.any():
+                    episodes.returns += self.returns[ended].tolist()
+                    episodes.lengths += self.lengths[ended].tolist()
+                    self.returns[ended] = self.lengths[ended] = self.discounted[ended] = 0
+        if not (np.isfinite(next_obs).all() and np.isfinite(rewards).all()):
+            raise EnvironmentFault(
+                f"{env.env_id} returned a non-finite observation or reward in this rollout; "
+                "training stopped at the last checkpoint"
+            )
+        if self.obs_moments:
+            self.obs_moments.update(raw)
+        if self.return_moments:
+            self.return_moments.update(discounted)
+            rewards /= np.sqrt(self.return_moments.variance + 1e-8)
+            rewards = rewards.clip(-NORMALIZED_LIMIT, NORMALIZED_LIMIT)
+        arrays = (obs, np.stack(actions), rewards.astype(np.float32), next_obs, terminated, done)
+        # (T, N, ...) -> (N, T, ...)
+        return Rollout(*(torch.from_numpy(a.swapaxes(0, 1).copy()) for a in arrays)), episodes
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The normalisers' statistics."""
+        state = {}
+        for name in ("obs_moments", "return_moments"):
+            if moments := getattr(self, name):
+                state[f"{name}.mean"] = torch.from_numpy(moments.mean.copy())
+                state[f"{name}.squares"] = torch.from_numpy(moments.squares.copy())
+                state[f"{name}.count"] = torch.tensor(moments.count)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over statistics that ``state_dict`` returned."""
+        for name in ("obs_moments", "return_moments"):
+            if moments := getattr(self, name):
+                moments.mean = state[f"{name}.mean"].numpy().copy()
+                moments.squares = state[f"{name}.squares"].numpy().copy()
+                moments.count = int(state[f"{name}.count"])
+
+
+def normalize(moments: RunningMoments | None, obs: Array) -> Array:
+    """(obs - mean) / std, clipped; obs unchanged without moments."""
+    if moments is None:
+        return obs
+    scaled = (obs - moments.mean) / np.sqrt(moments.variance + 1e-8)
+    return scaled.clip(-NORMALIZED_LIMIT, NORMALIZED_LIMIT).astype(np.float32)

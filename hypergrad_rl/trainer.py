@@ -1,0 +1,259 @@
+"""Training: the loop over rollouts, the run directory, evaluation."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hypergrad_rl.agent import Agent
+from hypergrad_rl.blpo import BLPO
+from hypergrad_rl.checkpoint import load_checkpoint, save_checkpoint
+from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
+from hypergrad_rl.envs import VectorEnv
+from hypergrad_rl.errors import RunDirectoryError
+from hypergrad_rl.ppo import PPO
+from hypergrad_rl.rollout import Collector, normalize
+
+Config = PPOConfig | BLPOConfig
+CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.csv", "checkpoint.pt"
+
+
+def make_agent(config: Config, env: VectorEnv, generator: torch.Generator) -> Agent:
+    """The agent that ``config`` describes, with parameters drawn from ``generator``."""
+    kind = PPO if isinstance(config, PPOConfig) else BLPO
+    return kind(config, env.policy, env.obs_dim, generator)
+
+
+@dataclass
+class TrainResult:
+    """The trained agent and the metrics of every update (one dict of numbers each)."""
+
+    agent: Agent
+    metrics: list[dict[str, float]]
+
+
+def train(
+    config: Config,
+    run_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    tensorboard: bool = False,
+    checkpoint_every: int = 100,
+) -> TrainResult:
+    """Train an agent.
+
+    Args:
+        config: a :class:`PPOConfig` or :class:`BLPOConfig`.
+        run_dir: where config.json, metrics.csv, checkpoint.pt, learning_curve.png and TensorBoard
+            events go; nothing is written for None.
+        resume: continue the run in ``run_dir`` from its checkpoint. Agent, optimisers, generator,
+            normalisers and counters go on as they were; the environments, whose state Gymnasium
+            cannot save, start new episodes, so a resumed run is not that of an uninterrupted one.
+        progress: show a progress bar.
+        tensorboard: write TensorBoard events.
+        checkpoint_every: updates between checkpoints; the last update is always saved.
+
+    Returns:
+        The agent and the metrics. The same config gives the same metrics on the same machine and
+        build of PyTorch (time columns apart).
+
+    Raises:
+        RunDirectoryError: ``run_dir`` already holds a run, or holds none to resume.
+        EnvironmentUnsupported, EnvironmentFault, CheckpointError: see ``hypergrad_rl.errors``.
+
+    >>> config = make_config("ppo", env="CartPole-v1", total_steps=1024)
+    >>> len(train(config).metrics)
+    2
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    env = VectorEnv(config.env, config.num_envs)
+    agent = make_agent(config, env, generator)
+    collector = Collector(env, config, generator)
+    first, elapsed = 0, 0.0
+    directory = None if run_dir is None else Path(run_dir)
+    if resume:
+        if directory is None:
+            raise RunDirectoryError("resume needs the run directory to continue")
+        state = load_checkpoint(directory / CHECKPOINT)
+        agent.load_state_dict(state["agent"])
+        collector.load_state_dict(state["collector"])
+        first, elapsed = state["update"], state["seconds"]
+        collector.reset(config.seed + 1_000_003 * first)  # other episodes than the first ones
+    elif directory is not None:
+        claim_run_directory(directory, config)
+
+    log = MetricsLog(directory, first, tensorboard)
+    bar = tqdm(
+        total=config.num_updates * config.num_envs * config.num_steps,
+        initial=first * config.num_envs * config.num_steps,
+        unit="step", unit_scale=True, disable=not progress, desc=f"{config.algo} {config.env}",
+    )  # fmt: skip
+    start = time.perf_counter() - elapsed
+    metrics = []
+    try:
+        for update in range(first, config.num_updates):
+            began = time.perf_counter()
+            rollout, episodes = collector.collect(agent.actor)
+            stats = agent.update(rollout, progress=update / config.num_updates)
+            now = time.perf_counter()
+            steps = rollout.rewards.numel()
+            row = {
+                "update": update + 1,
+                "env_steps": (update + 1) * steps,
+                "seconds": now - start,
+                "steps_per_second": steps / (now - began),
+                "episodes": len(episodes.returns),
+                "episode_return": float(np.mean(episodes.returns)) if episodes.returns else np.nan,
+                "episode_length": float(np.mean(episodes.lengths)) if episodes.lengths else np.nan,
+                **stats,
+            }
+            metrics.append(row)
+            log.write(row)
+            bar.update(steps)
+            if episodes.returns:
+                bar.set_postfix(episode_return=f"{row['episode_return']:.1f}", refresh=False)
+            last = update + 1 == config.num_updates
+            if directory is not None and (last or (update + 1) % checkpoint_every == 0):
+                save_checkpoint(
+                    directory / CHECKPOINT,
+                    {
+                        "agent": agent.state_dict(),
+                        "collector": collector.state_dict(),
+                        "update": update + 1,
+                        "seconds": now - start,
+                    },
+                )
+    finally:
+        bar.close()
+        log.close()
+        env.close()
+    if directory is not None:
+        from hypergrad_rl.report import plot_run  # Matplotlib takes half a second to import
+
+        plot_run(directory)
+    return TrainResult(agent, metrics)
+
+
+def claim_run_directory(directory: Path, config: Config) -> None:
+    """Make ``directory`` and its config.json, which two runs can never both succeed in.
+
+    Raises:
+        RunDirectoryError: it already holds a run.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {"algo": config.algo, **dataclasses.asdict(config)}
+    try:
+        with (directory / CONFIG).open("x") as file:
+            json.dump(settings, file, indent=2)
+    except FileExistsError as error:
+        raise RunDirectoryError(
+            f"{directory} already holds a run, which is left as it is; choose another --run-dir, "
+            f"or continue it with `resume {directory}`"
+        ) from error
+
+
+def load_config(run_dir: str | Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        RunDirectoryError: ``run_dir`` holds no run.
+    """
+    path = Path(run_dir) / CONFIG
+    if not path.is_file():
+        raise RunDirectoryError(f"{run_dir} holds no run: {path} is missing")
+    settings = json.loads(path.read_text())
+    return make_config(settings.pop("algo"), **settings)
+
+
+class MetricsLog:
+    """metrics.csv, flushed row by row, and TensorBoard events; nothing without a directory."""
+
+    def __init__(self, directory: Path | None, first_update: int, tensorboard: bool) -> None:
+        self.file: TextIO | None = None
+        self.writer: Any = None
+        self.write_header = first_update == 0
+        if directory is None:
+            return
+        if first_update:  # rows after the checkpoint are computed again
+            kept = (directory / METRICS).read_text().splitlines(keepends=True)[: first_update + 1]
+            temporary = directory / "metrics.tmp"
+            temporary.write_text("".join(kept))
+            temporary.replace(directory / METRICS)
+        self.file = (directory / METRICS).open("a", newline="")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+            self.writer = SummaryWriter(str(directory))
+
+    def write(self, row: dict[str, float]) -> None:
+        """Add the metrics of one update."""
+        if self.file is None:
+            return
+        table = csv.DictWriter(self.file, list(row))
+        if self.write_header:
+            table.writeheader()
+            self.write_header = False
+        table.writerow({k: "" if np.isnan(v) else f"{v:.8g}" for k, v in row.items()})
+        self.file.flush()
+        if self.writer is not None:
+            for name, value in row.items():
+                if not np.isnan(value):
+                    self.writer.add_scalar(name, value, int(row["env_steps"]))
+
+    def close(self) -> None:
+        """Close both files."""
+        if self.file is not None:
+            self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def evaluate(
+    run_dir: str | Path, episodes: int = 20, *, seed: int = 1_000_000, deterministic: bool = True
+) -> list[float]:
+    """Returns of ``episodes`` fresh episodes of the checkpointed policy, on separate environments.
+
+    Every environment plays its own episodes to the end and as many as any other, so that short
+    episodes are not over-represented.
+
+    Args:
+        run_dir: a run directory with a checkpoint.
+        episodes: how many, rounded up to a multiple of the environments (at most 8).
+        seed: of the environments and of sampled actions.
+        deterministic: take the most likely action (the mean) instead of sampling.
+    """
+    config = load_config(run_dir)
+    state = load_checkpoint(Path(run_dir) / CHECKPOINT)
+    generator = torch.Generator().manual_seed(seed)
+    env = VectorEnv(config.env, min(8, episodes))
+    agent = make_agent(config, env, generator)
+    agent.load_state_dict(state["agent"])
+    generator.manual_seed(seed)
+    collector = Collector(env, dataclasses.replace(config, num_envs=env.num_envs), generator)
+    collector.load_state_dict(state["collector"])
+    obs, running = env.reset(seed), np.zeros(env.num_envs)
+    finished: list[list[float]] = [[] for _ in range(env.num_envs)]
+    per_env = -(-episodes // env.num_envs)
+    with torch.inference_mode():
+        while min(map(len, finished)) < per_env:
+            normalized = torch.from_numpy(normalize(collector.obs_moments, obs))
+            noise = None if deterministic else env.policy.noise(1, env.num_envs, generator)[0]
+            step = env.step(env.policy.act(agent.actor, normalized, noise).numpy())
+            running += step.rewards
+            for i in np.flatnonzero(step.terminated | step.truncated):
+                if len(finished[i]) < per_env:
+                    finished[i].append(float(running[i]))
+                running[i] = 0.0
+            obs = step.obs
+    env.close()
+    return [r for returns in finished for r in returns]

@@ -1,0 +1,307 @@
+"""The pieces of a BLPO update on a fixed batch, against independent computations in float64."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hypergrad_rl import BLPO, BLPOConfig
+from hypergrad_rl.blpo import (
+    combine,
+    critic_response,
+    cross_term,
+    inverse_hvp,
+    outer_gradients,
+    published_cross_term,
+)
+from hypergrad_rl.networks import CategoricalPolicy, Params, critic_value, init_critic
+from hypergrad_rl.rollout import Batch, Rollout, make_batch
+
+OBS, ACTIONS, STEPS = 3, 3, 12
+GAMMA, LAMBDA, CLIP = 0.99, 0.95, 0.2
+POLICY = CategoricalPolicy(ACTIONS)
+Problem = tuple[Params, Params, Batch]
+
+
+def double(params: Params) -> Params:
+    return {name: p.detach().double().requires_grad_() for name, p in params.items()}
+
+
+def shifted(params: Params, generator: torch.Generator, size: float) -> Params:
+    """The same tree a little elsewhere, so that ratios differ from 1 and w from w0."""
+    noise = {
+        n: size * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for n, p in params.items()
+    }
+    return {n: (p + noise[n]).detach().requires_grad_() for n, p in params.items()}
+
+
+@pytest.fixture
+def problem() -> Problem:
+    """Actor, critic and a batch of two trajectories with ends of both kinds."""
+    generator = torch.Generator().manual_seed(0)
+    old_actor = double(POLICY.init(OBS, (5,), generator))
+    old_actor["weight1"] = (100 * old_actor["weight1"]).detach().requires_grad_()
+    old_critic = double(init_critic(OBS, (6, 5), generator))
+    obs, next_obs = torch.randn(2, 2, STEPS, OBS, generator=generator, dtype=torch.float64)
+    done = torch.zeros(2, STEPS, dtype=torch.bool)
+    done[0, 4] = done[1, 7] = True
+    terminated = done.clone()
+    terminated[1] = False
+    next_obs[:, :-1] = torch.where(done[:, :-1, None], next_obs[:, :-1], obs[:, 1:])
+    rollout = Rollout(
+        obs=obs,
+        actions=torch.randint(ACTIONS, (2, STEPS), generator=generator),
+        rewards=torch.randn(2, STEPS, generator=generator, dtype=torch.float64),
+        next_obs=next_obs,
+        terminated=terminated,
+        done=done,
+    )
+    batch = make_batch(POLICY, old_actor, old_critic, rollout, GAMMA, LAMBDA)
+    return shifted(old_actor, generator, 0.05), shifted(old_critic, generator, 0.05), batch
+
+
+def naive_advantages(critic: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    """GAE by its recursion, differentiable in the critic."""
+    values, next_values = critic_value(critic, batch.obs), critic_value(critic, batch.next_obs)
+    rows = []
+    for n in range(len(values)):
+        following = torch.zeros((), dtype=torch.float64)
+        row: list[Tensor] = []
+        for t in reversed(range(STEPS)):
+            bootstrap = 0.0 if batch.terminated[n, t] else GAMMA * next_values[n, t]
+            delta = batch.rewards[n, t] + bootstrap - values[n, t]
+            following = delta + (0.0 if batch.done[n, t] else GAMMA * LAMBDA) * following
+            row.insert(0, following)
+        rows.append(torch.stack(row))
+    return torch.stack(rows), values
+
+
+def naive_ratio(actor: Params, batch: Batch) -> Tensor:
+    return (POLICY.log_prob(actor, batch.obs, batch.actions)[0] - batch.log_probs).exp()
+
+
+def naive_surrogate(ratio: Tensor, advantages: Tensor) -> Tensor:
+    return torch.maximum(-ratio * advantages, -ratio.clip(1 - CLIP, 1 + CLIP) * advantages)
+
+
+def gradient(loss: Tensor, params: Params) -> Params:
+    return dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+
+
+def flat(tree: Params) -> Tensor:
+    return torch.cat([leaf.reshape(-1) for leaf in tree.values()])
+
+
+def dense_curvature(critic: Params, batch: Batch, kind: str) -> Tensor:
+    """H of g as a matrix, entry by entry through double differentiation."""
+    shapes = {n: p.shape for n, p in critic.items()}
+
+    def unflatten(w: Tensor) -> Params:
+        parts = torch.split(w, [s.numel() for s in shapes.values()])
+        return {n: x.view(s) for (n, s), x in zip(shapes.items(), parts, strict=True)}
+
+    w = flat(critic).detach()
+    if kind == "ggn":
+        jacobian = torch.func.jacrev(lambda w: critic_value(unflatten(w), batch.obs).reshape(-1))(w)
+        return 2 / len(jacobian) * jacobian.T @ jacobian
+    hessian: Tensor = torch.func.hessian(
+        lambda w: (batch.targets - critic_value(unflatten(w), batch.obs)).square().mean()
+    )(w)
+    return hessian
+
+
+def config(**settings: Any) -> BLPOConfig:
+    return BLPOConfig(gamma=GAMMA, gae_lambda=LAMBDA, clip=CLIP, **settings)
+
+
+@pytest.mark.parametrize("objective", ["return", "advantage"])
+def test_direct_gradient_and_v(problem: Problem, objective: str) -> None:
+    actor, critic, batch = problem
+    d, v, stats = outer_gradients(POLICY, actor, critic, batch, config(outer_objective=objective))
+    advantages, values = naive_advantages(critic, batch)
+    ratio = naive_ratio(actor, batch)
+    f = naive_surrogate(ratio, advantages.detach()).mean()
+    if objective == "return":
+        outer = -(ratio.detach() * (advantages + values)).mean()
+    else:
+        outer = naive_surrogate(ratio.detach(), advantages).mean()
+    torch.testing.assert_close(flat(d), flat(gradient(f, actor)), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flat(v), flat(gradient(outer, critic)), rtol=1e-9, atol=1e-12)
+    assert stats["policy_loss"] == pytest.approx(f.item())
+
+
+def test_v_by_finite_differences(problem: Problem) -> None:
+    actor, critic, batch = problem
+    settings = config(outer_objective="return")
+    _, v, _ = outer_gradients(POLICY, actor, critic, batch, settings)
+    direction = {
+        n: torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
+        for n, p in critic.items()
+    }
+
+    def f(step: float) -> float:
+        moved = {n: p.detach() + step * direction[n] for n, p in critic.items()}
+        advantages, values = naive_advantages(moved, batch)
+        return -(naive_ratio(actor, batch) * (advantages + values)).mean().item()
+
+    difference = (f(1e-5) - f(-1e-5)) / 2e-5  # central: error about 1e-10
+    assert flat(v).dot(flat(direction)).item() == pytest.approx(difference, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("solver", "curvature"), list(itertools.product(["exact", "nystrom", "cg"], ["ggn", "hessian"]))
+)
+def test_inverse_hvp_and_response_against_the_dense_solve(
+    problem: Problem, solver: str, curvature: str
+) -> None:
+    actor, critic, batch = problem
+    dense = dense_curvature(critic, batch, curvature)
+    damping = 0.1 + max(0.0, -2 * torch.linalg.eigvalsh(dense)[0].item())
+    settings = config(
+        solver=solver, curvature=curvature, damping=damping,
+        rank=len(dense), cg_iters=10 * len(dense), cg_rtol=1e-12,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    _, v, _ = outer_gradients(POLICY, actor, critic, batch, settings)
+    expected = torch.linalg.solve(dense + damping * torch.eye(len(dense)), flat(v))
+    x, residual = inverse_hvp(critic, batch, v, settings, generator)
+    assert residual < 1e-8
+    torch.testing.assert_close(flat(x), expected, rtol=1e-7, atol=1e-9)
+    change = torch.func.jvp(lambda w: critic_value(w, batch.obs), (critic,), (x,))[1]
+    u, residual = critic_response(critic, batch, v, settings, generator)
+    assert residual < 1e-8
+    torch.testing.assert_close(u, change, rtol=1e-7, atol=1e-9)
+
+
+def test_identity_is_v_over_damping(problem: Problem) -> None:
+    actor, critic, batch = problem
+    settings = config(solver="identity", damping=2.0)
+    _, v, _ = outer_gradients(POLICY, actor, critic, batch, settings)
+    x, _ = inverse_hvp(critic, batch, v, settings, torch.Generator())
+    assert torch.equal(flat(x), flat(v) / 2)
+
+
+def naive_cross_term(actor: Params, critic: Params, u: Tensor, batch: Batch, mode: str) -> Tensor:
+    """mean over samples of grad log pi_k W_k, one gradient per step."""
+    total = torch.zeros_like(flat(actor))
+    values = critic_value(critic, batch.obs)
+    for n in range(len(u)):
+        for k in range(STEPS):
+            weight = torch.zeros((), dtype=torch.float64)
+            for t in range(k + 1):
+                if not batch.done[n, t:k].any():
+                    decay = (GAMMA * LAMBDA) ** (k - t)
+                    weight += -2 * batch.advantages[n, k] * decay * u[n, t]
+            if mode == "full":
+                for t in range(k + 1, STEPS):
+                    weight += -2 * (batch.targets[n, t] - values[n, t]) * u[n, t]
+            log_prob, _ = POLICY.log_prob(actor, batch.obs[n, k], batch.actions[n, k])
+            total += weight.detach() * flat(gradient(log_prob, actor))
+    return total / u.numel()
+
+
+@pytest.mark.parametrize("mode", ["suffix", "full"])
+def test_cross_term(problem: Problem, mode: str) -> None:
+    actor, critic, batch = problem
+    u = torch.randn(2, STEPS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    c = cross_term(POLICY, actor, critic, u, batch, mode)
+    naive = naive_cross_term(actor, critic, u, batch, mode)
+    torch.testing.assert_close(flat(c), naive, rtol=1e-9, atol=1e-12)
+    with pytest.raises(AssertionError):  # the comparison notices a wrong sign
+        torch.testing.assert_close(flat(c), -naive, rtol=1e-9, atol=1e-12)
+
+
+def test_published_cross_term_by_finite_differences(problem: Problem) -> None:
+    actor, critic, batch = problem
+    settings = config(cross_term="paper")
+    x = {
+        n: torch.randn(p.shape, generator=torch.Generator().manual_seed(3), dtype=p.dtype)
+        for n, p in critic.items()
+    }
+    c = published_cross_term(POLICY, actor, critic, x, batch, settings)
+
+    def actor_gradient(step: float) -> Tensor:
+        moved = {n: p.detach() + step * x[n] for n, p in critic.items()}
+        advantages, values = naive_advantages(moved, batch)
+        losses = naive_surrogate(naive_ratio(actor, batch), advantages)
+        return flat(gradient((losses * (batch.targets - values)).mean(), actor))
+
+    difference = (actor_gradient(1e-5) - actor_gradient(-1e-5)) / 2e-5
+    torch.testing.assert_close(flat(c), difference, rtol=1e-6, atol=1e-8)
+
+
+def test_combine_bounds_the_correction() -> None:
+    d, c = {"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([0.0, 20.0])}
+    step, stats = combine(d, c, None)
+    assert step["w"].tolist() == [3.0, -16.0]
+    assert stats["correction_ratio"] == 4.0
+    assert stats["bound_active"] == 0.0
+    torch.testing.assert_close(stats["correction_cosine"], torch.tensor(0.8))
+    step, stats = combine(d, c, 0.5)
+    assert step["w"].tolist() == [3.0, 1.5]
+    assert stats["bound_active"] == 1.0
+    assert combine(d, {"w": torch.zeros(2)}, 0.5)[0]["w"].tolist() == [3.0, 4.0]
+    step, stats = combine({"w": torch.zeros(2)}, c, 0.5)
+    assert step["w"].tolist() == [0.0, 0.0]
+    assert stats["correction_ratio"].isnan()
+
+
+def test_one_update_is_the_algorithm(problem: Problem) -> None:
+    """One epoch, one trajectory a minibatch: the parameters after ``update`` are those of the
+    algorithm in the module's documentation, written out with dense matrices and naive loops."""
+    actor, critic, batch = problem
+    rollout = Rollout(**{f.name: getattr(batch, f.name) for f in dataclasses.fields(Rollout)})
+    settings = config(
+        num_envs=2, num_steps=STEPS, epochs=1, nested_steps=3, solver="exact", damping=0.5,
+        correction_bound=0.7,
+    )  # fmt: skip
+    agent = BLPO(settings, POLICY, OBS, torch.Generator().manual_seed(0))
+    agent.actor, agent.critic = (shifted(p, torch.Generator(), 0.0) for p in (actor, critic))
+    agent.actor_optimizer = torch.optim.Adam(
+        agent.actor.values(), settings.learning_rate, eps=settings.adam_eps
+    )
+    agent.critic_optimizer = torch.optim.Adam(
+        agent.critic.values(), settings.critic_learning_rate, eps=settings.adam_eps
+    )
+    theta, w = (shifted(p, torch.Generator(), 0.0) for p in (actor, critic))
+    theta_adam = torch.optim.Adam(theta.values(), settings.learning_rate, eps=settings.adam_eps)
+    w_adam = torch.optim.Adam(w.values(), settings.critic_learning_rate, eps=settings.adam_eps)
+
+    def step(optimizer: torch.optim.Optimizer, params: Params, grads: Iterable[Tensor]) -> None:
+        for p, g in zip(params.values(), grads, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    whole = make_batch(POLICY, theta, w, rollout, GAMMA, LAMBDA)
+    # The agent's generator has drawn its initial parameters first: read the order from a copy.
+    order_source = torch.Generator()
+    order_source.set_state(agent.generator.get_state())
+    order = torch.randperm(2, generator=order_source)
+    agent.update(rollout, progress=0.0)
+
+    for env in order:
+        b = whole.select(env[None])
+        for _ in range(3):
+            g = (b.targets - critic_value(w, b.obs)).square().mean()
+            step(w_adam, w, gradient(g, w).values())
+        advantages, values = naive_advantages(w, b)
+        ratio = naive_ratio(theta, b)
+        d = gradient(naive_surrogate(ratio, advantages.detach()).mean(), theta)
+        v = flat(gradient(-(ratio.detach() * (advantages + values)).mean(), w))
+        dense = dense_curvature(w, b, "ggn")
+        x = torch.linalg.solve(dense + 0.5 * torch.eye(len(dense)), v)
+        jacobian = torch.stack([flat(gradient(critic_value(w, s), w)) for s in b.obs[0]])
+        c = naive_cross_term(theta, w, (jacobian @ x)[None], b, "suffix")
+        c = c * min(1.0, 0.7 * flat(d).norm() / c.norm())
+        total = flat(d) - c
+        parts = total.split([p.numel() for p in theta.values()])
+        step(
+            theta_adam, theta, [x.view(p.shape) for x, p in zip(parts, theta.values(), strict=True)]
+        )
+    torch.testing.assert_close(flat(agent.critic), flat(w), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(flat(agent.actor), flat(theta), rtol=1e-8, atol=1e-10)

@@ -1,0 +1,367 @@
+"""Training end to end: learning, determinism, checkpoints, run directories, bad input."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from hypergrad_rl import BLPOConfig, PPOConfig, evaluate, load_config, make_config, preset, train
+from hypergrad_rl.checkpoint import load_checkpoint, save_checkpoint
+from hypergrad_rl.cli import main
+from hypergrad_rl.envs import RunningMoments, VectorEnv
+from hypergrad_rl.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentFault,
+    EnvironmentUnsupported,
+    RunDirectoryError,
+)
+from hypergrad_rl.report import read_metrics, summarize, to_metrics
+from hypergrad_rl.rollout import Collector
+
+ALGOS = ("ppo", "nested", "blpo")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Countdown(gym.Env[Any, Any]):
+    """Observation: steps taken. Reward 1 a step. Ends at step ``end``, or at a time limit."""
+
+    observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space: gym.Space[Any] = gym.spaces.Discrete(2, start=3)
+
+    def __init__(
+        self, end: int = 10**9, fault: int | None = None, render_mode: str | None = None
+    ) -> None:
+        self.end, self.fault = end, fault
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert action in (3, 4)
+        self.steps += 1
+        obs = np.array([self.steps], np.float32)
+        reward = float("nan") if self.steps == self.fault else 1.0
+        return obs, reward, self.steps >= self.end, False, {}
+
+
+@pytest.fixture
+def countdown(request: Any) -> Iterator[Callable[..., str]]:
+    """Ids of Countdown variants, registered for one test."""
+    ids: list[str] = []
+
+    def make(limit: int | None = None, **kwargs: Any) -> str:
+        name = f"Countdown{len(ids)}-v0"
+        gym.register(name, lambda **kw: Countdown(**kw), max_episode_steps=limit, kwargs=kwargs)
+        ids.append(name)
+        return name
+
+    yield make
+    for name in ids:
+        del gym.registry[name]
+
+
+def collector_of(env_id: str, **settings: Any) -> tuple[Collector, VectorEnv]:
+    config = PPOConfig(env=env_id, num_envs=2, num_steps=7, **settings)
+    env = VectorEnv(env_id, 2)
+    return Collector(env, config, torch.Generator().manual_seed(0)), env
+
+
+def test_rollout_keeps_final_observations_and_true_returns(countdown: Callable[..., str]) -> None:
+    collector, env = collector_of(countdown(limit=3))
+    actor = env.policy.init(1, (4,), torch.Generator())
+    rollout, episodes = collector.collect(actor)
+    assert rollout.obs[0, :, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert rollout.next_obs[0, :, 0].tolist() == [1, 2, 3, 1, 2, 3, 1]  # 3: not the reset's 0
+    assert rollout.done[0].tolist() == [False, False, True] * 2 + [False]
+    assert not rollout.terminated.any()  # a time limit ends the episode, not the task
+    assert episodes.returns == [3.0] * 4
+    rollout, episodes = collector.collect(actor)  # episodes go on over rollouts
+    assert rollout.obs[0, :, 0].tolist() == [1, 2, 0, 1, 2, 0, 1]
+    assert episodes.returns == [3.0] * 4
+
+
+def test_terminations_are_told_from_time_limits(countdown: Callable[..., str]) -> None:
+    collector, env = collector_of(countdown(limit=5, end=2))
+    rollout, _ = collector.collect(env.policy.init(1, (4,), torch.Generator()))
+    assert torch.equal(rollout.terminated, rollout.done)
+    assert rollout.terminated[0].tolist() == [False, True] * 3 + [False]
+
+
+def test_a_nan_reward_stops_training_with_a_message(
+    countdown: Callable[..., str], tmp_path: Path
+) -> None:
+    config = PPOConfig(env=countdown(fault=3), num_envs=1, num_steps=8, num_minibatches=1)
+    with pytest.raises(EnvironmentFault, match="non-finite observation or reward"):
+        train(config, tmp_path)
+
+
+def test_observation_statistics_are_those_of_the_samples() -> None:
+    samples = np.random.default_rng(0).normal(3.0, 2.0, (1000, 2)) * [1.0, 1e-3]
+    moments = RunningMoments(2)
+    for part in np.array_split(samples, 7):
+        moments.update(part)
+    np.testing.assert_allclose(moments.mean, samples.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance, samples.var(0), rtol=1e-12)
+
+
+def without_times(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if "second" not in k} for row in metrics]
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_the_same_seed_gives_the_same_metrics(algo: str) -> None:
+    config = preset(algo, "CartPole-v1", total_steps=1536, seed=5)
+    first, again = (without_times(train(config).metrics) for _ in range(2))
+    np.testing.assert_equal(first, again)
+    other = without_times(train(dataclasses.replace(config, seed=6)).metrics)
+    assert first[0]["policy_loss"] != other[0]["policy_loss"]
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_continuous_actions_train_finite(algo: str) -> None:
+    config = preset(algo, "Pendulum-v1", total_steps=1536, num_envs=2, epochs=2)
+    metrics = to_metrics(train(config).metrics)
+    for name, column in metrics.items():
+        if name not in ("episode_return", "episode_length"):
+            assert np.isfinite(column).all(), name
+    assert (metrics["approx_kl"] > 0).all()  # the policy moved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver": "cg"},
+        {"solver": "exact"},
+        {"solver": "identity", "correction_bound": 0.5},
+        {"cross_term": "full", "correction_bound": 0.5},
+        {"curvature": "hessian", "cross_term": "paper", "outer_objective": "advantage",
+         "sketch": "columns", "rank": 5, "damping": 50.0, "correction_bound": 0.5},
+        {"envs_per_minibatch": 2},
+    ],
+)  # fmt: skip
+def test_every_option_trains(settings: dict[str, Any]) -> None:
+    config = preset("blpo", "CartPole-v1", total_steps=1024, epochs=1, **settings)
+    metrics = to_metrics(train(config).metrics)
+    assert np.isfinite(metrics["correction_ratio"]).all()
+    if "correction_bound" in settings:
+        assert (metrics["bound_active"] >= 0).all()
+    if settings.get("solver") in ("cg", "exact"):
+        assert (metrics["ihvp_relative_residual"] <= 1e-3).all()
+
+
+def test_blpo_solves_its_linear_system() -> None:
+    metrics = to_metrics(train(preset("blpo", "CartPole-v1", total_steps=4096)).metrics)
+    assert metrics["ihvp_relative_residual"].mean() < 0.1
+    assert (np.abs(metrics["correction_cosine"]) <= 1 + 1e-6).all()
+
+
+def test_nested_is_blpo_without_a_correction() -> None:
+    metrics = train(preset("nested", "CartPole-v1", total_steps=512)).metrics
+    assert "correction_ratio" not in metrics[0]
+
+
+@pytest.mark.parametrize(("algo", "steps"), [("ppo", 30_000), ("nested", 16_000), ("blpo", 16_000)])
+def test_learns_cartpole(algo: str, steps: int) -> None:
+    """A random policy's mean return is about 22."""
+    metrics = to_metrics(train(preset(algo, "CartPole-v1", total_steps=steps)).metrics)
+    assert summarize(metrics).final_return > 100
+
+
+@pytest.mark.parametrize("algo", ["ppo", "blpo"])
+def test_checkpoints_round_trip(algo: str, tmp_path: Path) -> None:
+    config = preset(
+        algo, "Pendulum-v1", total_steps=1024, num_envs=2, epochs=1, num_steps=256, hidden=[16, 16]
+    )
+    trained = train(config, tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    torch.testing.assert_close(state["agent"], trained.agent.state_dict(), rtol=0, atol=0)
+    assert state["update"] == config.num_updates
+    assert state["collector"]["obs_moments.count"] == 1024
+    assert load_config(tmp_path) == config
+    assert evaluate(tmp_path, 4) == evaluate(tmp_path, 4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint.pt", "config.json", "learning_curve.png", "metrics.csv",
+    ]  # fmt: skip
+
+
+def test_resume_continues_where_the_checkpoint_is(tmp_path: Path) -> None:
+    config = preset("ppo", "CartPole-v1", total_steps=4 * 512)
+    train(config, tmp_path)
+    before = read_metrics(tmp_path)
+    # As if the run had been killed in its third update, with checkpoints at every second one.
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    save_checkpoint(tmp_path / "checkpoint.pt", {**state, "update": 2})
+    train(config, tmp_path, resume=True)
+    after = read_metrics(tmp_path)
+    assert after["update"].tolist() == [1, 2, 3, 4]
+    assert after["policy_loss"][:2].tolist() == before["policy_loss"][:2].tolist()
+    assert after["policy_loss"][2] != before["policy_loss"][2]
+    assert (np.diff(after["seconds"]) > 0).all()
+
+
+def test_a_used_run_directory_is_refused_and_keeps_its_content(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [
+        "--algo",
+        "ppo",
+        "--total-steps",
+        "512",
+        "--run-dir",
+        str(tmp_path),
+        "--no-tensorboard",
+    ]
+    assert main(["train", *flags]) == 0
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert main(["train", *flags]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "already holds a run" in message
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match="damaged or foreign"):
+        load_checkpoint(path)
+    torch.save({"weights": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match="written by another version"):
+        load_checkpoint(path)
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        load_config(tmp_path)
+
+
+def test_unknown_and_unsupported_environments(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["train", "--env", "CartPol-v1", "--run-dir", str(tmp_path / "run")]
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "cannot make environment 'CartPol-v1'" in message
+    assert not (tmp_path / "run").exists()
+
+    class Odd(Countdown):
+        pass
+
+    gym.register("Odd-v0", lambda **kw: Odd(**kw))
+    try:
+        Odd.action_space = gym.spaces.MultiDiscrete([2, 2])
+        with pytest.raises(EnvironmentUnsupported, match="action space MultiDiscrete"):
+            VectorEnv("Odd-v0", 1)
+        Odd.observation_space = gym.spaces.Discrete(3)
+        with pytest.raises(EnvironmentUnsupported, match="observation space Discrete"):
+            VectorEnv("Odd-v0", 1)
+    finally:
+        del gym.registry["Odd-v0"]
+
+
+@pytest.mark.parametrize(
+    ("algo", "settings", "message"),
+    [
+        ("ppo", {"gamma": 1.1}, r"gamma=1.1: expected a number in \[0, 1\]"),
+        ("ppo", {"learning_rate": float("nan")}, "learning_rate=nan: expected a number > 0"),
+        ("ppo", {"num_envs": 0}, "num_envs=0: expected an integer >= 1"),
+        ("ppo", {"num_minibatches": 512}, "at least 2 samples per minibatch of the 512"),
+        ("ppo", {"hidden": ()}, "one or more widths"),
+        ("ppo", {"rank": 5}, "rank=5: expected a hyper-parameter of ppo"),
+        ("blpo", {"rank": 0}, "rank=0: expected an integer >= 1"),
+        ("blpo", {"damping": 0.0}, "damping=0.0: expected a number > 0"),
+        ("blpo", {"solver": "lu"}, "one of nystrom, cg, exact, identity, none"),
+        ("blpo", {"correction_bound": -1.0}, "correction_bound=-1.0: expected a number > 0"),
+        ("blpo", {"envs_per_minibatch": 3}, "a divisor of num_envs=4"),
+        ("nested", {"solver": "cg"}, 'use algo "blpo"'),
+        ("sac", {}, "one of ppo, nested, blpo"),
+    ],
+)
+def test_bad_settings(algo: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(algo, **settings)
+
+
+def test_a_flag_of_another_algorithm_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--algo", "ppo", "--rank", "3", "--run-dir", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "rank=3: expected a hyper-parameter of ppo" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_configs_survive_json() -> None:
+    for config in (PPOConfig(hidden=(8,)), BLPOConfig(solver="none"), BLPOConfig(rank=3)):
+        settings = json.loads(json.dumps(dataclasses.asdict(config)))
+        assert make_config(config.algo, **settings) == config
+
+
+def test_summary_figures(tmp_path: Path) -> None:
+    rows = [
+        {"env_steps": 100 * (i + 1), "seconds": i + 1, "episodes": n, "episode_return": r}
+        for i, (n, r) in enumerate(
+            [(0, "")] + [(1, 5.0)] * 8 + [(0, "")] + [(3, 10.0), (1, 20.0)] * 5
+        )
+    ]
+    with (tmp_path / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = summarize(read_metrics(tmp_path))
+    assert summary.final_return == (3 * 10.0 + 20.0) / 4  # the last 2 of 20 updates
+    assert summary.area == pytest.approx((9 * 5.0 + 5 * 30.0) / 19)  # the first has no return
+    assert summary.steps_per_second == 100
+
+
+def test_compare_reports_every_algorithm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "compare", "--algos", "ppo", "nested", "--seeds", "0", "1", "--total-steps", "1024",
+        "--run-dir", str(tmp_path), "--jobs", "2", "--nested-steps", "2", "--no-tensorboard",
+    ]  # fmt: skip
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert "return, last tenth" in table
+    assert "nested" in table
+    assert (tmp_path / "comparison.png").stat().st_size > 0
+    assert dataclasses.asdict(load_config(tmp_path / "nested-1"))["nested_steps"] == 2
+    assert main(command) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_train_evaluate_and_resume_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "run")
+    assert main(["train", "--algo", "blpo", "--total-steps", "1024", "--epochs", "1",
+                 "--rank", "3", "--correction-bound", "none", "--hidden", "32", "32",
+                 "--run-dir", run]) == 0  # fmt: skip
+    config = dataclasses.asdict(load_config(run))
+    assert (config["rank"], config["correction_bound"], config["hidden"]) == (3, None, (32, 32))
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    assert main(["evaluate", run, "--episodes", "3"]) == 0
+    assert "3 episodes: mean return" in capsys.readouterr().out
+    assert main(["resume", run]) == 0  # a finished run: nothing left to do
+    assert len(read_metrics(run)["update"]) == 2
