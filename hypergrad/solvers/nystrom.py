@@ -54,7 +54,7 @@ def nystrom_sketch(
         NegativeCurvatureError: there is negative curvature and the policy is ``"raise"``.
 
     Cost: k HVPs in one block and one to vouch for the largest eigenvalue; k more if there is
-    negative curvature or rounding asks for a second pass; O(n k^2) operations, three n x k blocks
+    negative curvature or rounding asks for a second pass (2 k more where both do); O(n k^2) operations, three n x k blocks
     of memory.
     Sources: Hataya and Yamada, AISTATS 2023 (columns); Frangella, Tropp, Udell, arXiv 2110.02820
     (Gaussian, algorithm 2.1); Nakatsukasa and Park, arXiv 2212.01127 (indefinite A).

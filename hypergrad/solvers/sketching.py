@@ -18,6 +18,8 @@ _CORE_NOISE = 3.0
 #: By how much, relatively, the sketch's largest eigenvalue may exceed its Rayleigh quotient: more
 #: than the rounding of 16-bit products, less than what would matter.
 _ABOVE = 1e-2
+#: Below this, relatively, what Ritz pairs miss is taken for amplified rounding.
+_NEARLY_COMPLETE = 1e-3
 #: A product within this many eps of the largest is rounding itself.
 _PRODUCT_NOISE = 4.0
 #: Relative change of the answer by amplified rounding that is worth a second pass, as a power of
@@ -250,7 +252,16 @@ def _rayleigh_ritz(
     image = torch.linalg.solve_triangular(r[:k, :k].T, y, upper=False)
     if len(q) > k:
         image = torch.cat([image, system.product(q[k:])])
-    return _ritz_pairs(q, image, k)
+    found = _ritz_pairs(q, image, k)
+    values, _, missed, _ = found
+    rounding = torch.finfo(system.operator.dtype).eps * float(values.abs().max())
+    if 3.0 * rounding < missed < _NEARLY_COMPLETE * float(values.abs().max()):
+        # All but complete: what is missed is rounding that an unlucky Omega amplified, and the
+        # span leans away from the range of A by it.  The image of the span does not.
+        kept = torch.linalg.svd(image, full_matrices=False)[2][:k]
+        kept = torch.linalg.qr(system.rounded(kept).T)[0].T.contiguous()
+        found = _ritz_pairs(kept, system.product(kept), k)
+    return found
 
 
 def _ritz_pairs(q: Tensor, image: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
