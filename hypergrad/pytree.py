@@ -38,6 +38,11 @@ def _check_leaf(leaf: Any, path: str, name: str) -> Tensor:
             f"{name}{path} is a {type(leaf).__name__}, expected a torch.Tensor. "
             "Every leaf of a tree must be a real floating-point tensor."
         )
+    if leaf.layout is not torch.strided:
+        raise LeafTypeError(
+            f"{name}{path} is sparse ({leaf.layout}), expected a dense tensor. Use .to_dense(), "
+            "and layers without sparse gradients."
+        )
     if not leaf.is_floating_point():
         raise LeafTypeError(
             f"{name}{path} has dtype {leaf.dtype}, expected a real floating-point dtype. "
@@ -202,6 +207,14 @@ class TreeLayout:
     @cached_property
     def _sizes(self) -> list[int]:
         return [math.prod(shape) for shape in self.shapes]
+
+    def narrowed(self, block: Tensor) -> Tensor:
+        """A block of shape (m, n) with each leaf's columns rounded to that leaf's dtype."""
+        if all(dtype == self.dtype for dtype in self.dtypes):
+            return block
+        rows = block.shape[0]
+        leaves = self.split(block, (rows,))
+        return torch.cat([leaf.reshape(rows, -1).to(self.dtype) for leaf in leaves], dim=1)
 
     def unflatten_leaves(self, leaves: list[Tensor]) -> Tree:
         """Leaves in this layout's order, put back into the tree as they are."""

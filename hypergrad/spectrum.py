@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import NonFiniteError, SolverOptionError
-from .operators import LinearOperator
-from .pytree import working_dtype
+from .operators import as_operator
+from .pytree import row_norms, working_dtype
 
 #: damping="auto" bounds the condition number of a positive semi-definite system by about this.
 AUTO_DAMPING_CONDITION = 1e3
@@ -39,12 +40,12 @@ class ExtremeEigenvalues:
 
 
 def extreme_eigenvalues(
-    operator: LinearOperator, *, num_steps: int = 20, generator: torch.Generator | None = None
+    operator: Any, *, num_steps: int = 20, generator: torch.Generator | None = None
 ) -> ExtremeEigenvalues:
     """Estimate the smallest and largest eigenvalue by Lanczos with full reorthogonalisation.
 
     Args:
-        operator: the operator A.
+        operator: the operator A, or a matrix that :func:`hypergrad.as_operator` takes.
         num_steps: Lanczos steps; capped at the dimension, where the values are exact.
         generator: source of the random start; the default is seeded, so the estimate is the
             same every time and the global random state is left alone.
@@ -64,12 +65,14 @@ def extreme_eigenvalues(
     """
     if not (isinstance(num_steps, int) and num_steps >= 1):
         raise SolverOptionError(f"num_steps is {num_steps!r}, expected an integer >= 1.")
+    operator = as_operator(operator)
     dtype = working_dtype(operator.dtype, operator.device)
 
     def product(vector: Tensor) -> Tensor:
         out = operator._apply(vector.to(operator.dtype)[None])[0]
         operator.layout.check_finite(out, "the output of the operator")
-        return out.to(dtype)
+        wide: Tensor = out.to(dtype)
+        return wide
 
     return lanczos_extremes(
         product, operator.layout.dim, num_steps, dtype, operator.device, generator
@@ -94,12 +97,12 @@ def lanczos_extremes(
     residual = 0.0
     for _ in range(min(num_steps, dim)):
         image = product(basis[-1])
-        norm = float(torch.linalg.vector_norm(image))
+        norm = float(row_norms(image[None]))
         diagonal.append(float(basis[-1] @ image))
         known = torch.stack(basis)
         for _ in range(2):  # twice is enough (Kahan; Parlett 1998, section 6.9)
             image = image - (known @ image) @ known
-        residual = float(torch.linalg.vector_norm(image))
+        residual = float(row_norms(image[None]))
         # An exactly invariant subspace: the Ritz values are eigenvalues, nothing is left to see.
         if len(basis) == dim or residual <= 10 * torch.finfo(dtype).eps * norm:
             residual = 0.0
@@ -123,10 +126,12 @@ def damping_from_extremes(
     For a positive semi-definite operator: the larger of ``largest`` / 1000, which bounds the
     condition number of the damped system, and three times ``tail``, the eigenvalue at which a
     sketch stops seeing, so that what it missed is well below the damping.  (Measured with ranks
-    5, 20 and 80 on flat, linear, 1/i, 1/i^2, exponential and outlier spectra of dimension 300:
-    relative residuals of at most 0.75; with a factor of one, up to 1.8.)  With negative
-    curvature: also at least 1.5 times the most negative eigenvalue seen, so that the damped
-    operator is positive definite there.  For the zero operator: 1, so that the answer is v.
+    5, 20 and 80 on flat, linear, 1/i, 1/i^2, exponential and outlier spectra of dimension 300, ten
+    sketches each: relative residuals of at most 0.75; with a factor of one, up to 1.8.  An unlucky
+    sketch of just as many vectors as there are outliers can leave more.)  With negative
+    curvature: also at least 1.5 times the sum of ``tail`` and the most negative eigenvalue
+    seen, so that the damped operator is positive definite there.  For the zero operator: 1, so
+    that the answer is v.
 
     Args:
         smallest: smallest eigenvalue seen.

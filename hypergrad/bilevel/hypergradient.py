@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import DeviceError, LossError
+from ..errors import DeviceError, LossError, UnusedParameterWarning, warn
 from ..operators import hessian
 from ..operators.hessian import check_loss
 from ..pytree import Tree, TreeLayout
@@ -17,9 +17,10 @@ from ..solvers import CG, SolveInfo, Solver, solve
 from ..solvers.base import Damping
 
 Loss = Callable[[Tree, Tree], Tensor]
+Gradients = Sequence[Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by
 class Hypergradient:
     """dF/d(outer) of F(outer) = outer_loss(inner*(outer), outer), and its parts.
 
@@ -58,6 +59,7 @@ def hypergradient(
         inner_loss: g, called as ``inner_loss(inner_params, outer_params)``; a real scalar.
         outer_loss: f, called as ``outer_loss(inner_params, outer_params)``; a real scalar.
         inner_params: w*, any tree: what your own loop found.  Not modified, no flag changed.
+            (Losses are called as they are: a BatchNorm in training mode advances its statistics.)
         outer_params: y, any tree.
         solver: how the linear system is solved: ``CG()`` (if None), ``Nystrom(rank=20)``, ...
         damping: see :func:`hypergrad.solve`.
@@ -70,11 +72,14 @@ def hypergradient(
     Raises:
         LossError: a loss that is no real scalar, that depends on neither argument, or an inner
             loss that does not depend on ``inner_params``.
+        NonFiniteError: a part of the hypergradient holds nan or inf.
         DeviceError: the two trees are on different devices.
         HypergradError: see :func:`hypergrad.solve`.
 
     Warns:
         ConvergenceWarning: the linear solve failed; ``info`` says how.
+        UnusedParameterWarning: a loss ignores the argument that would make the implicit part
+            other than zero.
 
     Cost: a gradient of each loss, one more gradient-sized pass for the mixed derivative, and the
     solver's HVPs.
@@ -104,14 +109,20 @@ def hypergradient(
 
     with torch.enable_grad():
         loss = _outer_value(outer_loss, inner_layout.unflatten_leaves(inner), outer_tree)
-        grads = torch.autograd.grad(loss, inner + outer, allow_unused=True, materialize_grads=True)
-    v = inner_layout.unflatten_leaves(list(grads[: len(inner)]))
-    direct = list(grads[len(inner) :])
+        grads = torch.autograd.grad(loss, inner + outer, allow_unused=True)
+    _report_ignored(grads[: len(inner)], grads[len(inner) :])
+    v = inner_layout.unflatten_leaves(_filled(grads[: len(inner)], inner))
+    direct = _filled(grads[len(inner) :], outer)
 
     # The operator's gradient graph also reaches the outer leaves, which makes the mixed term free.
     curvature = hessian(lambda w: inner_loss(w, outer_tree), inner_layout.unflatten_leaves(inner))
     solution = solve(curvature, v, solver or CG(), damping=damping, x0=x0)
-    implicit = [-term for term in _mixed(curvature.gradients, outer, inner_layout, solution.value)]
+    mixed = _mixed(curvature.gradients, outer, inner_layout, solution.value)
+    implicit = [-term for term in mixed]
+    parts = {"direct": direct, "implicit": implicit}
+    for name, leaves in parts.items():
+        tree = outer_layout.unflatten_leaves(leaves)
+        outer_layout.check_finite(outer_layout.flatten(tree), f"the {name} part")
     return Hypergradient(
         grad=outer_layout.unflatten_leaves([d + i for d, i in zip(direct, implicit, strict=True)]),
         direct=outer_layout.unflatten_leaves(direct),
@@ -119,6 +130,30 @@ def hypergradient(
         ihvp=solution.value,
         info=solution.info,
     )
+
+
+def _report_ignored(inner: Gradients, outer: Gradients) -> None:
+    """Say when the outer loss ignores an argument: mostly a model that uses its own parameters."""
+    if any(grad is not None for grad in inner):
+        return
+    if all(grad is None for grad in outer):
+        raise LossError(
+            "outer_loss depends on neither inner_params nor outer_params. It must compute its "
+            "value from its two arguments; a model called directly uses its own parameters "
+            "instead: call it with torch.func.functional_call(model, inner_params, inputs)."
+        )
+    warn(
+        "outer_loss does not depend on inner_params, so the implicit part is zero.",
+        UnusedParameterWarning,
+    )
+
+
+def _filled(grads: Gradients, leaves: list[Tensor]) -> list[Tensor]:
+    """Zeros for unused leaves; no graph."""
+    return [
+        torch.zeros_like(leaf.detach()) if grad is None else grad.detach()
+        for grad, leaf in zip(grads, leaves, strict=True)
+    ]
 
 
 def _leaves(layout: TreeLayout, tree: Tree, name: str) -> list[Tensor]:
@@ -147,15 +182,19 @@ def _mixed(
         for gradient, direction in zip(gradients, directions, strict=True)
         if gradient is not None and gradient.requires_grad
     ]
-    if not pairs:
-        return [torch.zeros_like(leaf) for leaf in outer]
-    return list(
-        torch.autograd.grad(
+    mixed: Gradients = (None,) * len(outer)
+    if pairs:
+        mixed = torch.autograd.grad(
             [gradient for gradient, _ in pairs],
             outer,
             grad_outputs=[direction for _, direction in pairs],
             retain_graph=True,
             allow_unused=True,
-            materialize_grads=True,
         )
-    )
+    if all(term is None for term in mixed):
+        warn(
+            "the gradient of inner_loss in inner_params does not depend on outer_params, so the "
+            "implicit part is zero.",
+            UnusedParameterWarning,
+        )
+    return _filled(mixed, outer)

@@ -105,6 +105,8 @@ class LinearOperator(ABC):
 
     def __truediv__(self, other: object) -> LinearOperator:
         scalar = _as_scalar(other)
+        if scalar == 0.0:
+            raise ZeroDivisionError("an operator was divided by zero")
         return NotImplemented if scalar is None else _Affine(self, 1.0 / scalar, 0.0)
 
     def __neg__(self) -> LinearOperator:
@@ -122,6 +124,8 @@ class LinearOperator(ABC):
 
     def shift(self, damping: float) -> LinearOperator:
         """A + damping I."""
+        if not math.isfinite(damping):
+            raise ValueError(f"an operator was shifted by {damping}; expected a finite number")
         return _Affine(self, 1.0, float(damping))
 
     def to_dense(self, chunk_size: int = 256) -> Tensor:

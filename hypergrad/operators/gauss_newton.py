@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import LossError, NonFiniteError, SolverOptionError, StaleOperatorError
 from ..pytree import Tree, TreeLayout
 from .base import LinearOperator
-from .hessian import report_unused
+from .hessian import check_differentiable, report_unused
 
 
 class GaussNewtonOperator(LinearOperator):
@@ -38,6 +38,7 @@ class GaussNewtonOperator(LinearOperator):
             )
         inputs, targets = batch[0], batch[1:]
         originals = self.layout.leaves(params, name="params")
+        check_differentiable(originals)
         self._versions = [(leaf, leaf._version) for leaf in originals]
         self._point = self.layout.unflatten_leaves([leaf.detach() for leaf in originals])
         self._model: Callable[[Tree], Any] = lambda p: model_fn(p, inputs)

@@ -43,6 +43,7 @@ class HessianOperator(LinearOperator):
             )
         self.loss_fn, self.batch, self.mode, self.chunk_size = loss_fn, batch, mode, chunk_size
         originals = self.layout.leaves(params, name="params")
+        check_differentiable(originals)
         self._versions = [(leaf, leaf._version) for leaf in originals]
         # Fresh leaves that share storage: the caller's flags and .grad stay untouched.
         self._leaves = [leaf.detach().requires_grad_() for leaf in originals]
@@ -101,7 +102,14 @@ class HessianOperator(LinearOperator):
                 [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(directional)]
             )
 
-        return torch.func.vmap(product, chunk_size=self.chunk_size)(block).detach()
+        try:
+            return torch.func.vmap(product, chunk_size=self.chunk_size)(block).detach()
+        except (RuntimeError, NotImplementedError) as error:
+            raise LossError(
+                "the loss has an operation without forward-mode derivative of its gradient, or one "
+                f"that vmap cannot batch ({' '.join(str(error).split())[:120]}). Use "
+                'mode="reverse_over_reverse".'
+            ) from error
 
 
 def hessian(
@@ -126,7 +134,8 @@ def hessian(
 
     Returns:
         An operator at the values that ``params`` had when it was made.  It keeps the graph of
-        the gradient alive; ``.loss`` is the loss there.
+        the gradient alive; ``.loss`` is the loss there.  Changes through ``param.data`` go
+        unseen and give products of neither point: update under ``torch.no_grad()`` instead.
 
     Raises:
         LossError: the loss is no real scalar tensor, or does not depend on ``params``.
@@ -149,6 +158,15 @@ def hessian(
         {'w': tensor([2., 4., 6.])}
     """
     return HessianOperator(loss_fn, params, batch, mode=mode, chunk_size=chunk_size)
+
+
+def check_differentiable(leaves: list[Tensor]) -> None:
+    """Raise where PyTorch's inference mode forbids derivatives."""
+    if torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in leaves):
+        raise LossError(
+            "params are inference tensors, or torch.inference_mode() is on: derivatives cannot be "
+            "taken there. Leave inference mode, clone() its tensors, or use torch.no_grad()."
+        )
 
 
 def check_loss(loss: Any, name: str) -> Tensor:

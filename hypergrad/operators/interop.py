@@ -51,7 +51,7 @@ class DenseOperator(LinearOperator):
         self.matrix = matrix.detach()
 
     def _apply(self, block: Tensor) -> Tensor:
-        return block @ self.matrix.T
+        return (self.matrix @ block.T).T  # also for sparse layouts
 
 
 class ScipyOperator(LinearOperator):
@@ -109,8 +109,13 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
         raise DeviceError(
             f"the matrix is on {obj.device}, but v is on {layout.device}. Move one of them."
         )
-    if isinstance(obj, Tensor | np.ndarray):
-        return _dense(torch.as_tensor(obj), layout)
+    if isinstance(obj, np.ndarray):
+        if obj.dtype.kind not in "fiub":
+            raise LeafTypeError(f"a matrix has dtype {obj.dtype}; expected a real floating dtype.")
+        # A native, contiguous, writable copy: torch takes no other.
+        return _dense(torch.from_numpy(np.array(obj, dtype=obj.dtype.newbyteorder("="))), layout)
+    if isinstance(obj, Tensor):
+        return _dense(obj, layout)
     if hasattr(obj, "shape") and (hasattr(obj, "matmat") or hasattr(obj, "tocsr")):
         return _scipy(obj, layout)
     if callable(obj):
@@ -142,7 +147,11 @@ def _dense(matrix: Tensor, layout: TreeLayout | None) -> DenseOperator:
     if not matrix.is_floating_point():
         raise LeafTypeError(f"a matrix has dtype {matrix.dtype}; expected a real floating dtype.")
     layout = _checked_layout(
-        tuple(matrix.shape), matrix.new_empty(matrix.shape[0] if matrix.ndim else 0), layout
+        tuple(matrix.shape),
+        torch.empty(
+            matrix.shape[0] if matrix.ndim else 0, dtype=matrix.dtype, device=matrix.device
+        ),
+        layout,
     )
     if matrix.dtype != layout.dtype:
         raise LeafTypeError(

@@ -12,14 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import DampingError, NotSymmetricError, SolverOptionError
+from ..errors import DampingError, NonFiniteError, NotSymmetricError, SolverOptionError
 from ..operators import LinearOperator
 from ..pytree import Tree, powers_of_two, row_norms
 from ..spectrum import damping_from_extremes, lanczos_extremes
 
 Damping = float | Literal["auto"]
 
-#: Rows of a smaller norm are scaled before a product in a narrower dtype.
+#: Rows of a smaller norm, or of one above its inverse, are scaled before a product in a narrower
+#: dtype.
 _SMALL = 1e-6
 
 
@@ -42,6 +43,7 @@ class Status(enum.Enum):
         " singular operator or an approximation too coarse. Raise damping or rank, loosen rtol, or"
         " use a wider dtype"
     )
+    #: Never in a report of this library, which raises :class:`hypergrad.NonFiniteError` instead.
     NON_FINITE = "a product or the answer holds nan or inf"
 
     @property
@@ -50,7 +52,7 @@ class Status(enum.Enum):
         return self not in (Status.CONVERGED, Status.FIXED_ITERATIONS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by
 class SolveInfo:
     """How right an answer is and what it cost.
 
@@ -67,7 +69,8 @@ class SolveInfo:
         damping: the damping that was used; what ``"auto"`` came to.
         solver: the configuration that ran.
         rank: rank kept by a sketch, None for other solvers.
-        smallest_eigenvalue: smallest eigenvalue or Ritz value seen, where the solver sees one.
+        smallest_eigenvalue: smallest eigenvalue or Ritz value seen, where the solver sees one; 0
+            for a sketch that was complete below its rank.
         direction: a unit tree of non-positive curvature, when CG met one.
         columns: one report a right-hand side, for a batch; else empty.
     """
@@ -95,7 +98,7 @@ class SolveInfo:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """An answer with its report.
 
@@ -165,7 +168,7 @@ class DampedSystem:
             # Residuals fall far below one.  Narrowed as they are, their entries would lose digits
             # to the narrow dtype's smallest numbers, and such numbers are slow to multiply.
             norms = row_norms(x)
-            if bool((norms < _SMALL).any()):
+            if bool(((norms < _SMALL) | (norms > 1.0 / _SMALL)).any()):
                 scales = powers_of_two(norms)[:, None]
                 x = x / scales
         out = self.operator._apply(x.to(self.operator.dtype))
@@ -178,13 +181,38 @@ class DampedSystem:
         return torch.add(self.product(x), x, alpha=damping)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """``x`` as the caller will receive it: rounded to the operator's dtype."""
+        """``x`` as the operator will multiply it: rounded to its dtype."""
         return x.to(self.operator.dtype).to(self.b.dtype)
+
+    def returned(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """``x`` as the caller will receive it: in its own scale, each leaf in its own dtype.
+
+        Raises:
+            NonFiniteError: the answer is too large for a leaf's dtype.
+        """
+        scales = (self.scales if rows is None else self.scales[rows])[:, None]
+        answer = self.operator.layout.narrowed((x * scales).to(self.operator.dtype))
+        if not bool(torch.isfinite(answer).all()):
+            raise NonFiniteError(
+                f"x overflows {min(self.operator.layout.dtypes, key=lambda d: torch.finfo(d).max)}:"
+                " the answer is too large for the dtype of v. Raise damping, rescale the problem, "
+                "or use a wider dtype."
+            )
+        return answer.to(self.b.dtype) / scales
 
     def residual(self, x: Tensor, damping: float, rows: Tensor | None = None) -> Tensor:
         """True residual b - (A + damping I) x of ``x`` as it will be returned."""
         b = self.b if rows is None else self.b[rows]
-        return b - self.apply(self.rounded(x), damping)
+        return b - self.apply(self.returned(x, rows), damping)
+
+    def begin(self, x0: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
+        """Where to start, and the residual there; a warm start no better than zero is not used."""
+        zero = torch.zeros_like(self.b)
+        if x0 is None:
+            return zero, self.b.clone()
+        residual = self.residual(x0, damping)
+        better = (row_norms(residual) < self.b_norms)[:, None]
+        return torch.where(better, x0, zero), torch.where(better, residual, self.b)
 
     def resolve_damping(self) -> float:
         """The damping as a number; ``"auto"`` costs a Lanczos run of at most 20 products."""
@@ -221,12 +249,14 @@ class Solver(ABC):
 
 def check_damping(damping: Any) -> Damping:
     """``damping`` as a float or "auto"; raises :class:`DampingError` on anything else."""
-    if damping == "auto" and isinstance(damping, str):
+    if isinstance(damping, str) and damping == "auto":
         return "auto"
+    if isinstance(damping, Tensor):
+        damping = damping.detach().item() if damping.numel() == 1 else None
     try:
         # float() would take "0.1" and True, which are mistakes here.
         value = float(None if isinstance(damping, str | bool) else damping)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise DampingError(f"damping must be a number >= 0 or 'auto', got {damping!r}.") from None
     if not math.isfinite(value) or value < 0:
         raise DampingError(

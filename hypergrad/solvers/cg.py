@@ -47,7 +47,7 @@ class CG(Solver):
     Attributes:
         rtol: tolerance relative to |v|.
         atol: absolute tolerance.  With ``rtol=0, atol=0`` exactly ``max_iters`` iterations are
-            done and the status is FIXED_ITERATIONS.
+            done and the status is FIXED_ITERATIONS (or until the residual is exactly zero).
         max_iters: iteration budget; None for 10,000.
         preconditioner: an approximate inverse of A + damping I, symmetric positive definite:
             anything :func:`hypergrad.as_operator` takes.
@@ -108,14 +108,13 @@ class _Recurrence:
         self.tolerances = system.tolerances(config.rtol, config.atol)
         # Far below any attainable residual, yet safe from underflow: check the recurrence here.
         self.claims = self.tolerances.clamp(min=torch.finfo(system.b.dtype).eps ** 2)
-        self.first: tuple[Tensor, Tensor, Tensor] | None = None
+        self.first: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
         m = len(system.b)
         self.statuses = [Status.CONVERGED] * m
         self.iterations = [0] * m
         self.directions: dict[int, Tensor] = {}
-        self.x = torch.zeros_like(system.b) if x0 is None else x0.clone()
-        self.r = system.b.clone() if x0 is None else system.residual(self.x, self.damping)
+        self.x, self.r = system.begin(x0, self.damping)
         self.row = torch.arange(m, device=system.b.device)
         self.p = torch.zeros_like(self.r)
         self.rz = torch.zeros_like(system.b_norms)
@@ -155,10 +154,13 @@ class _Recurrence:
         self.rz = rz
 
     def _step(self, iteration: int) -> None:
-        image = self.system.apply(self.p, self.damping)
-        self._check_symmetry(image, iteration)
+        image = self.system.product(self.p)
+        # What rounding is relative to, also where damping cancels a negative curvature.
+        size = row_norms(image) + self.damping * row_norms(self.p)
+        image = torch.add(image, self.p, alpha=self.damping)
+        self._check_symmetry(image, size, iteration)
         curvature = torch.linalg.vecdot(self.p, image)
-        stuck = curvature <= self.rounding * row_norms(self.p) * row_norms(image)
+        stuck = curvature <= self.rounding * row_norms(self.p) * size
         if bool(stuck.any()):
             for i in torch.nonzero(stuck).flatten().tolist():
                 unit = self.p[i] / torch.linalg.vector_norm(self.p[i])
@@ -227,15 +229,17 @@ class _Recurrence:
         for name in self._state:
             setattr(self, name, getattr(self, name)[~done])
 
-    def _check_symmetry(self, image: Tensor, iteration: int) -> None:
+    def _check_symmetry(self, image: Tensor, size: Tensor, iteration: int) -> None:
         """p0'A p1 = p1'A p0: the first two iterations show it at no cost."""
         if iteration == 1:
-            self.first = (self.row, self.p, image)
-        elif iteration == 2 and self.first is not None and len(self.row) == len(self.first[0]):
-            _, p0, image0 = self.first
+            self.first = (self.row, self.p, image, size)
+        elif iteration == 2 and self.first is not None:
+            row0, p0, image0, size0 = self.first
+            still = torch.isin(row0, self.row)  # rows may have finished in between
+            p0, image0, size0 = p0[still], image0[still], size0[still]
             gap = ((p0 * image).sum(1) - (self.p * image0).sum(1)).abs()
-            size = row_norms(p0) * row_norms(image) + row_norms(self.p) * row_norms(image0)
-            check_skew(gap, size, self.system.operator.dtype)
+            total = row_norms(p0) * size + row_norms(self.p) * size0
+            check_skew(gap, total, self.system.operator.dtype)
             self.first = None
 
 

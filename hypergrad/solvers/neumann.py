@@ -54,8 +54,7 @@ class Neumann(Solver):
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         damping = system.resolve_damping()
         step = self._step(system, damping)
-        x = torch.zeros_like(system.b) if x0 is None else x0
-        residual = system.b if x0 is None else system.residual(x, damping)
+        x, residual = system.begin(x0, damping)
         norms = row_norms(residual)
         best_x, best = x, norms
         hopeless = _GROWTH * torch.maximum(norms, system.b_norms)
@@ -97,7 +96,7 @@ class Neumann(Solver):
                 Status.CONVERGED if norm == 0 else status
                 for norm, status in zip(norms.tolist(), statuses, strict=True)
             ],
-            iterations=[self.num_terms] * len(x),
+            iterations=[term] * len(x),
             damping=damping,
         )
 

@@ -54,8 +54,8 @@ def nystrom_sketch(
         NegativeCurvatureError: there is negative curvature and the policy is ``"raise"``.
 
     Cost: k HVPs in one block and one to vouch for the largest eigenvalue; k more if there is
-    negative curvature or rounding asks for a second pass (2 k more where both do); O(n k^2) operations, three n x k blocks
-    of memory.
+    negative curvature or rounding asks for a second pass (2 k more where both do); O(n k^2)
+    operations, three n x k blocks of memory.
     Sources: Hataya and Yamada, AISTATS 2023 (columns); Frangella, Tropp, Udell, arXiv 2110.02820
     (Gaussian, algorithm 2.1); Nakatsukasa and Park, arXiv 2212.01127 (indefinite A).
     """
@@ -115,6 +115,8 @@ class Nystrom(Solver):
             self.negative_curvature,
             f"one of {policies}",
         )
+        good = self.generator is None or isinstance(self.generator, torch.Generator)
+        check_option(good, "generator", self.generator, "None or a torch.Generator")
 
     def _sketch_of(self, system: DampedSystem) -> NystromSketch:
         """The sketch that this configuration makes of a system's operator."""
@@ -125,10 +127,8 @@ class Nystrom(Solver):
             positive_damping(system.damping)  # before any product is spent
         sketch = self._sketch_of(system)
         damping = sketch.auto_damping() if system.damping == "auto" else float(system.damping)
-        if x0 is None:
-            x = sketch.solve_block(system.b, damping)
-        else:
-            x = x0 + sketch.solve_block(system.residual(x0, damping), damping)
+        start, residual = system.begin(x0, damping)
+        x = start + sketch.solve_block(residual, damping)
         residual = system.residual(x, damping)
         return Outcome(
             x=x,

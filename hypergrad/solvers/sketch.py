@@ -30,7 +30,7 @@ class NystromSketch:
         layout: of the trees that A acts on.
         operator_dtype: dtype of A's products.
         smallest_eigenvalue: smallest eigenvalue seen: the smallest Ritz value where there is
-            negative curvature, else that of the sketch (0 when it is complete below rank).
+            negative curvature, else that of the sketch (0 when it is complete below its rank).
         tail: size of what the sketch does not see: its last eigenvalue when the rank was used
             up; with negative curvature, the norm of A's coupling of the basis to the rest; 0
             when the operator had no more to show.
@@ -86,7 +86,8 @@ class NystromSketch:
         rho = self.auto_damping() if damping == "auto" else positive_damping(damping)
         vector = self.layout.flatten(v)
         self.layout.check_finite(vector, "v")
-        x = self.solve_block(vector.to(self.basis.dtype)[None], rho)[0].to(self.layout.dtype)
+        x = self.solve_block(vector.to(self.basis.dtype)[None], rho).to(self.layout.dtype)
+        x = self.layout.narrowed(x)[0]
         self.layout.check_finite(x, "the answer")
         return self.layout.unflatten(x)
 
@@ -98,9 +99,18 @@ class NystromSketch:
         answer.
         """
         if self.rank == self.layout.dim:  # nothing lies outside, so nothing needs to cancel there
-            return ((block @ self.basis.T) / (self.eigenvalues + damping)) @ self.basis
-        shrink = damping / (self.eigenvalues + damping) - 1.0
+            return ((block @ self.basis.T) / self._damped(damping)) @ self.basis
+        shrink = damping / self._damped(damping) - 1.0
         return (block + ((block @ self.basis.T) * shrink) @ self.basis) / damping
+
+    def _damped(self, damping: float) -> Tensor:
+        """L + damping, kept away from zero by the rounding of the sum.
+
+        Only negative L can cancel the damping; the solve then reports negative curvature.
+        """
+        total = self.eigenvalues + damping
+        least = torch.finfo(total.dtype).eps * self.eigenvalues.abs().clamp(min=damping)
+        return torch.where(total.abs() < least, least, total)
 
     def effective_dimension(self, damping: float) -> float:
         """The sum of L/(L + damping): how many directions the damping leaves to be learned."""

@@ -123,7 +123,7 @@ class _Core:
         """
         heard = self.sizes > self.silence
         w = self.values[heard].clamp(min=self.noise)
-        b = self.sizes[heard] ** 2 / w
+        b = self.sizes[heard] * (self.sizes[heard] / w)
         lost = self.values[heard] <= _CORE_NOISE * self.noise
         change = self.noise / w * b * damping / (b + damping) ** 2
         # A direction that would be dropped changes the answer by all that it would contribute.
@@ -163,7 +163,7 @@ def make_sketch(
         assert not isinstance(damping, str)
         if core.blurred(damping) or core.noisy(eigenvalues, damping):
             eigenvalues, basis, tail, lowest = _second_pass(system, y)
-    smallest = _smallest(eigenvalues, lowest, n, torch.finfo(operator.dtype).eps)
+    smallest = _smallest(eigenvalues, lowest, rank, torch.finfo(operator.dtype).eps)
     if smallest < 0:
         eigenvalues = _apply_policy(eigenvalues, smallest, policy)
     else:  # a Ritz value below zero by rounding is zero
@@ -297,13 +297,13 @@ def _tail(eigenvalues: Tensor, rank: int, n: int) -> float:
     return 0.0 if complete else float(eigenvalues[-1])
 
 
-def _smallest(eigenvalues: Tensor, lowest: float, n: int, eps: float) -> float:
-    """Smallest eigenvalue seen; 0 when that is rounding, or when the sketch leaves a null space."""
+def _smallest(eigenvalues: Tensor, lowest: float, rank: int, eps: float) -> float:
+    """Smallest eigenvalue seen; 0 when that is rounding, or when the sketch met a null space."""
     if len(eigenvalues) == 0:
         return 0.0
     if lowest < -10.0 * eps * float(eigenvalues.abs().max()):
         return lowest
-    return max(float(eigenvalues.min()), 0.0) if len(eigenvalues) == n else 0.0
+    return max(float(eigenvalues.min()), 0.0) if len(eigenvalues) == rank else 0.0
 
 
 def _apply_policy(eigenvalues: Tensor, smallest: float, policy: NegativeCurvature) -> Tensor:

@@ -158,7 +158,8 @@ def quadratic() -> tuple[Loss, Tensor, Tensor]:
 
 def test_an_outer_loss_with_only_a_direct_dependence() -> None:
     inner, star, y = quadratic()
-    got = hypergrad.hypergradient(inner, lambda w, y: (y**3).sum(), star, y)
+    with pytest.warns(hypergrad.UnusedParameterWarning, match="outer_loss does not depend"):
+        got = hypergrad.hypergradient(inner, lambda w, y: (y**3).sum(), star, y)
     torch.testing.assert_close(got.grad, 3 * y**2)
     assert torch.equal(got.implicit, torch.zeros(4, dtype=F64))
     assert got.info.converged
@@ -195,10 +196,11 @@ def test_outer_leaves_that_nothing_uses_get_zeros() -> None:
 
 
 def test_an_inner_loss_without_the_outer_parameters_has_no_implicit_part() -> None:
-    got = hypergrad.hypergradient(
-        lambda w, y: 0.5 * ((w - 1) ** 2).sum(), lambda w, y: (w * y).sum(), torch.ones(3),
-        torch.full((3,), 2.0),
-    )  # fmt: skip
+    with pytest.warns(hypergrad.UnusedParameterWarning, match="gradient of inner_loss"):
+        got = hypergrad.hypergradient(
+            lambda w, y: 0.5 * ((w - 1) ** 2).sum(), lambda w, y: (w * y).sum(), torch.ones(3),
+            torch.full((3,), 2.0),
+        )  # fmt: skip
     assert got.implicit.tolist() == [0.0, 0.0, 0.0]
     assert got.grad.tolist() == [1.0, 1.0, 1.0]
 
@@ -286,3 +288,31 @@ def test_mixed_dtypes_on_the_two_levels() -> None:
     assert got.grad.dtype == F64
     assert got.ihvp.dtype == torch.float32
     torch.testing.assert_close(got.grad, torch.full((2,), 3.0, dtype=F64), rtol=1e-6, atol=0)
+
+
+def test_an_outer_loss_of_another_model_is_refused() -> None:
+    model = torch.nn.Linear(3, 1)
+    x = gaussian(5, 3).float()
+    with pytest.raises(hypergrad.LossError, match="functional_call"):
+        hypergrad.hypergradient(
+            lambda w, y: ((w["weight"] - y) ** 2).sum(),
+            lambda w, y: (model(x) ** 2).mean(),
+            {"weight": model.weight},
+            torch.tensor(0.0),
+        )
+
+
+def test_a_part_that_is_not_finite_is_named() -> None:
+    with pytest.raises(hypergrad.NonFiniteError, match="the implicit part"):
+        hypergrad.hypergradient(
+            lambda w, y: ((w - 1) ** 2).sum() + (y.sqrt() * w).sum(),
+            lambda w, y: (w**2).sum(),
+            torch.ones(2),
+            torch.zeros(2),
+        )
+
+
+def test_results_carry_no_graph() -> None:
+    inner, star, y = quadratic()
+    got = hypergrad.hypergradient(inner, lambda w, y: w.sum(), star, y.requires_grad_())
+    assert not any(t.requires_grad for t in (got.grad, got.direct, got.implicit, got.ihvp))

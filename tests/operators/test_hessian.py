@@ -171,3 +171,19 @@ def test_the_batch_reaches_the_loss() -> None:
     scale = torch.tensor([1.0, 4.0], dtype=F64)
     op = hypergrad.hessian(lambda p, s: (s * p**2).sum() / 2, gaussian(2), scale)
     assert torch.equal(op.to_dense(), torch.diag(scale))
+
+
+def test_forward_mode_names_the_remedy_for_losses_it_cannot_differentiate() -> None:
+    x, y = torch.randn(5, 3), torch.randn(5)
+    operator = hypergrad.hessian(
+        lambda w: torch.nn.functional.mse_loss(x @ w, y), torch.ones(3), mode="forward_over_reverse"
+    )
+    with pytest.raises(hypergrad.LossError, match='mode="reverse_over_reverse"'):
+        operator @ torch.ones(3)
+
+
+def test_inference_mode_is_refused_with_the_remedy() -> None:
+    with torch.inference_mode():
+        params = torch.ones(3)
+    with pytest.raises(hypergrad.LossError, match="inference"):
+        hypergrad.hessian(lambda w: (w**2).sum(), params)

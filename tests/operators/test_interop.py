@@ -146,3 +146,23 @@ class TestHonestCallables:
 def test_an_operator_of_another_dtype_is_refused() -> None:
     with pytest.raises(hypergrad.LeafTypeError, match=r"expected torch\.float64"):
         hypergrad.as_operator(hypergrad.as_operator(A), like=torch.ones(6, dtype=F32))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_sparse_matrices_of_torch_multiply() -> None:
+    dense = torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [0.0, 0.0, 1.0]])
+    v = torch.tensor([1.0, 2.0, 3.0])
+    for sparse in (dense.to_sparse(), dense.to_sparse_csr()):
+        torch.testing.assert_close(hypergrad.as_operator(sparse) @ v, dense @ v)
+
+
+def test_a_sparse_right_hand_side_is_refused_with_the_remedy() -> None:
+    with pytest.raises(hypergrad.LeafTypeError, match="to_dense"):
+        hypergrad.cg_ihvp(lambda v: v, torch.ones(3).to_sparse())
+
+
+def test_numpy_matrices_of_any_memory_layout() -> None:
+    matrix = np.diag([1.0, 2.0, 3.0])
+    for view in (matrix[::-1, ::-1], matrix.astype(">f8"), np.asfortranarray(matrix)):
+        got = hypergrad.as_operator(view).to_dense()
+        torch.testing.assert_close(got, torch.tensor(view.astype("f8").copy()))

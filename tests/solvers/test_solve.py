@@ -237,7 +237,7 @@ def test_costs_are_those_documented() -> None:
     problem = symmetric(SPECTRA["inverse"](30), seed=2)
     v = gaussian(30)
     costs = {
-        "exact": (hypergrad.Exact(), 30),
+        "exact": (hypergrad.Exact(), 31),
         "neumann": (hypergrad.Neumann(num_terms=7, step_size=0.5), 7),
         "neumann auto": (hypergrad.Neumann(num_terms=7), 17),
         "nystrom": (hypergrad.Nystrom(rank=6), 8),
@@ -474,3 +474,72 @@ def test_solvers_are_values() -> None:
     with pytest.raises(AttributeError):
         hypergrad.Nystrom(rank=3).rank = 4  # type: ignore[misc]
     assert hypergrad.Nystrom(3, generator=generator(0)).rank == 3
+
+
+# What is returned -------------------------------------------------------------------------------
+
+
+def test_an_answer_too_large_for_a_narrow_leaf_is_refused() -> None:
+    v = {"a": torch.full((3,), 100.0).half(), "b": torch.ones(2)}
+    with pytest.raises(hypergrad.NonFiniteError, match=r"x overflows torch\.float16"):
+        hypergrad.solve(lambda u: {k: 0 * x for k, x in u.items()}, v, damping=1e-4)
+
+
+def test_an_answer_that_underflows_is_not_called_converged() -> None:
+    v = torch.full((3,), 1e-5).half()
+    solution = quietly(lambda u: u * 1000.0, v, hypergrad.CG())
+    assert not solution.info.converged
+    assert solution.info.relative_residual > 0.5
+
+
+@every_solver
+def test_the_largest_numbers_have_a_norm_too(name: str) -> None:
+    v = torch.full((30,), 1.7e308, dtype=F64)
+    x = hypergrad.solve(lambda u: u * 3, v, SOLVERS[name](30), damping=1.0).value
+    torch.testing.assert_close(x, v / 4, rtol=1e-5, atol=0)
+
+
+@every_solver
+def test_zero_has_the_answer_zero_whatever_the_warm_start(name: str) -> None:
+    problem = symmetric(SPECTRA["inverse"](20), seed=1)
+    solution = hypergrad.solve(
+        problem.hvp(), torch.zeros(20, dtype=F64), SOLVERS[name](20), damping=0.1, x0=gaussian(20)
+    )
+    assert torch.equal(solution.value, torch.zeros(20, dtype=F64))
+    assert solution.info.relative_residual == 0.0
+
+
+def test_a_warm_start_worse_than_none_does_no_harm() -> None:
+    problem = symmetric(SPECTRA["inverse"](20), seed=1)
+    v = gaussian(20)
+    solution = hypergrad.solve(problem.hvp(), v, hypergrad.Exact(), x0=1e15 * gaussian(20, seed=3))
+    assert relative_error(solution.value, dense_solve(problem.matrix, v, 0.0)) <= 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e200])
+def test_automatic_damping_follows_the_scale_of_the_operator(scale: float) -> None:
+    problem = symmetric(SPECTRA["inverse"](30), seed=1)
+    v = gaussian(30)
+    for solver in (hypergrad.CG(), hypergrad.Exact(), hypergrad.Nystrom(30)):
+        plain = quietly(problem.hvp(), v, solver, damping="auto").info.damping
+        scaled = quietly(lambda u: scale * (problem.matrix @ u), v, solver, damping="auto").info
+        assert scaled.damping / scale == pytest.approx(plain, rel=1e-6)
+
+
+def test_damping_that_cancels_an_eigenvalue_is_negative_curvature_and_finite() -> None:
+    for solver in (hypergrad.CG(), hypergrad.Nystrom(3)):
+        info = quietly(lambda u: -u, torch.ones(3), solver, damping=1.0).info
+        assert info.status is Status.NEGATIVE_CURVATURE
+
+
+def test_exact_solves_well_conditioned_indefinite_systems_in_16_bits() -> None:
+    d = torch.ones(200).bfloat16()
+    d[0] = -1
+    v = torch.ones(200).bfloat16()
+    solution = hypergrad.solve(lambda u: d * u, v, hypergrad.Exact())
+    assert torch.equal(solution.value, d)
+
+
+def test_reports_compare_by_identity() -> None:
+    first = hypergrad.solve(torch.eye(2), torch.ones(2))
+    assert first != hypergrad.solve(torch.eye(2), torch.ones(2))
