@@ -37,7 +37,7 @@ def exact_ihvp(hvp_fn: HvpFn, v: Tree, *, damping: Damping = 0.0, return_info: b
             (``hypergrad.Exact(max_bytes=...)`` allows more).
         HypergradError: see :func:`hypergrad.solve`.
 
-    Cost: n HVPs.  See :class:`hypergrad.Exact`.
+    Cost: n HVPs and one to check the answer.  See :class:`hypergrad.Exact`.
 
     Examples:
         >>> import torch, hypergrad

@@ -60,7 +60,8 @@ def solve(
 
     Returns:
         A :class:`Solution`: ``value`` with the structure, dtypes and device of v, detached from
-        any graph, and ``info``.  v = 0 gives x = 0.  The answer scales exactly with v.
+        any graph, and ``info``.  v = 0 gives x = 0.  The answer scales with v,
+        exactly so by powers of two (short of under- and overflow).
 
     Raises:
         NonFiniteError: nan or inf in v, x0 or a product, or an answer too large for the dtype.
