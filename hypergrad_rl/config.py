@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ def _check(condition: bool, name: str, value: object, expected: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentConfig:
+class AgentConfig(ABC):
     """What PPO, Nested PPO and BLPO share; steps are summed over the environments."""
 
     env: str = "CartPole-v1"
@@ -50,9 +51,9 @@ class AgentConfig:
             self._positive(name)
 
     @property
+    @abstractmethod
     def algo(self) -> str:
         """The name of the algorithm on the command line."""
-        raise NotImplementedError
 
     @property
     def num_updates(self) -> int:

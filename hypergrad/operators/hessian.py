@@ -104,6 +104,8 @@ class HessianOperator(LinearOperator):
 
         try:
             return torch.func.vmap(product, chunk_size=self.chunk_size)(block).detach()
+        except torch.OutOfMemoryError:
+            raise  # a smaller chunk_size helps there, not another mode
         except (RuntimeError, NotImplementedError) as error:
             raise LossError(
                 "the loss has an operation without forward-mode derivative of its gradient, or one "
