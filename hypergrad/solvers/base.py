@@ -73,6 +73,7 @@ class SolveInfo:
             for a sketch that was complete below its rank.
         direction: a unit tree of non-positive curvature, when CG met one.
         columns: one report a right-hand side, for a batch; else empty.
+        reason: why this solver ran, where ``solver="auto"`` chose it; else None.
     """
 
     status: Status
@@ -87,6 +88,7 @@ class SolveInfo:
     smallest_eigenvalue: float | None = None
     direction: Tree | None = None
     columns: tuple[SolveInfo, ...] = ()
+    reason: str | None = None
 
     @property
     def message(self) -> str:
@@ -245,6 +247,18 @@ class Solver(ABC):
     @abstractmethod
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         """Solve the system; ``x0`` has the shape of ``system.b``, or is None for zero."""
+
+    def _run_traced(self, system: DampedSystem, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A fixed amount of work as pure tensor code: x and its true residual norms.
+
+        For ``torch.compile``: no branch, count or message may depend on a tensor's values.
+        Solvers that can do a fixed amount of work override it.
+        """
+        raise SolverOptionError(
+            f"{self} decides on values as it goes, which torch.compile cannot trace. Compile a "
+            "solve with a fixed amount of work, such as CG(rtol=0.0, max_iters=20), or call solve "
+            "outside the compiled function."
+        )
 
 
 def check_damping(damping: Any) -> Damping:
