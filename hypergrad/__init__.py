@@ -40,6 +40,7 @@ from .operators import (
 )
 from .solvers import (
     CG,
+    GMRES,
     Exact,
     Neumann,
     Nystrom,
@@ -60,6 +61,7 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 
 __all__ = [
     "CG",
+    "GMRES",
     "ConvergenceError",
     "ConvergenceWarning",
     "DampingError",

@@ -3,6 +3,7 @@
 from .base import Solution, SolveInfo, Solver, Status
 from .cg import CG
 from .exact import Exact
+from .gmres import GMRES
 from .neumann import Neumann
 from .nystrom import Nystrom, nystrom_sketch
 from .sketch import NystromSketch
@@ -10,6 +11,7 @@ from .solve import solve
 
 __all__ = [
     "CG",
+    "GMRES",
     "Exact",
     "Neumann",
     "Nystrom",
