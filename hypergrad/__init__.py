@@ -37,6 +37,7 @@ from .operators import (
     as_operator,
     ggn,
     hessian,
+    to_linear_operator,
 )
 from .solvers import (
     CG,
@@ -105,4 +106,5 @@ __all__ = [
     "nystrom_ihvp",
     "nystrom_sketch",
     "solve",
+    "to_linear_operator",
 ]

@@ -31,6 +31,10 @@ _DEFAULT_RESTART = 50
 _GAIN = 1e-3
 #: Cycles in a row that gain nothing before the solve counts as stagnated.
 _PATIENCE = 3
+#: A step that leaves a residual this many times the best is not taken.
+_HARM = 2.0
+#: By what the bound below which pivots are dropped grows after such a step, and how far.
+_COARSER, _COARSEST = 100.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class _Restarts:
     """Cycles over the rows still active; a row that is done is written out and dropped."""
 
     #: Everything that has one entry an active row.
-    _state = ("row", "x", "r", "norms", "best_x", "best", "count", "fruitless")
+    _state = ("row", "x", "r", "norms", "best_x", "best", "count", "fruitless", "floor")
 
     def __init__(self, config: GMRES, system: DampedSystem, x0: Tensor | None) -> None:
         self.system = system
@@ -127,6 +131,8 @@ class _Restarts:
         self.row = torch.arange(m, device=system.b.device)
         self.count = torch.zeros_like(self.row)
         self.fruitless = torch.zeros_like(self.row)
+        # Pivots relatively below it are noise.
+        self.floor = torch.full_like(self.norms, self.rounding)
         self.out_x, self.out_norms = self.x.clone(), self.best.clone()
 
     def run(self) -> Outcome:
@@ -161,9 +167,12 @@ class _Restarts:
         self._finish(self.count >= self.max_iters, end)
         if not self.fixed:
             self._finish(self.fruitless >= _PATIENCE, Status.STAGNATED)
-        # A step that did harm (rounding, or a singular system) is taken back.
-        harmed = self.norms > 2.0 * self.best
+        # A step that did harm is taken back.  It came of a pivot of noise (a singular system, or
+        # rounding that grew on its way there), so the next cycle drops larger ones.
+        harmed = self.norms > _HARM * self.best
         if bool(harmed.any()):
+            coarser = (_COARSER * self.floor).clamp(max=_COARSEST)
+            self.floor = torch.where(harmed, coarser, self.floor)
             self.x = torch.where(harmed[:, None], self.best_x, self.x)
             residual = self.system.residual(self.x[harmed], self.damping, self.row[harmed])
             self.r[harmed], self.norms[harmed] = residual, row_norms(residual)
@@ -192,7 +201,7 @@ class _Arnoldi:
     """
 
     #: Everything that has one entry a row still in the cycle.
-    _state = ("place", "beta", "claims", "left", "basis", "rotations", "triangle")
+    _state = ("place", "beta", "claims", "left", "floor", "basis", "rotations", "triangle")
 
     def __init__(self, solve: _Restarts, length: int) -> None:
         self.solve, self.length = solve, length
@@ -203,6 +212,7 @@ class _Arnoldi:
         # Beyond the rounding of the products a cycle cannot know its residual: start afresh.
         self.claims = torch.maximum(solve.tolerances[solve.row], solve.rounding * beta)
         self.left = solve.max_iters - solve.count
+        self.floor = solve.floor
         self.basis = r.new_empty(m, length + 1, n)
         self.basis[:, 0] = r / beta[:, None]
         self.rotations = torch.eye(length + 1, dtype=r.dtype, device=r.device).repeat(m, 1, 1)
@@ -261,7 +271,7 @@ class _Arnoldi:
         if not bool(done.any()):
             return
         target = self.rotations[done, :k, 0] * self.beta[done, None]
-        y = _solve_triangular(self.triangle[done, :k, :k], target, self.solve.rounding)
+        y = _solve_triangular(self.triangle[done, :k, :k], target, self.floor[done])
         places = self.place[done]
         self.step[places] = torch.bmm(y[:, None], self.basis[done, :k])[:, 0]
         self.used[places] = k
@@ -269,23 +279,24 @@ class _Arnoldi:
             setattr(self, name, getattr(self, name)[~done])
 
 
-def _solve_triangular(triangle: Tensor, target: Tensor, rounding: float) -> Tensor:
-    """R y = t for each row; by the pseudo-inverse where R is singular to the products' rounding.
+def _solve_triangular(triangle: Tensor, target: Tensor, floor: Tensor) -> Tensor:
+    """R y = t for each row; by the pseudo-inverse where a pivot is relatively below ``floor``.
 
-    A pivot at the rounding comes of a singular system: dividing by it makes a huge step of noise.
+    A pivot at the products' rounding comes of a singular system: dividing by it makes a huge step
+    of noise.
     """
     pivots = triangle.diagonal(dim1=-2, dim2=-1).abs()
-    singular = pivots.amin(dim=1) <= rounding * pivots.amax(dim=1)
-    if not bool(singular.any()):
-        y: Tensor = torch.linalg.solve_triangular(triangle, target[:, :, None], upper=True)
-        return y[:, :, 0]
+    largest = pivots.amax(dim=1)
+    singular = pivots.amin(dim=1) <= floor * largest
     y = torch.empty_like(target)
+    if bool(singular.any()):
+        # In units of its own size, so that no square over- or underflows.
+        size = largest[singular].clamp(min=torch.finfo(target.dtype).tiny)[:, None, None]
+        inverse = torch.linalg.pinv(triangle[singular] / size, rtol=floor[singular])
+        y[singular] = (torch.bmm(inverse, target[singular][:, :, None]) / size)[:, :, 0]
     if not bool(singular.all()):
-        y[~singular] = _solve_triangular(triangle[~singular], target[~singular], rounding)
-    # In units of its own size, so that no square over- or underflows.
-    size = pivots[singular].amax(dim=1).clamp(min=torch.finfo(target.dtype).tiny)[:, None]
-    inverse = torch.linalg.pinv(triangle[singular] / size[:, :, None], rtol=rounding)
-    y[singular] = torch.bmm(inverse, target[singular][:, :, None])[:, :, 0] / size
+        regular, right = triangle[~singular], target[~singular][:, :, None]
+        y[~singular] = torch.linalg.solve_triangular(regular, right, upper=True)[:, :, 0]
     return y
 
 
