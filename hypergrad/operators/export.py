@@ -80,6 +80,11 @@ def _product(op: LinearOperator, matrices: Iterator[Tensor], rows: Tensor) -> Te
     return products.to(rows).reshape(rows.shape)
 
 
+def _broadcast(*shapes: torch.Size) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return shape
+
+
 @cache
 def _export_class() -> Any:
     """The subclass, made when it is first asked for: the package is optional."""
@@ -100,7 +105,7 @@ def _export_class() -> Any:
 
         def _matmul(self, rhs: Tensor) -> Tensor:
             columns = rhs if rhs.ndim > 1 else rhs[:, None]
-            batch = torch.broadcast_shapes(self.batch_shape, columns.shape[:-2])
+            batch = _broadcast(self.batch_shape, columns.shape[:-2])
             rows = columns.mT.expand(*batch, columns.shape[-1], columns.shape[-2])
             products = _product(self.operator, iter(self._matrices()), rows).mT
             for tensor in self.tensors:
@@ -110,7 +115,7 @@ def _export_class() -> Any:
             return products if rhs.ndim > 1 else products[..., 0]
 
         def _size(self) -> torch.Size:
-            lead = torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in self.tensors))
+            lead = _broadcast(*(tensor.shape[:-2] for tensor in self.tensors))
             return torch.Size((*lead, *self.operator.shape))
 
         def _transpose_nonbatch(self) -> Any:

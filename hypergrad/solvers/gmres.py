@@ -178,13 +178,11 @@ class _Restarts:
             self.r[harmed], self.norms[harmed] = residual, row_norms(residual)
 
     def _finish(self, done: Tensor, status: Status) -> None:
-        """Write out rows and drop them: with the last iterate where the work was fixed."""
+        """Write out rows with their best iterate, and drop them."""
         if not bool(done.any()):
             return
-        last = status is Status.FIXED_ITERATIONS
-        x, norms = (self.x, self.norms) if last else (self.best_x, self.best)
         rows = self.row[done]
-        self.out_x[rows], self.out_norms[rows] = x[done], norms[done]
+        self.out_x[rows], self.out_norms[rows] = self.best_x[done], self.best[done]
         for row, count in zip(rows.tolist(), self.count[done].tolist(), strict=True):
             self.statuses[row] = status
             self.iterations[row] = count
