@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import PreconditionerError
-from ..operators import as_operator
-from ..pytree import row_norms
-from .base import (
-    DampedSystem,
-    Outcome,
-    Solver,
-    Status,
-    check_option,
-    check_skew,
-    is_count,
-    is_tolerance,
+from ..pytree import powers_of_two, row_norms
+from .base import DampedSystem, Outcome, Solver, Status
+from .fixed import FixedWork
+from .krylov import (
+    REFRESH,
+    Precondition,
+    Recurrence,
+    SymmetryCheck,
+    check_krylov_options,
+    indefinite_preconditioner,
+    over,
+    preconditioning,
+    safe_norms,
 )
 
-#: Enough for rtol = 1e-5 at condition number 1e6 by the classical bound,
-#: iterations <= sqrt(condition)/2 * log(2 sqrt(condition) / rtol).
-_DEFAULT_MAX_ITERS = 10_000
-#: The recursively updated residual is compared with the true one this often.
-_REFRESH = 50
-#: Restarts from the true residual that bring no gain before the solve counts as stagnated.
-_PATIENCE = 3
+#: Rows whose norm is this small, or above its inverse, are summed with care: squares that count
+#: could have left the range of the dtype.
+_LEAST = {torch.float64: 1e-140, torch.float32: 1e-16}
 
 
 @dataclass(frozen=True)
@@ -76,195 +72,138 @@ class CG(Solver):
     preconditioner: Any = None
 
     def __post_init__(self) -> None:
-        check_option(is_tolerance(self.rtol), "rtol", self.rtol, "a finite number >= 0")
-        check_option(is_tolerance(self.atol), "atol", self.atol, "a finite number >= 0")
-        good = self.max_iters is None or is_count(self.max_iters)
-        check_option(good, "max_iters", self.max_iters, "None or an integer >= 1")
-        fixed_without_count = self.rtol == 0 and self.atol == 0 and self.max_iters is None
-        check_option(
-            not fixed_without_count,
-            "max_iters",
-            None,
-            "an integer >= 1 when rtol and atol are both 0 (a fixed number of iterations)",
-        )
+        check_krylov_options(self.rtol, self.atol, self.max_iters)
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
-        return _Recurrence(self, system, x0).run()
+        return run_cg(self, system, x0, preconditioning(self.preconditioner, system))
+
+    def _run_traced(self, system: DampedSystem, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.rtol or self.atol:
+            return super()._run_traced(system, x0)
+        work = FixedWork.begin(system, x0, self.max_iters, traced=True)
+        x = _fixed(work, preconditioning(self.preconditioner, system), None).answer
+        return x, work.residual_norms(x)
 
 
-class _Recurrence:
-    """The recurrence over the rows still active; a row that is done is written out and dropped."""
+def run_cg(
+    config: Any, system: DampedSystem, x0: Tensor | None, precondition: Precondition | None
+) -> Outcome:
+    """CG with the tolerances and the budget of ``config`` and any preconditioner."""
+    if config.rtol == 0 and config.atol == 0:
+        work = FixedWork.begin(system, x0, config.max_iters, traced=False)
+        return _fixed(work, precondition, SymmetryCheck(system.operator.dtype)).outcome()
+    return _Recurrence(
+        system,
+        x0,
+        precondition,
+        rtol=config.rtol,
+        atol=config.atol,
+        max_iters=config.max_iters,
+    ).run()
 
-    #: Everything that has one entry an active row.
-    _state = ("row", "x", "r", "p", "rz", "best_x", "best", "true_x", "true", "fruitless")
 
-    def __init__(self, config: CG, system: DampedSystem, x0: Tensor | None) -> None:
-        self.system = system
-        self.damping = system.resolve_damping()
-        self.max_iters = config.max_iters or _DEFAULT_MAX_ITERS
-        self.fixed = config.rtol == 0 and config.atol == 0
-        self.precondition = _preconditioner(config.preconditioner, system)
-        self.rounding = torch.finfo(system.operator.dtype).eps
-        self.tolerances = system.tolerances(config.rtol, config.atol)
-        # Far below any attainable residual, yet safe from underflow: check the recurrence here.
-        self.claims = self.tolerances.clamp(min=torch.finfo(system.b.dtype).eps ** 2)
-        self.first: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+class _Recurrence(Recurrence):
+    state = (*Recurrence.state, "p", "rz", "unit")
 
-        m = len(system.b)
-        self.statuses = [Status.CONVERGED] * m
-        self.iterations = [0] * m
-        self.directions: dict[int, Tensor] = {}
-        self.x, self.r = system.begin(x0, self.damping)
-        self.row = torch.arange(m, device=system.b.device)
+    def _begin(self) -> None:
         self.p = torch.zeros_like(self.r)
-        self.rz = torch.zeros_like(system.b_norms)
-        # The best iterate by the recurrence, and the best whose true residual is known.
-        self.best_x, self.best = self.x, row_norms(self.r)
-        self.true_x, self.true = self.best_x, self.best
-        self.fruitless = torch.zeros_like(self.row)
-        self.out_x, self.out_norms = self.x.clone(), self.best.clone()
+        self.rz = torch.zeros_like(self.best)  # rz = 0 marks rows that start afresh
+        self.unit = torch.zeros_like(self.best)
+        self.least = _LEAST[self.r.dtype]
 
-    def run(self) -> Outcome:
-        # v = 0, or a warm start within the tolerance.
-        self._finish(self.best <= self.tolerances, Status.CONVERGED, 0)
-        for iteration in range(1, self.max_iters + 1):
-            if len(self.row) == 0:
-                break
-            self._direct()
-            self._step(iteration)
-        rest = torch.ones_like(self.row, dtype=torch.bool)
-        end = Status.FIXED_ITERATIONS if self.fixed else Status.MAX_ITERATIONS
-        self._finish(rest, end, self.max_iters)
-        return Outcome(
-            x=self.out_x,
-            residual_norms=self.out_norms,
-            statuses=self.statuses,
-            iterations=self.iterations,
-            damping=self.damping,
-            directions=self.directions,
-        )
-
-    def _direct(self) -> None:
-        """The next search direction; rz = 0 marks rows that start afresh."""
-        z = self.precondition(self.r)
-        rz = torch.linalg.vecdot(self.r, z)
-        _check_preconditioned(rz, self.r)
-        beta = torch.where(self.rz > 0, rz / self.rz, torch.zeros_like(rz))
-        self.p = torch.addcmul(z, beta[:, None], self.p)
-        self.rz = rz
+    def _restart(self, index: Tensor, residual: Tensor) -> None:
+        self.r[index] = residual
+        self.rz[index] = 0.0
 
     def _step(self, iteration: int) -> None:
-        image = self.system.product(self.p)
-        # What rounding is relative to, also where damping cancels a negative curvature.
-        size = row_norms(image) + self.damping * row_norms(self.p)
-        image = torch.add(image, self.p, alpha=self.damping)
-        self._check_symmetry(image, size, iteration)
+        z, self.unit = _preconditioned(self.precondition, self.r, self.unit)
+        rz = torch.linalg.vecdot(self.r, z)
+        self.p = torch.addcmul(z, over(rz, self.rz)[:, None], self.p)
+        product = self.system.product(self.p)
+        image = torch.add(product, self.p, alpha=self.damping) if self.damping else product
         curvature = torch.linalg.vecdot(self.p, image)
-        stuck = curvature <= self.rounding * row_norms(self.p) * size
-        if bool(stuck.any()):
+        p_norms = torch.linalg.vector_norm(self.p, dim=1)
+        # Squares may leave the dtype's range; then once more with care.
+        for norms_of in (_plain_norms, row_norms):
+            sizes = norms_of(product)
+            extreme = ~((sizes > self.least) & (sizes < 1.0 / self.least))
+            # What rounding is relative to, also where damping cancels a negative curvature.
+            sizes = sizes + self.damping * p_norms
+            stuck = curvature <= self.rounding * p_norms * sizes
+            alpha = torch.where(stuck, 0.0, over(rz, curvature))[:, None]
+            x = torch.addcmul(self.x, alpha, self.p)
+            r = torch.addcmul(self.r, alpha, image, value=-1.0)
+            norms = _plain_norms(r)
+            better = norms < self.best
+            due = self._due(norms, iteration)
+            # All that is branched on, in one transfer from the device.
+            flags = ((rz <= 0).any(), stuck.any(), extreme.any(), due.any(), better.all())
+            refused, any_stuck, any_extreme, any_due, all_better = torch.stack(flags).tolist()
+            if not any_extreme:
+                break
+        if refused:
+            raise indefinite_preconditioner(rz, self.r)
+        self.symmetry(iteration, self.row, self.p, image, sizes)
+        self.x, self.r, self.rz = x, r, rz
+        self._keep_best(norms, better, all_better)
+        if any_stuck:
             for i in torch.nonzero(stuck).flatten().tolist():
-                unit = self.p[i] / torch.linalg.vector_norm(self.p[i])
-                self.directions[int(self.row[i])] = unit
+                self.directions[int(self.row[i])] = self.p[i] / p_norms[i]
             self._finish(stuck, Status.NEGATIVE_CURVATURE, iteration)
-            image, curvature = image[~stuck], curvature[~stuck]
-        alpha = (self.rz / curvature)[:, None]
-        self.x = torch.addcmul(self.x, alpha, self.p)
-        self.r = torch.addcmul(self.r, alpha, image, value=-1.0)
-        norms = row_norms(self.r)
-        better = norms < self.best
-        self.best = torch.where(better, norms, self.best)
-        # x is new in each iteration, so where all rows got better it needs no copy.
-        self.best_x = (
-            self.x if bool(better.all()) else torch.where(better[:, None], self.x, self.best_x)
-        )
-        due = norms <= self.claims[self.row]
-        if iteration % _REFRESH == 0:
-            due = torch.ones_like(due)
-        if bool(due.any()) and iteration < self.max_iters:
+            due = due[~stuck]
+        if any_due and iteration < self.max_iters:
             self._check(torch.nonzero(due).flatten(), iteration)
 
-    def _check(self, index: Tensor, iteration: int) -> None:
-        """Compare the recurrence with the true residual; finish rows or restart them."""
-        rows = self.row[index]
-        residual = self.system.residual(self.x[index], self.damping, rows)
-        norms = row_norms(residual)
-        drifted = row_norms(residual - self.r[index]) > 0.1 * norms
-        gained = norms < 0.9 * self.true[index]
-        better = norms < self.true[index]
-        self.true, self.true_x = self.true.clone(), self.true_x.clone()
-        self.true[index] = torch.where(better, norms, self.true[index])
-        self.true_x[index] = torch.where(better[:, None], self.x[index], self.true_x[index])
-        # Where the recurrence drifted, its bests since the last check mean nothing.
-        self.best[index] = torch.where(drifted, self.true[index], self.best[index])
-        self.best_x = self.best_x.clone()
-        self.best_x[index] = torch.where(drifted[:, None], self.true_x[index], self.best_x[index])
-        self.r[index] = torch.where(drifted[:, None], residual, self.r[index])
-        self.rz[index] = torch.where(drifted, torch.zeros_like(norms), self.rz[index])
-        self.fruitless[index] += (drifted & ~gained).long()
-        self.fruitless[index] *= (~gained).long()
-        done = torch.zeros_like(self.best, dtype=torch.bool)
-        done[index] = norms <= self.tolerances[rows]
-        hopeless = (self.fruitless >= _PATIENCE) & ~done & (not self.fixed)
-        self._finish(done, Status.CONVERGED, iteration)
-        self._finish(hopeless[~done], Status.STAGNATED, iteration)
 
-    def _finish(self, done: Tensor, status: Status, iteration: int) -> None:
-        """Write out rows with their best iterate and its true residual, and drop them."""
-        if not bool(done.any()):
-            return
-        rows, x, norms = self.row[done], self.true_x[done], self.true[done]
-        if status is not Status.CONVERGED:
-            # A fixed number of iterations means the last iterate, whatever its residual.
-            last = status is Status.FIXED_ITERATIONS
-            candidate = (self.x if last else self.best_x)[done]
-            fresh = row_norms(self.system.residual(candidate, self.damping, rows))
-            take = torch.ones_like(rows, dtype=torch.bool) if last else fresh < norms
-            x = torch.where(take[:, None], candidate, x)
-            norms = torch.where(take, fresh, norms)
-        self.out_x[rows], self.out_norms[rows] = x, norms
-        met = (norms <= self.tolerances[rows]).tolist()
-        for row, ok in zip(rows.tolist(), met, strict=True):
-            self.statuses[row] = Status.CONVERGED if ok else status
-            self.iterations[row] = iteration
-        for name in self._state:
-            setattr(self, name, getattr(self, name)[~done])
-
-    def _check_symmetry(self, image: Tensor, size: Tensor, iteration: int) -> None:
-        """p0'A p1 = p1'A p0: the first two iterations show it at no cost."""
-        if iteration == 1:
-            self.first = (self.row, self.p, image, size)
-        elif iteration == 2 and self.first is not None:
-            row0, p0, image0, size0 = self.first
-            still = torch.isin(row0, self.row)  # rows may have finished in between
-            p0, image0, size0 = p0[still], image0[still], size0[still]
-            gap = ((p0 * image).sum(1) - (self.p * image0).sum(1)).abs()
-            total = row_norms(p0) * size + row_norms(self.p) * size0
-            check_skew(gap, total, self.system.operator.dtype)
-            self.first = None
-
-
-def _preconditioner(preconditioner: Any, system: DampedSystem) -> Callable[[Tensor], Tensor]:
-    if preconditioner is None:
-        return lambda r: r
-    layout = system.operator.layout
-    like = layout.unflatten(torch.zeros(layout.dim, dtype=layout.dtype, device=layout.device))
-    operator = as_operator(preconditioner, like=like)
-
-    def apply(r: Tensor) -> Tensor:
-        z = operator._apply(r.to(operator.dtype))
-        layout.check_finite(z, "the output of the preconditioner")
-        return z.to(r.dtype)
-
-    return apply
-
-
-def _check_preconditioned(rz: Tensor, r: Tensor) -> None:
-    if bool((rz > 0).all()):
-        return
-    bad = (rz <= 0) & (row_norms(r) > 0)
-    if bool(bad.any()):
-        raise PreconditionerError(
-            f"the preconditioner is not positive definite: r'M r = {float(rz[bad][0]):.2e} for a "
-            f"residual of norm {float(row_norms(r)[bad][0]):.2e}, expected > 0. It must be a "
-            "symmetric positive definite approximation of the inverse of A + damping I."
+def _fixed(
+    work: FixedWork, precondition: Precondition | None, symmetry: SymmetryCheck | None
+) -> FixedWork:
+    """A fixed number of iterations without a branch on values; rows that are done are frozen."""
+    system, damping = work.system, work.damping
+    rounding = torch.finfo(system.operator.dtype).eps
+    p, rz = torch.zeros_like(work.r), torch.zeros_like(work.norms)
+    unit = torch.zeros_like(work.norms)
+    for iteration in range(1, work.count + 1):
+        live = work.live
+        z, unit = _preconditioned(precondition, work.r, unit)
+        last, rz = rz, torch.linalg.vecdot(work.r, z)
+        work.refuse(live & (rz <= 0), rz)
+        p = torch.addcmul(z, over(rz, last)[:, None], p)
+        product = system.product(p)
+        p_norms = _plain_norms(p)
+        sizes = safe_norms(product) + damping * p_norms
+        image = torch.add(product, p, alpha=damping)
+        if symmetry is not None:
+            symmetry(iteration, work.rows, p, image, sizes)
+        curvature = torch.linalg.vecdot(p, image)
+        stuck = live & (curvature <= rounding * p_norms * sizes)
+        work.freeze(stuck, p, p_norms)
+        alpha = torch.where(live & ~stuck, over(rz, curvature), 0.0)[:, None]
+        work.advance(
+            torch.addcmul(work.x, alpha, p), torch.addcmul(work.r, alpha, image, value=-1.0)
         )
+        if iteration % REFRESH == 0 and iteration < work.count:
+            rz = torch.where(work.refresh(), 0.0, rz)
+    return work
+
+
+def _preconditioned(
+    precondition: Precondition | None, r: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The preconditioned residual, and the preconditioner's own scale, taken out of it.
+
+    A multiple of a preconditioner makes the same iterates; near the size of one, none of their
+    squares leaves the range of the dtype.  The scale, a power of two a row, is that of the first
+    product.
+    """
+    if precondition is None:
+        return r, unit
+    z = precondition(r)
+    first = over(safe_norms(z), _plain_norms(r))
+    unit = torch.where(unit > 0, unit, powers_of_two(first))
+    return z / unit[:, None], unit
+
+
+def _plain_norms(block: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(block, dim=1)
+    return norms

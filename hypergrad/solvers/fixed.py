@@ -1,0 +1,178 @@
+"""A fixed number of Krylov iterations as pure tensor code, for ``torch.compile`` and for reports.
+
+Nothing in the iterations depends on a tensor's values but through masks: a row that is done, or
+that met negative curvature, is frozen and its further products are of no effect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SolverOptionError
+from .base import DampedSystem, Outcome, Status
+from .krylov import indefinite_preconditioner, safe_norms, where_rows
+
+
+@dataclass
+class FixedWork:
+    """The iterates of a fixed number of iterations, and what happened to their rows.
+
+    Attributes:
+        system: what is solved.
+        damping: as a number.
+        count: iterations to be done.
+        traced: whether values cannot be looked at, not even to report them.
+        x: shape (m, n), current iterates.
+        r: shape (m, n), their residuals by the recurrence.
+        norms: shape (m,), norms of ``r``.
+        frozen: shape (m,), rows that are not stepped any further until a refresh.
+        stuck: shape (m,), rows that met negative curvature.
+        direction: shape (m, n), where they met it.
+        iterations: shape (m,), steps taken.
+        best_x: shape (m, n), iterates of the smallest residual norm ``best``, shape (m,).
+        refused: shape (m,), rows at which the preconditioner was found not positive definite.
+    """
+
+    system: DampedSystem
+    damping: float
+    count: int
+    traced: bool
+    x: Tensor
+    r: Tensor
+    norms: Tensor
+    frozen: Tensor
+    stuck: Tensor
+    direction: Tensor
+    iterations: Tensor
+    best_x: Tensor
+    best: Tensor
+    refused: Tensor
+    refused_rz: Tensor
+
+    @classmethod
+    def begin(
+        cls, system: DampedSystem, x0: Tensor | None, count: int | None, *, traced: bool
+    ) -> FixedWork:
+        """Start at x0 where that is better than zero."""
+        assert count is not None
+        if traced and isinstance(system.damping, str):
+            raise SolverOptionError(
+                "damping is 'auto', which torch.compile cannot trace; expected a number. Take it "
+                "from a solve outside the compiled function: its info.damping."
+            )
+        damping = system.resolve_damping()
+        x, r, norms = torch.zeros_like(system.b), system.b, safe_norms(system.b)
+        if x0 is not None:
+            residual = _residual(system, x0, damping, traced)
+            better = safe_norms(residual) < norms
+            x, r = where_rows(better, x0, x), where_rows(better, residual, r)
+            norms = safe_norms(r)
+        none = torch.zeros_like(norms, dtype=torch.bool)
+        return cls(
+            system=system,
+            damping=damping,
+            count=count,
+            traced=traced,
+            x=x,
+            r=r,
+            norms=norms,
+            frozen=none,
+            stuck=none,
+            direction=torch.zeros_like(x),
+            iterations=torch.zeros_like(norms, dtype=torch.long),
+            best_x=x,
+            best=norms,
+            refused=none,
+            refused_rz=torch.zeros_like(norms),
+        )
+
+    @property
+    def rows(self) -> Tensor:
+        """The index of each row."""
+        return torch.arange(len(self.x), device=self.x.device)
+
+    @property
+    def live(self) -> Tensor:
+        """Rows still stepped: those not frozen whose residual is above any that counts."""
+        # Far below what a working precision attains, yet safe from underflow.
+        least = torch.finfo(self.r.dtype).eps ** 2
+        return ~self.frozen & ~self.stuck & ~self.refused & (self.norms > least)
+
+    def refuse(self, mask: Tensor, rz: Tensor) -> None:
+        """Note rows at which r'M r <= 0."""
+        self.refused_rz = torch.where(mask & ~self.refused, rz, self.refused_rz)
+        self.refused = self.refused | mask
+
+    def freeze(self, stuck: Tensor, direction: Tensor, norms: Tensor) -> None:
+        """Stop rows that met negative curvature along the rows of ``direction``."""
+        self.direction = where_rows(stuck, direction / norms[:, None], self.direction)
+        self.stuck = self.stuck | stuck
+
+    def advance(self, x: Tensor, r: Tensor) -> None:
+        """Take a step with the rows that are live."""
+        live = self.live
+        self.x, self.r = where_rows(live, x, self.x), where_rows(live, r, self.r)
+        self.iterations = self.iterations + live
+        self.norms = torch.where(live, safe_norms(self.r), self.norms)
+        better = self.norms < self.best
+        self.best = torch.where(better, self.norms, self.best)
+        self.best_x = where_rows(better, self.x, self.best_x)
+
+    def refresh(self) -> Tensor:
+        """Replace residuals that drifted by the true ones; which did, shape (m,)."""
+        residual = _residual(self.system, self.x, self.damping, self.traced)
+        norms = safe_norms(residual)
+        drifted = safe_norms(residual - self.r) > 0.1 * norms
+        self.r = where_rows(drifted, residual, self.r)
+        self.norms = torch.where(drifted, norms, self.norms)
+        self.best = torch.where(drifted, norms, self.best)
+        self.best_x = where_rows(drifted, self.x, self.best_x)
+        self.frozen = self.frozen & ~drifted
+        return drifted
+
+    @property
+    def answer(self) -> Tensor:
+        """The last iterates; where negative curvature ended the steps, the best ones."""
+        return where_rows(self.stuck, self.best_x, self.x)
+
+    def residual_norms(self, x: Tensor) -> Tensor:
+        """True residual norms of x as it will be returned."""
+        return safe_norms(_residual(self.system, x, self.damping, self.traced))
+
+    def outcome(self) -> Outcome:
+        """What an eager solve hands back."""
+        if bool(self.refused.any()):
+            raise indefinite_preconditioner(
+                torch.where(self.refused, self.refused_rz, 1.0), self.r
+            )
+        x = self.answer
+        norms = self.residual_norms(x)
+        stuck = self.stuck.tolist()
+        statuses = [
+            Status.CONVERGED
+            if norm == 0
+            else (Status.NEGATIVE_CURVATURE if bad else Status.FIXED_ITERATIONS)
+            for norm, bad in zip(norms.tolist(), stuck, strict=True)
+        ]
+        return Outcome(
+            x=x,
+            residual_norms=norms,
+            statuses=statuses,
+            iterations=[
+                self.count if status is Status.FIXED_ITERATIONS else steps + bad
+                for status, steps, bad in zip(
+                    statuses, self.iterations.tolist(), stuck, strict=True
+                )
+            ],
+            damping=self.damping,
+            directions={row: self.direction[row] for row, bad in enumerate(stuck) if bad},
+        )
+
+
+def _residual(system: DampedSystem, x: Tensor, damping: float, traced: bool) -> Tensor:
+    if traced:  # system.returned() looks at values, to refuse an answer that overflows
+        return system.b - system.apply(system.rounded(x), damping)
+    return system.residual(x, damping)
