@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,27 +9,21 @@ import torch
 from torch import Tensor
 
 from ..errors import NotSymmetricError
-from ..operators import as_operator
 from ..pytree import row_norms
-from .base import (
-    DampedSystem,
-    Outcome,
-    Solver,
-    Status,
-    check_option,
-    check_skew,
-    is_count,
-    is_tolerance,
+from .base import DampedSystem, Outcome, Solver, Status, check_option, check_skew, is_count
+from .krylov import (
+    DEFAULT_MAX_ITERS,
+    PATIENCE,
+    check_krylov_options,
+    preconditioning,
+    where_rows,
 )
 
-_DEFAULT_MAX_ITERS = 10_000
 #: Basis vectors before a restart: memory for them is restart * n numbers a right-hand side.
 _DEFAULT_RESTART = 50
 #: A cycle that lowers the residual by less than this, relatively, has gained nothing: at that
 #: pace all the cycles of the default budget together would not gain a fifth.
 _GAIN = 1e-3
-#: Cycles in a row that gain nothing before the solve counts as stagnated.
-_PATIENCE = 3
 #: A step that leaves a residual this many times the best is not taken.
 _HARM = 2.0
 #: By what the bound below which pivots are dropped grows after such a step, and how far.
@@ -87,18 +80,8 @@ class GMRES(Solver):
     preconditioner: Any = None
 
     def __post_init__(self) -> None:
-        check_option(is_tolerance(self.rtol), "rtol", self.rtol, "a finite number >= 0")
-        check_option(is_tolerance(self.atol), "atol", self.atol, "a finite number >= 0")
-        good = self.max_iters is None or is_count(self.max_iters)
-        check_option(good, "max_iters", self.max_iters, "None or an integer >= 1")
+        check_krylov_options(self.rtol, self.atol, self.max_iters)
         check_option(is_count(self.restart), "restart", self.restart, "an integer >= 1")
-        fixed_without_count = self.rtol == 0 and self.atol == 0 and self.max_iters is None
-        check_option(
-            not fixed_without_count,
-            "max_iters",
-            None,
-            "an integer >= 1 when rtol and atol are both 0 (a fixed number of iterations)",
-        )
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         return _Restarts(self, system, x0).run()
@@ -115,10 +98,10 @@ class _Restarts:
         if system.damping == "auto":
             _check_symmetric(system)
         self.damping = system.resolve_damping()
-        self.max_iters = config.max_iters or _DEFAULT_MAX_ITERS
+        self.max_iters = config.max_iters or DEFAULT_MAX_ITERS
         self.restart = min(config.restart, system.operator.layout.dim)
         self.fixed = config.rtol == 0 and config.atol == 0
-        self.precondition = _right_preconditioner(config.preconditioner, system)
+        self.precondition = preconditioning(config.preconditioner, system) or (lambda r: r)
         self.rounding = torch.finfo(system.operator.dtype).eps
         self.tolerances = system.tolerances(config.rtol, config.atol)
 
@@ -153,29 +136,45 @@ class _Restarts:
         arnoldi = _Arnoldi(self, min(self.restart, self.max_iters - int(self.count.min())))
         step, used = arnoldi.run()
         self.count = self.count + used
-        self.x = self.x + self.precondition(step)
+        self.x = self._bounded(self.x + self.precondition(step))
         self.r = self.system.residual(self.x, self.damping, self.row)
         self.norms = row_norms(self.r)
         gained = self.norms < (1.0 - _GAIN) * self.best
         better = self.norms < self.best
         self.best = torch.where(better, self.norms, self.best)
-        self.best_x = torch.where(better[:, None], self.x, self.best_x)
+        self.best_x = where_rows(better, self.x, self.best_x)
         self.fruitless = torch.where(gained, torch.zeros_like(self.row), self.fruitless + 1)
 
         self._finish(self.best <= self.tolerances[self.row], Status.CONVERGED)
         end = Status.FIXED_ITERATIONS if self.fixed else Status.MAX_ITERATIONS
         self._finish(self.count >= self.max_iters, end)
         if not self.fixed:
-            self._finish(self.fruitless >= _PATIENCE, Status.STAGNATED)
+            self._finish(self.fruitless >= PATIENCE, Status.STAGNATED)
         # A step that did harm is taken back.  It came of a pivot of noise (a singular system, or
         # rounding that grew on its way there), so the next cycle drops larger ones.
         harmed = self.norms > _HARM * self.best
         if bool(harmed.any()):
             coarser = (_COARSER * self.floor).clamp(max=_COARSEST)
             self.floor = torch.where(harmed, coarser, self.floor)
-            self.x = torch.where(harmed[:, None], self.best_x, self.x)
+            self.x = where_rows(harmed, self.best_x, self.x)
             residual = self.system.residual(self.x[harmed], self.damping, self.row[harmed])
             self.r[harmed], self.norms[harmed] = residual, row_norms(residual)
+
+    def _bounded(self, x: Tensor) -> Tensor:
+        """New iterates, but for those that leave the range of the answer's dtype to no avail.
+
+        Where the system is singular such a step is noise, and is not taken.  Where the residual
+        falls by it the answer is too large, which is for ``DampedSystem.returned`` to say.
+        """
+        largest = min(torch.finfo(dtype).max for dtype in self.system.operator.layout.dtypes)
+        sizes = x.abs().amax(dim=1)
+        large = torch.isfinite(sizes) & (sizes > largest / self.system.scales[self.row])
+        if not bool(large.any()):
+            return x
+        image = self.system.apply(x[large], self.damping)
+        noise = row_norms(self.system.b[self.row[large]] - image) >= self.best[large]
+        x[large] = where_rows(noise, self.best_x[large], x[large])
+        return x
 
     def _finish(self, done: Tensor, status: Status) -> None:
         """Write out rows with their best iterate, and drop them."""
@@ -296,22 +295,6 @@ def _solve_triangular(triangle: Tensor, target: Tensor, floor: Tensor) -> Tensor
         regular, right = triangle[~singular], target[~singular][:, :, None]
         y[~singular] = torch.linalg.solve_triangular(regular, right, upper=True)[:, :, 0]
     return y
-
-
-def _right_preconditioner(preconditioner: Any, system: DampedSystem) -> Callable[[Tensor], Tensor]:
-    """Products with the preconditioner, in the working dtype; the identity for None."""
-    if preconditioner is None:
-        return lambda r: r
-    layout = system.operator.layout
-    like = layout.unflatten(torch.zeros(layout.dim, dtype=layout.dtype, device=layout.device))
-    operator = as_operator(preconditioner, like=like)
-
-    def apply(r: Tensor) -> Tensor:
-        z = operator._apply(r.to(operator.dtype))
-        layout.check_finite(z, "the output of the preconditioner")
-        return z.to(r.dtype)
-
-    return apply
 
 
 def _check_symmetric(system: DampedSystem) -> None:

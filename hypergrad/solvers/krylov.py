@@ -198,9 +198,7 @@ class SymmetryCheck:
         self.dtype = dtype
         self.first: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def __call__(
-        self, iteration: int, row: Tensor, p: Tensor, image: Tensor, size: Tensor
-    ) -> None:
+    def __call__(self, iteration: int, row: Tensor, p: Tensor, image: Tensor, size: Tensor) -> None:
         """Raise :class:`NotSymmetricError` where the products of two iterations show it.
 
         Args:
