@@ -29,7 +29,14 @@ from .errors import (
     TreeStructureError,
     UnusedParameterWarning,
 )
-from .ihvp import cg_ihvp, exact_ihvp, neumann_ihvp, nystrom_ihvp
+from .ihvp import (
+    cg_ihvp,
+    exact_ihvp,
+    minres_ihvp,
+    neumann_ihvp,
+    nystrom_ihvp,
+    nystrom_pcg_ihvp,
+)
 from .operators import (
     GaussNewtonOperator,
     HessianOperator,
@@ -42,9 +49,11 @@ from .operators import (
 from .solvers import (
     CG,
     GMRES,
+    MINRES,
     Exact,
     Neumann,
     Nystrom,
+    NystromPCG,
     NystromSketch,
     Solution,
     SolveInfo,
@@ -63,6 +72,7 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 __all__ = [
     "CG",
     "GMRES",
+    "MINRES",
     "ConvergenceError",
     "ConvergenceWarning",
     "DampingError",
@@ -83,6 +93,7 @@ __all__ = [
     "NonFiniteError",
     "NotSymmetricError",
     "Nystrom",
+    "NystromPCG",
     "NystromSketch",
     "OperatorTooLargeError",
     "PreconditionerError",
@@ -102,8 +113,10 @@ __all__ = [
     "ggn",
     "hessian",
     "hypergradient",
+    "minres_ihvp",
     "neumann_ihvp",
     "nystrom_ihvp",
+    "nystrom_pcg_ihvp",
     "nystrom_sketch",
     "solve",
     "to_linear_operator",
