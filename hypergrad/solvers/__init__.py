@@ -2,6 +2,7 @@
 
 from .base import Solution, SolveInfo, Solver, Status
 from .cg import CG
+from .choice import Auto
 from .exact import Exact
 from .gmres import GMRES
 from .minres import MINRES
@@ -15,6 +16,7 @@ __all__ = [
     "CG",
     "GMRES",
     "MINRES",
+    "Auto",
     "Exact",
     "Neumann",
     "Nystrom",
