@@ -135,7 +135,7 @@ class _Choice:
         #: Relative residual that the strictest row asks for.
         asked = torch.where(system.b_norms > 0, self.tolerances / system.b_norms, math.inf)
         self.target = min(float(asked.min()), 1.0)
-        self.facts = f"n = {self.n}, {self.m} right-hand side{'s' if self.m > 1 else ''}"
+        self.facts = f"n = {self.n}, {_counted(self.m, 'right-hand side')}"
         needed = _EXACT_COPIES * self.n**2 * system.b.element_size()
         direct = Exact(rtol=config.rtol, max_bytes=config.max_bytes)
         exact = _Candidate(direct, self.n + self.m)
@@ -169,10 +169,10 @@ class _Choice:
         if self.exact and self.n <= 2 * steps and self._affordable(self.exact[0]):
             self.facts += f"; a matrix of that size costs no more than twice a probe of {steps}"
             return self.exact
-        if not bool((self.system.b_norms > 0).any()):
-            self.facts += "; there is nothing to solve"
-            return [_Candidate(CG(self.config.rtol, self.config.atol), 0.0)]
         seen = self._probe()
+        if seen is None:
+            self.facts += "; v is zero, or the warm start within the tolerance"
+            return [_Candidate(CG(self.config.rtol, self.config.atol), 0.0)]
         if not seen.symmetric:
             if self.system.damping == "auto":
                 raise NotSymmetricError(
@@ -180,12 +180,18 @@ class _Choice:
                     "symmetric. Pass a number."
                 )
             self._check_repeatable(seen)
-            self.facts += f"; after {seen.steps} steps of a probe it is not symmetric"
+            steps_made = _counted(seen.steps, "Lanczos step")
+            self.facts += f"; {steps_made} showed an operator that is not symmetric"
             return [_Candidate(GMRES(self.config.rtol, self.config.atol), math.inf, math.inf)]
         return self._symmetric_plan(seen)
 
-    def _probe(self) -> Probe:
-        """From the residual, if one solve can then go on from it; else from a random start."""
+    def _probe(self) -> Probe | None:
+        """From the residual, if one solve can then go on from it; else from a random start.
+
+        None where v is zero, or the warm start of one right-hand side already will do.
+        """
+        if not bool((self.system.b_norms > 0).any()):
+            return None
         system, steps = self.system, self.config.probe_steps
         if self.config.max_hvps is not None:
             steps = min(steps, max(2, self.config.max_hvps // 4))
@@ -203,14 +209,13 @@ class _Choice:
         damping = system.resolve_damping()
         x, residual = system.begin(self.x, damping)
         norm = float(row_norms(residual))
-        goal = float(self.tolerances[0]) / norm if norm > 0 else 1.0
-        if goal >= 1.0:  # the warm start will do
-            self.x, residual = x, system.b
-        seen = probe(system, residual[0], steps if goal < 1.0 else 1, goal)
-        if seen.symmetric and goal < 1.0:
+        if norm <= float(self.tolerances[0]):
+            return None
+        self.target = float(self.tolerances[0]) / norm
+        seen = probe(system, residual[0], steps, self.target)
+        if seen.symmetric:
             step = seen.least_residual(damping)[1].to(x) @ seen.basis
             self.x = x + norm * step
-            self.target = goal
         return seen
 
     def _symmetric_plan(self, seen: Probe) -> list[_Candidate]:
@@ -231,11 +236,11 @@ class _Choice:
         candidates.sort(key=lambda candidate: candidate.cost)
         costs = ", ".join(f"{c.name} {c.cost:.3g}" for c in candidates)
         self.facts += (
-            f", damping {damping:.3g}; {seen.steps} Lanczos steps saw eigenvalues from {low:.3g} "
-            f"to {high:.3g}; predicted HVPs: {costs}"
+            f", damping {damping:.3g}; {_counted(seen.steps, 'Lanczos step')} saw eigenvalues from "
+            f"{low:.3g} to {high:.3g}; predicted HVPs: {costs}"
         )
         within = [candidate for candidate in candidates if self._affordable(candidate)]
-        return within or [self._best_of_budget(krylov, definite, damping)]
+        return within or [self._best_of_budget(krylov, seen, definite, damping)]
 
     def _sketched(self, seen: Probe, damping: float) -> list[_Candidate]:
         """NystromPCG of the rank that is predicted to cost least, where memory allows it."""
@@ -272,12 +277,15 @@ class _Choice:
     def _affordable(self, candidate: _Candidate) -> bool:
         return self.config.max_hvps is None or candidate.cost <= self._left()
 
-    def _best_of_budget(self, krylov: _Candidate, definite: bool, damping: float) -> _Candidate:
+    def _best_of_budget(
+        self, krylov: _Candidate, seen: Probe, definite: bool, damping: float
+    ) -> _Candidate:
         """What comes nearest where no candidate is predicted to reach the tolerance."""
         self.facts += f", of which a budget of {self.config.max_hvps} allows none"
         rank = int(min(self._left() - self.m - 7, self.n // 2))  # 7: what checks and tails may take
-        few = self._left() / self.m - 2 < _FEW
-        if few and self.m > 1 and definite and damping > 0 and rank >= 1:
+        few = self.m > 1 and self._left() / self.m - 2 < _FEW
+        # Of eigenvalues above the damping that it misses, a sketch makes more than they are.
+        if few and definite and damping > 0 and rank >= 1 and seen.eigenvalue(rank / 2) <= damping:
             source = torch.Generator().manual_seed(0)
             return _Candidate(Nystrom(rank, generator=source), self._left())
         return krylov
@@ -316,3 +324,7 @@ class _Choice:
         """Random products are no operator; GMRES would wander."""
         once, again = self.system.product(seen.basis[:1]), self.system.product(seen.basis[:1])
         check_skew(row_norms(once - again), row_norms(once), self.system.operator.dtype)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

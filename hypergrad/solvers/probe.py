@@ -138,7 +138,7 @@ def probe(system: DampedSystem, start: Tensor, steps: int, rtol: float | None) -
         expected[j] = shares[j]
         if j:
             expected[j - 1] = float(tridiagonal[j, j - 1])
-        skew = float(torch.linalg.vector_norm(shares - expected))
+        skew = float(row_norms((shares - expected)[None]))
         if skew > allowed * largest:
             return Probe(tridiagonal[: j + 2, : j + 1], basis[: j + 1], False, False)
         image = image - shares @ known
