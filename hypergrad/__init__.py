@@ -44,10 +44,13 @@ from .operators import (
     as_operator,
     ggn,
     hessian,
+    to_linear_operator,
 )
 from .solvers import (
     CG,
+    GMRES,
     MINRES,
+    Auto,
     Exact,
     Neumann,
     Nystrom,
@@ -69,7 +72,9 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 
 __all__ = [
     "CG",
+    "GMRES",
     "MINRES",
+    "Auto",
     "ConvergenceError",
     "ConvergenceWarning",
     "DampingError",
@@ -116,4 +121,5 @@ __all__ = [
     "nystrom_pcg_ihvp",
     "nystrom_sketch",
     "solve",
+    "to_linear_operator",
 ]

@@ -1,6 +1,7 @@
 """What is multiplied: self-adjoint linear operators on trees of tensors."""
 
 from .base import LinearOperator
+from .export import to_linear_operator
 from .gauss_newton import GaussNewtonOperator, ggn
 from .hessian import HessianOperator, hessian
 from .interop import as_operator
@@ -12,4 +13,5 @@ __all__ = [
     "as_operator",
     "ggn",
     "hessian",
+    "to_linear_operator",
 ]

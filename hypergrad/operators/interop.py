@@ -1,4 +1,4 @@
-"""From callables, dense matrices and SciPy objects to an operator."""
+"""From callables, matrices and the operators of other packages to an operator."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class CallableOperator(LinearOperator):
 
 
 class DenseOperator(LinearOperator):
-    """The operator of a symmetric dense matrix, shape (n, n)."""
+    """The operator of a dense matrix, shape (n, n): rows x' become (A x)'."""
 
     def __init__(self, matrix: Tensor, layout: TreeLayout) -> None:
         super().__init__(layout)
-        self.matrix = matrix.detach()
+        self.matrix = matrix  # with its graph, for those who differentiate
 
     def _apply(self, block: Tensor) -> Tensor:
-        return (self.matrix @ block.T).T  # also for sparse layouts
+        return (self.matrix.detach() @ block.T).T  # also for sparse layouts
 
 
 class ScipyOperator(LinearOperator):
@@ -70,20 +70,43 @@ class ScipyOperator(LinearOperator):
         return torch.from_numpy(products).to(dtype=self.dtype, device=self.device)
 
 
+class ForeignOperator(LinearOperator):
+    """The operator of another package's: one of linear_operator or of curvlinops.
+
+    Both multiply columns of shape (n, m) with ``@``, in their own dtype and on their own device.
+    """
+
+    def __init__(self, operator: Any, layout: TreeLayout) -> None:
+        super().__init__(layout)
+        self.operator = operator
+
+    def _apply(self, block: Tensor) -> Tensor:
+        columns = block.detach().T.to(dtype=self.operator.dtype, device=self.operator.device)
+        products: Tensor = self.operator @ columns.contiguous()
+        return products.detach().T.to(dtype=self.dtype, device=self.device)
+
+
 def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) -> LinearOperator:
     """Make a :class:`LinearOperator` of anything that multiplies vectors.
 
+    Nothing here asks whether A is symmetric.  The solvers that need it to be (all but
+    :class:`hypergrad.GMRES`) check what they can see of it; a matrix that is not is multiplied as
+    it stands, never transposed.
+
     Args:
         obj: a :class:`LinearOperator` (returned as it is), a callable ``v -> A v`` on trees, a
-            square ``torch.Tensor`` or NumPy array, a SciPy sparse matrix or ``LinearOperator``.
-            Matrices act on flat vectors, in the order of ``like``'s leaves.
+            square ``torch.Tensor`` (dense or sparse) or NumPy array, a SciPy sparse matrix or
+            ``LinearOperator``, an operator of the packages linear_operator or curvlinops.
+            Matrices, and what stands for one, act on flat vectors, in the order of ``like``'s
+            leaves.
         like: a tree of the structure, shapes, dtype and device that the operator acts on.  A
             callable needs it; a matrix without it acts on single tensors of shape (n,).
         batchable: declare that ``torch.func.vmap(obj)`` works and gives the same products, so
             that blocks of vectors need one call.  Only for callables.
 
     Raises:
-        TreeStructureError: a matrix that is not square, or whose size is not that of ``like``.
+        TreeStructureError: a matrix that is not square, or whose size is not that of ``like``, or
+            a curvlinops operator of tensors of other shapes, or in another order, than ``like``'s.
         DeviceError: a tensor on another device than ``like``.
         LeafTypeError: an integer or complex matrix, or an object of unknown kind.
         EmptyTreeError: ``like`` has no entries.
@@ -118,6 +141,8 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
         return _dense(obj, layout)
     if hasattr(obj, "shape") and (hasattr(obj, "matmat") or hasattr(obj, "tocsr")):
         return _scipy(obj, layout)
+    if _is_foreign(obj):
+        return _foreign(obj, layout)
     if callable(obj):
         if layout is None:
             raise TreeStructureError(
@@ -127,7 +152,8 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
         return CallableOperator(obj, layout, batchable=batchable)
     raise LeafTypeError(
         f"cannot make an operator of a {type(obj).__name__}; expected a LinearOperator, a callable "
-        "v -> A v, a square matrix, or a SciPy sparse matrix or LinearOperator."
+        "v -> A v, a square matrix, a SciPy sparse matrix or LinearOperator, or an operator of "
+        "linear_operator or curvlinops."
     )
 
 
@@ -168,3 +194,36 @@ def _scipy(operator: Any, layout: TreeLayout | None) -> ScipyOperator:
     n = operator.shape[0]
     layout = _checked_layout(tuple(operator.shape), torch.empty(n, dtype=torch_dtype), layout)
     return ScipyOperator(operator, layout)
+
+
+#: Packages whose operators are understood, and the base class of those.
+_FOREIGN = {"linear_operator": "LinearOperator", "curvlinops": "PyTorchLinearOperator"}
+
+
+def _is_foreign(obj: Any) -> bool:
+    # By name: a package whose operator is at hand has been imported, and no other needs to be.
+    names = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(obj).__mro__}
+    return any((package, name) in names for package, name in _FOREIGN.items())
+
+
+def _foreign(operator: Any, layout: TreeLayout | None) -> ForeignOperator:
+    if not operator.dtype.is_floating_point:
+        raise LeafTypeError(f"an operator has dtype {operator.dtype}; expected a real one.")
+    n = operator.shape[-1]
+    like = torch.empty(n, dtype=operator.dtype, device=operator.device)
+    checked = _checked_layout(tuple(operator.shape), like, layout)
+    # Operators of curvlinops know the shapes of the parameters; where either side is one vector
+    # there is only the number of entries to compare.
+    shapes = [tuple(shape) for shape in getattr(operator, "_in_shape", ())]
+    mine = [tuple(shape) for shape in checked.shapes]
+    if min(len(shapes), len(mine)) > 1 and shapes != mine:
+        raise TreeStructureError(
+            f"v has leaves of shapes {mine}, but the {type(operator).__name__} acts on {shapes}. "
+            "Give v the operator's parameters, in their order."
+        )
+    if operator.dtype != checked.dtype:
+        raise LeafTypeError(
+            f"the operator has dtype {operator.dtype}, but v has {checked.dtype}. Convert one of "
+            "them."
+        )
+    return ForeignOperator(operator, checked)

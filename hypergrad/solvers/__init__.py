@@ -2,7 +2,9 @@
 
 from .base import Solution, SolveInfo, Solver, Status
 from .cg import CG
+from .choice import Auto
 from .exact import Exact
+from .gmres import GMRES
 from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, nystrom_sketch
@@ -12,7 +14,9 @@ from .solve import solve
 
 __all__ = [
     "CG",
+    "GMRES",
     "MINRES",
+    "Auto",
     "Exact",
     "Neumann",
     "Nystrom",

@@ -126,6 +126,8 @@ class Outcome:
         rank: see :class:`SolveInfo`.
         smallest_eigenvalue: see :class:`SolveInfo`.
         directions: unit vectors of non-positive curvature by row.
+        solver: what ran, where the configuration chose another.
+        reason: why it did.
     """
 
     x: Tensor
@@ -136,6 +138,8 @@ class Outcome:
     rank: int | None = None
     smallest_eigenvalue: float | None = None
     directions: dict[int, Tensor] = field(default_factory=dict)
+    solver: Solver | None = None
+    reason: str | None = None
 
 
 class DampedSystem:

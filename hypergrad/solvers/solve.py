@@ -28,6 +28,7 @@ from .base import (
     check_damping,
 )
 from .cg import CG
+from .choice import Auto
 
 OnFailure = Literal["raise", "warn", "ignore"]
 
@@ -35,7 +36,7 @@ OnFailure = Literal["raise", "warn", "ignore"]
 def solve(
     operator: Any,
     v: Tree,
-    solver: Solver | None = None,
+    solver: Solver | Literal["auto"] | None = None,
     *,
     damping: Damping | None = None,
     x0: Tree | None = None,
@@ -49,7 +50,8 @@ def solve(
             a matrix, a SciPy operator.
         v: right-hand side, any tree of floating-point tensors; with ``batched``, every leaf has
             one more leading dimension m.
-        solver: a configuration such as ``CG(rtol=1e-8)`` or ``Nystrom(rank=20)``; ``CG()`` if None.
+        solver: a configuration such as ``CG(rtol=1e-8)`` or ``Nystrom(rank=20)``; ``CG()`` if None;
+            ``"auto"`` for :class:`hypergrad.Auto`, which chooses.
         damping: the multiple of the identity that is added, or ``"auto"``: see
             :func:`hypergrad.spectrum.damping_from_extremes`.  None is the solver's own default: 0,
             or ``"auto"`` for Nyström, which needs a positive one.
@@ -84,10 +86,11 @@ def solve(
         >>> solution.info.status
         <Status.CONVERGED: 'the true residual is within the tolerance'>
     """
-    solver = CG() if solver is None else solver
+    if solver is None or solver == "auto":
+        solver = CG() if solver is None else Auto()
     if not isinstance(solver, Solver):
         raise SolverOptionError(
-            f"solver is {solver!r}, expected a configuration such as hypergrad.CG()."
+            f"solver is {solver!r}, expected a configuration such as hypergrad.CG(), or 'auto'."
         )
     if on_failure not in get_args(OnFailure):
         raise SolverOptionError(
@@ -157,7 +160,8 @@ def _report(outcome: Outcome, system: DampedSystem, solver: Solver, batched: boo
                 iterations=outcome.iterations[row],
                 num_hvps=system.num_hvps,
                 damping=outcome.damping,
-                solver=solver,
+                solver=outcome.solver or solver,
+                reason=outcome.reason,
                 rank=outcome.rank,
                 smallest_eigenvalue=outcome.smallest_eigenvalue,
                 direction=None

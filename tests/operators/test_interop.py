@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections import OrderedDict
 from typing import Any
 
+import curvlinops
+import linear_operator.operators
 import numpy as np
 import pytest
 import scipy.sparse
@@ -11,7 +15,18 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from tests.strategies import DTYPES, F32, F64, flat, gaussian, symmetric, tree_hvp
+from tests.strategies import (
+    DTYPES,
+    F32,
+    F64,
+    dense_solve,
+    flat,
+    gaussian,
+    generator,
+    relative_error,
+    symmetric,
+    tree_hvp,
+)
 
 PROBLEM = symmetric(torch.linspace(1.0, 3.0, 6, dtype=F64), seed=1)
 A = PROBLEM.matrix
@@ -20,9 +35,36 @@ TREE = {
     "b": (torch.zeros((), dtype=F64), torch.zeros(1).double()),
 }
 
+
+def least_squares(matrix: Tensor, shape: tuple[int, ...]) -> Any:
+    """A curvlinops Hessian equal to ``matrix``: that of mean squares with inputs X is 2 X'X / n."""
+    n = len(matrix)
+    inputs = torch.linalg.cholesky(0.5 * n * matrix).T.contiguous()
+    weight = torch.nn.Parameter(torch.zeros(shape, dtype=F64))
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.reshape(-1, 1)
+
+    batch = (inputs, torch.zeros(n, 1, dtype=F64))
+    return curvlinops.HessianLinearOperator(Model(), torch.nn.MSELoss(), [weight], [batch])
+
+
+def sparse_csr(matrix: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a beta state, it says
+        return matrix.to_sparse_csr()
+
+
 #: The same operator in every form that as_operator takes.
 FORMATS: dict[str, Any] = {
     "tensor": A,
+    "sparse tensor": A.to_sparse(),
+    "sparse csr tensor": sparse_csr(A),
     "array": A.numpy(),
     "callable": lambda v: A @ v,
     "operator": hypergrad.as_operator(A),
@@ -30,10 +72,28 @@ FORMATS: dict[str, Any] = {
     "sparse matrix": scipy.sparse.coo_matrix(A.numpy()),
     "scipy operator": scipy.sparse.linalg.aslinearoperator(A.numpy()),
     "exported": hypergrad.as_operator(A).to_scipy(),
+    "linear_operator": linear_operator.operators.DenseLinearOperator(A),
+    "linear_operator sum": linear_operator.operators.DenseLinearOperator(A - torch.eye(6).double())
+    + linear_operator.operators.DiagLinearOperator(torch.ones(6, dtype=F64)),
+    "exported to linear_operator": hypergrad.to_linear_operator(A),
+    "curvlinops": least_squares(A, (6,)),
+    "curvlinops sum": 0.5 * least_squares(A, (6,)) + 0.5 * least_squares(A, (6,)),
 }
+every_format = pytest.mark.parametrize("obj", FORMATS.values(), ids=FORMATS.keys())
+
+VERBS = [name for name in hypergrad.__all__ if name.endswith("_ihvp")]
+#: What makes each verb exact to 1e-9 on this operator, where it has the option.
+OPTIONS = {"rtol": 1e-11, "rank": 6, "num_terms": 70, "damping": 0.5}
+SOLVERS = [
+    hypergrad.Exact(),
+    hypergrad.CG(rtol=1e-11),
+    hypergrad.GMRES(rtol=1e-11),
+    hypergrad.Neumann(num_terms=70),
+    hypergrad.Nystrom(rank=6, generator=generator(0)),
+]
 
 
-@pytest.mark.parametrize("obj", FORMATS.values(), ids=FORMATS.keys())
+@every_format
 def test_every_format_is_the_same_operator(obj: Any) -> None:
     v = gaussian(6)
     op = hypergrad.as_operator(obj, like=v)
@@ -41,6 +101,34 @@ def test_every_format_is_the_same_operator(obj: Any) -> None:
     torch.testing.assert_close(op.matmat(gaussian(3, 6)), gaussian(3, 6) @ A, rtol=0, atol=1e-14)
     x = hypergrad.solve(obj, v, hypergrad.CG(rtol=1e-12)).value
     torch.testing.assert_close(x, torch.linalg.solve(A, v), rtol=1e-10, atol=1e-12)
+
+
+@every_format
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+def test_every_format_gives_every_solver_the_same_answer(obj: Any, solver: Any) -> None:
+    rows = gaussian(3, 6, seed=5)
+    batch = hypergrad.solve(obj, rows, solver, damping=0.5, batched=True).value
+    expected = torch.stack([dense_solve(A, v, 0.5) for v in rows])
+    torch.testing.assert_close(batch, expected, rtol=1e-9, atol=1e-10)
+
+
+@every_format
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_format_gives_every_verb_the_same_answer(obj: Any, verb: str) -> None:
+    function = getattr(hypergrad, verb)
+    names = inspect.signature(function).parameters
+    v = gaussian(6, seed=6)
+    x = function(obj, v, **{key: value for key, value in OPTIONS.items() if key in names})
+    assert relative_error(x, dense_solve(A, v, 0.5)) <= 1e-9
+
+
+@every_format
+def test_every_format_gives_the_same_sketch(obj: Any) -> None:
+    sketch = hypergrad.nystrom_sketch(obj, 3, gaussian(6), generator=generator(1))
+    expected = hypergrad.nystrom_sketch(A, 3, gaussian(6), generator=generator(1))
+    torch.testing.assert_close(sketch.eigenvalues, expected.eigenvalues, rtol=1e-12, atol=0)
+    v = gaussian(6, seed=7)
+    torch.testing.assert_close(sketch.solve(v, 0.1), expected.solve(v, 0.1), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("callable", "operator")])
@@ -166,3 +254,82 @@ def test_numpy_matrices_of_any_memory_layout() -> None:
     for view in (matrix[::-1, ::-1], matrix.astype(">f8"), np.asfortranarray(matrix)):
         got = hypergrad.as_operator(view).to_dense()
         torch.testing.assert_close(got, torch.tensor(view.astype("f8").copy()))
+
+
+# Operators that are not symmetric ---------------------------------------------------------------
+
+B = gaussian(6, 6, seed=8) + 4 * torch.eye(6, dtype=F64)
+#: Every form that can hold a matrix which is not symmetric.
+SKEWED: dict[str, Any] = {
+    "tensor": B,
+    "sparse tensor": B.to_sparse(),
+    "sparse csr tensor": sparse_csr(B),
+    "array": B.numpy(),
+    "transposed array": np.asfortranarray(B.numpy()),
+    "callable": lambda v: B @ v,
+    "sparse array": scipy.sparse.csc_array(B.numpy()),
+    "scipy operator": scipy.sparse.linalg.aslinearoperator(B.numpy()),
+    "linear_operator": linear_operator.operators.DenseLinearOperator(B),
+    "sum": hypergrad.as_operator(B - torch.eye(6).double()) + 1.0,
+}
+every_skewed_format = pytest.mark.parametrize("obj", SKEWED.values(), ids=SKEWED.keys())
+
+
+@every_skewed_format
+def test_an_operator_that_is_not_symmetric_is_multiplied_as_it_stands(obj: Any) -> None:
+    v = gaussian(6)
+    op = hypergrad.as_operator(obj, like=v)
+    torch.testing.assert_close(op @ v, B @ v, rtol=0, atol=1e-13)
+    torch.testing.assert_close(op.to_dense(), B, rtol=0, atol=1e-13)
+    x = hypergrad.solve(obj, v, hypergrad.GMRES(rtol=1e-12)).value
+    assert relative_error(x, torch.linalg.solve(B, v)) <= 1e-10
+    assert relative_error(x, torch.linalg.solve(B.T, v)) > 1e-2
+
+
+# Operators of other packages --------------------------------------------------------------------
+
+
+def test_an_operator_of_curvlinops_takes_trees_of_its_parameters() -> None:
+    model = torch.nn.Linear(3, 2).double()
+    batch = (gaussian(20, 3, seed=1), gaussian(20, 2, seed=2))
+    params = dict(model.named_parameters())
+    theirs = curvlinops.HessianLinearOperator(
+        model, torch.nn.MSELoss(), list(params.values()), [batch]
+    )
+
+    def loss_fn(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return torch.nn.functional.mse_loss(torch.func.functional_call(model, params, (x,)), y)
+
+    ours = hypergrad.hessian(loss_fn, params, *batch)
+    v = {"weight": gaussian(2, 3, seed=3), "bias": gaussian(2, seed=4)}
+    x = hypergrad.solve(theirs, v, hypergrad.CG(rtol=1e-12)).value
+    assert list(x) == ["weight", "bias"]
+    expected = hypergrad.solve(ours, v, hypergrad.CG(rtol=1e-12)).value
+    assert relative_error(flat(x), flat(expected)) <= 1e-10
+    with pytest.raises(hypergrad.TreeStructureError, match="in their order"):
+        hypergrad.as_operator(theirs, like={"bias": v["bias"], "weight": v["weight"]})
+
+
+def test_operators_of_other_packages_are_held_to_the_structure_of_v() -> None:
+    theirs = linear_operator.operators.DenseLinearOperator(A)
+    with pytest.raises(hypergrad.LeafTypeError, match=r"torch\.float64.*torch\.float32"):
+        hypergrad.as_operator(theirs, like=torch.zeros(6, dtype=F32))
+    with pytest.raises(hypergrad.TreeStructureError, match="7 entries"):
+        hypergrad.as_operator(theirs, like=torch.zeros(7, dtype=F64))
+    batch = linear_operator.operators.DenseLinearOperator(A.expand(2, 6, 6))
+    with pytest.raises(hypergrad.TreeStructureError, match="not square"):
+        hypergrad.as_operator(batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operators_of_other_packages_need_no_like(dtype: torch.dtype) -> None:
+    op = hypergrad.as_operator(linear_operator.operators.DenseLinearOperator(A.to(dtype)))
+    assert op.dtype is dtype
+    torch.testing.assert_close(op @ torch.ones(6, dtype=dtype), A.to(dtype).sum(1))
+
+
+def test_products_of_other_packages_build_no_graph() -> None:
+    matrix = A.clone().requires_grad_()
+    op = hypergrad.as_operator(linear_operator.operators.DenseLinearOperator(matrix))
+    assert not (op @ gaussian(6)).requires_grad
+    assert not (hypergrad.as_operator(matrix) @ gaussian(6)).requires_grad
