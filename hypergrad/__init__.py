@@ -51,7 +51,16 @@ from .solvers import (
     nystrom_sketch,
     solve,
 )
-from .spectrum import ExtremeEigenvalues, extreme_eigenvalues
+from .spectrum import (
+    DiagonalEstimate,
+    ExtremeEigenvalues,
+    SpectralDensity,
+    TraceEstimate,
+    diagonal,
+    extreme_eigenvalues,
+    spectral_density,
+    trace,
+)
 
 try:
     __version__ = version("hypergrad-torch")
@@ -64,6 +73,7 @@ __all__ = [
     "ConvergenceWarning",
     "DampingError",
     "DeviceError",
+    "DiagonalEstimate",
     "EmptyTreeError",
     "Exact",
     "ExtremeEigenvalues",
@@ -88,12 +98,15 @@ __all__ = [
     "SolveInfo",
     "Solver",
     "SolverOptionError",
+    "SpectralDensity",
     "StaleOperatorError",
     "Status",
+    "TraceEstimate",
     "TreeStructureError",
     "UnusedParameterWarning",
     "as_operator",
     "cg_ihvp",
+    "diagonal",
     "exact_ihvp",
     "extreme_eigenvalues",
     "ggn",
@@ -103,4 +116,6 @@ __all__ = [
     "nystrom_ihvp",
     "nystrom_sketch",
     "solve",
+    "spectral_density",
+    "trace",
 ]
