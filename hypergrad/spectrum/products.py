@@ -97,6 +97,8 @@ def range_of(y: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
     left, sizes, right = torch.linalg.svd(y, full_matrices=False)
     kept = sizes > rounding * sizes[:1]
     left, sizes, right = left[:, kept], sizes[kept], right[kept]
+    if len(sizes) == 0:
+        return right, left, left
     # The row i of C^+' is orthogonal to all other rows of C where C loses rank without row i, that
     # is, where e_i lies in the range of C: where the leverage |U_i|^2 is one.
     missing = left / sizes

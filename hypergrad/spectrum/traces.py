@@ -59,7 +59,8 @@ def trace(
 
     Returns:
         A :class:`TraceEstimate`; ``num_hvps`` there is what was spent.  The standard error of
-        ``"xtrace"`` treats its leave-one-out estimates as independent, which they nearly are.
+        ``"xtrace"`` treats its leave-one-out estimates as independent, which they nearly are: over
+        300 seeds on 8 spectra of dimension 60 (24 products) it was 1 to 1.5 times too small.
 
     Raises:
         SolverOptionError: an unknown method, or ``num_hvps`` too small for it.
