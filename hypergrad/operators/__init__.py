@@ -4,11 +4,13 @@ from .base import LinearOperator
 from .gauss_newton import GaussNewtonOperator, ggn
 from .hessian import HessianOperator, hessian
 from .interop import as_operator
+from .sampled import SampledOperator
 
 __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "LinearOperator",
+    "SampledOperator",
     "as_operator",
     "ggn",
     "hessian",
