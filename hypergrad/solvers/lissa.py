@@ -60,9 +60,7 @@ def run_lissa(
         x=x,
         residual_norms=norms,
         statuses=[
-            Status.CONVERGED
-            if nothing
-            else (Status.STAGNATED if bad else Status.FIXED_ITERATIONS)
+            Status.CONVERGED if nothing else (Status.STAGNATED if bad else Status.FIXED_ITERATIONS)
             for nothing, bad in zip((system.b_norms == 0).tolist(), failed.tolist(), strict=True)
         ],
         iterations=[num_terms] * len(x),

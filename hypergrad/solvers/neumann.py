@@ -21,6 +21,7 @@ _PROBE_STEPS = 10
 #: A residual that has grown by this factor is not followed any further.
 _GROWTH = 1e6
 
+
 @dataclass(frozen=True)
 class Neumann(Solver):
     """x_K = eta * sum over j < K of (I - eta (A + damping I))^j v.
@@ -129,7 +130,9 @@ class Neumann(Solver):
             x = x + direction
             residual = residual - system.apply(direction, damping)
             following = 1.0 / (2.0 - ratio**2 * weight)
-            direction = ratio**2 * weight * following * direction + 2.0 * following * step * residual
+            direction = (
+                ratio**2 * weight * following * direction + 2.0 * following * step * residual
+            )
             weight = following
         x = x + direction
         return x, torch.linalg.vector_norm(system.residual(x, damping), dim=1)
@@ -289,9 +292,7 @@ class _Series:
             norms = norms.masked_scatter(diverged, fresh)
         bent = (curvature <= 0) | self.negative
         statuses = []
-        for norm, bad, down in zip(
-            norms.tolist(), diverged.tolist(), bent.tolist(), strict=True
-        ):
+        for norm, bad, down in zip(norms.tolist(), diverged.tolist(), bent.tolist(), strict=True):
             status = Status.NEGATIVE_CURVATURE if down else Status.STAGNATED
             status = status if bad else Status.FIXED_ITERATIONS
             statuses.append(Status.CONVERGED if norm == 0 else status)

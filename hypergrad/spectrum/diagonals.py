@@ -117,7 +117,7 @@ def _xdiag(products: Products, num_hvps: int, generator: torch.Generator | None)
     """diag(P_i A) + w_i * (I - P_i) A w_i, with P_i the projector of ``_xtrace``."""
     omega = products.signs(num_hvps // 2, generator)
     y = products(omega)
-    q, coordinates, missing = range_of(y / scale_of(y), products.rounding)
+    q, missing = range_of(y / scale_of(y), products.rounding)
     if len(q) == 0:  # nothing but rounding is seen: A is zero but for what the signs cancel
         return omega * y
     q = products.rounded(q)
@@ -125,4 +125,5 @@ def _xdiag(products: Products, num_hvps: int, generator: torch.Generator | None)
     on_range = (q * z).sum(0) - (missing @ q) * (missing @ z)
     shares = y @ q.T
     shares = shares - torch.linalg.vecdot(shares, missing)[:, None] * missing
-    return on_range + omega * (y - shares @ q)
+    samples: Tensor = on_range + omega * (y - shares @ q)
+    return samples

@@ -82,7 +82,7 @@ class Products:
         return drawn.to(device=device, dtype=self.dtype)
 
 
-def range_of(y: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
+def range_of(y: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
     """An orthonormal basis of the span of rows, without what is rounding, and each row's absence.
 
     Args:
@@ -90,21 +90,21 @@ def range_of(y: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
         rounding: relative size below which a singular value counts as zero.
 
     Returns:
-        Q', orthonormal rows of shape (r, n), r <= k; the coordinates C of the rows in it, with
-        y = C Q', shape (k, r); and S of shape (k, r), whose row i is the unit vector that the span
-        of all rows but the i-th lacks, or zero where it lacks none.
+        Q', orthonormal rows of shape (r, n), r <= k; and S of shape (k, r), whose row i is the
+        unit vector, in the coordinates of Q, that the span of all rows but the i-th lacks, or zero
+        where it lacks none.
     """
     left, sizes, right = torch.linalg.svd(y, full_matrices=False)
     kept = sizes > rounding * sizes[:1]
     left, sizes, right = left[:, kept], sizes[kept], right[kept]
     if len(sizes) == 0:
-        return right, left, left
-    # The row i of C^+' is orthogonal to all other rows of C where C loses rank without row i, that
-    # is, where e_i lies in the range of C: where the leverage |U_i|^2 is one.
+        return right, left
+    # With C = U diag(sizes) the coordinates of the rows, row i of C^+' is orthogonal to all other
+    # rows of C where C loses rank without row i, that is, where the leverage |U_i|^2 is one.
     missing = left / sizes
     missing = missing / row_norms(missing).clamp(min=torch.finfo(y.dtype).tiny)[:, None]
     alone = (left * left).sum(1) > 0.5 if len(sizes) == len(y) else (left**2).sum(1) > 1 - 1e-6
-    return right, left * sizes, torch.where(alone[:, None], missing, torch.zeros_like(missing))
+    return right, torch.where(alone[:, None], missing, torch.zeros_like(missing))
 
 
 def scale_of(block: Tensor) -> float:

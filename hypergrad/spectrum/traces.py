@@ -146,7 +146,7 @@ def _xtrace(
     omega = products.rounded(products.gaussian(k, generator))
     y = products(omega)
     unit = scale_of(y)
-    q, _, missing = range_of(y / unit, products.rounding)
+    q, missing = range_of(y / unit, products.rounding)
     q = products.rounded(q)
     if len(q) == 0:  # A Omega = 0, which for Gaussian vectors means A = 0
         return 0.0, [0.0] * k
