@@ -22,6 +22,7 @@ from .base import (
     is_tolerance,
 )
 from .memory import free_bytes
+from .traced import begin_traced, norms_traced, residual_traced
 
 Fallback = Literal["eigh", "ldl"]
 
@@ -132,10 +133,9 @@ class Exact(Solver):
         matrix = self._assemble(system)
         eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         matrix = 0.5 * (matrix + matrix.T) + damping * eye
-        target = system.b if x0 is None else system.residual(x0, damping)
-        x = torch.linalg.solve_ex(matrix, target.T)[0].T
-        x = x if x0 is None else x0 + x
-        return x, torch.linalg.vector_norm(system.residual(x, damping), dim=1)
+        start, target = begin_traced(system, x0, damping)
+        x = start + torch.linalg.solve_ex(matrix, target.T)[0].T
+        return x, norms_traced(residual_traced(system, x, damping))
 
     def _check_memory(self, system: DampedSystem) -> None:
         n = system.operator.layout.dim

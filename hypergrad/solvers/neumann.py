@@ -13,6 +13,7 @@ from ..pytree import row_norms
 from ..spectrum import lanczos_extremes
 from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count, is_tolerance
 from .lissa import run_lissa
+from .traced import begin_traced, norms_traced, residual_traced
 
 Acceleration = Literal["none", "chebyshev"]
 
@@ -122,8 +123,7 @@ class Neumann(Solver):
         if self.step_size == "auto" or system.damping == "auto" or self.num_samples is not None:
             return super()._run_traced(system, x0)
         damping, eta = float(system.damping), float(self.step_size)
-        x = torch.zeros_like(system.b) if x0 is None else x0
-        residual = system.b if x0 is None else system.residual(x0, damping)
+        x, residual = begin_traced(system, x0, damping)
         step, ratio = self._centre(damping, 1.0 / eta)
         weight, direction = 1.0, step * residual
         for _ in range(1, self.num_terms):
@@ -135,7 +135,7 @@ class Neumann(Solver):
             )
             weight = following
         x = x + direction
-        return x, torch.linalg.vector_norm(system.residual(x, damping), dim=1)
+        return x, norms_traced(residual_traced(system, x, damping))
 
     def _centre(self, lower: float, upper: float) -> tuple[float, float]:
         """1/c and q of :class:`_Series` for a spectrum in [lower, upper]."""
