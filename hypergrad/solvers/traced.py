@@ -9,7 +9,7 @@ from .base import DampedSystem
 
 
 def residual_traced(system: DampedSystem, x: Tensor, damping: float) -> Tensor:
-    """b - (A + damping I) x, for x rounded as the operator multiplies it.
+    """The residual b - (A + damping I) x, for x rounded as the operator multiplies it.
 
     :meth:`DampedSystem.residual` looks at values, to refuse an answer that overflows.
     """

@@ -63,7 +63,8 @@ def tridiagonalise(
     active = torch.arange(m, device=starts.device)
     largest = torch.zeros_like(basis[:, 0, 0])  # |A| as seen so far, what rounding is relative to
     for step in range(steps):
-        known = basis[active, : step + 1]
+        # Indexing with rows copies; as long as all are active a view does.
+        known = basis[:, : step + 1] if len(active) == m else basis[active, : step + 1]
         image = product(known[:, -1])
         sizes = row_norms(image)
         largest[active] = torch.maximum(largest[active], sizes)
