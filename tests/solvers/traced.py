@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad.solvers.base import DampedSystem, Solver
+from hypergrad.solvers.base import DampedSystem, Damping, Solver
 
 
 class UncheckedSystem(DampedSystem):
     """The same products, with nothing looked at."""
 
-    def __init__(self, operator: Any, b: Tensor, damping: float) -> None:
+    def __init__(self, operator: Any, b: Tensor, damping: Damping) -> None:
         self.operator, self.b, self.damping = operator, b, damping
         self.scales, self.num_hvps = torch.ones_like(b[:, 0]), 0
 
