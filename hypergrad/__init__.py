@@ -41,6 +41,7 @@ from .operators import (
     GaussNewtonOperator,
     HessianOperator,
     LinearOperator,
+    SampledOperator,
     as_operator,
     ggn,
     hessian,
@@ -63,7 +64,16 @@ from .solvers import (
     nystrom_sketch,
     solve,
 )
-from .spectrum import ExtremeEigenvalues, extreme_eigenvalues
+from .spectrum import (
+    DiagonalEstimate,
+    ExtremeEigenvalues,
+    SpectralDensity,
+    TraceEstimate,
+    diagonal,
+    extreme_eigenvalues,
+    spectral_density,
+    trace,
+)
 
 try:
     __version__ = version("hypergrad-torch")
@@ -79,6 +89,7 @@ __all__ = [
     "ConvergenceWarning",
     "DampingError",
     "DeviceError",
+    "DiagonalEstimate",
     "EmptyTreeError",
     "Exact",
     "ExtremeEigenvalues",
@@ -100,16 +111,20 @@ __all__ = [
     "OperatorTooLargeError",
     "PreconditionerError",
     "RankError",
+    "SampledOperator",
     "Solution",
     "SolveInfo",
     "Solver",
     "SolverOptionError",
+    "SpectralDensity",
     "StaleOperatorError",
     "Status",
+    "TraceEstimate",
     "TreeStructureError",
     "UnusedParameterWarning",
     "as_operator",
     "cg_ihvp",
+    "diagonal",
     "exact_ihvp",
     "extreme_eigenvalues",
     "ggn",
@@ -121,5 +136,7 @@ __all__ = [
     "nystrom_pcg_ihvp",
     "nystrom_sketch",
     "solve",
+    "spectral_density",
     "to_linear_operator",
+    "trace",
 ]

@@ -5,11 +5,13 @@ from .export import to_linear_operator
 from .gauss_newton import GaussNewtonOperator, ggn
 from .hessian import HessianOperator, hessian
 from .interop import as_operator
+from .sampled import SampledOperator
 
 __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "LinearOperator",
+    "SampledOperator",
     "as_operator",
     "ggn",
     "hessian",

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteError, SolverOptionError
-from .operators import as_operator
-from .pytree import row_norms, working_dtype
+from ..errors import NonFiniteError
+from ..pytree import Tree
+from .lanczos import Tridiagonal, tridiagonalise
+from .products import Products, check_count
 
 #: damping="auto" bounds the condition number of a positive semi-definite system by about this.
 AUTO_DAMPING_CONDITION = 1e3
@@ -30,22 +31,30 @@ class ExtremeEigenvalues:
         largest: largest Ritz value; never above the largest eigenvalue (up to rounding).
         largest_bound: ``largest`` plus the norm of the last Lanczos residual: at or above the
             largest eigenvalue in practice (Zhou and Li, Numer. Linear Algebra Appl. 18, 2011).
+        smallest_bound: ``smallest`` less the norm of its Ritz vector's own residual: some
+            eigenvalue lies between the two, in a short run not yet the smallest one.
         num_hvps: products used.
     """
 
     smallest: float
     largest: float
     largest_bound: float
+    smallest_bound: float
     num_hvps: int
 
 
 def extreme_eigenvalues(
-    operator: Any, *, num_steps: int = 20, generator: torch.Generator | None = None
+    operator: Any,
+    like: Tree | None = None,
+    *,
+    num_steps: int = 20,
+    generator: torch.Generator | None = None,
 ) -> ExtremeEigenvalues:
     """Estimate the smallest and largest eigenvalue by Lanczos with full reorthogonalisation.
 
     Args:
-        operator: the operator A, or a matrix that :func:`hypergrad.as_operator` takes.
+        operator: the operator A, or anything else that :func:`hypergrad.as_operator` takes.
+        like: a tree of the structure of the operator's argument; callables need it.
         num_steps: Lanczos steps; capped at the dimension, where the values are exact.
         generator: source of the random start; the default is seeded, so the estimate is the
             same every time and the global random state is left alone.
@@ -53,6 +62,7 @@ def extreme_eigenvalues(
     Raises:
         SolverOptionError: ``num_steps`` below one.
         NonFiniteError: a product holds nan or inf.
+        NotSymmetricError: the products are not those of a symmetric operator.
 
     Cost: at most ``num_steps`` products and as many vectors of memory.
 
@@ -63,20 +73,12 @@ def extreme_eigenvalues(
         >>> round(ends.smallest, 4), round(ends.largest, 4), ends.num_hvps
         (1.0, 5.0, 5)
     """
-    if not (isinstance(num_steps, int) and num_steps >= 1):
-        raise SolverOptionError(f"num_steps is {num_steps!r}, expected an integer >= 1.")
-    operator = as_operator(operator)
-    dtype = working_dtype(operator.dtype, operator.device)
-
-    def product(vector: Tensor) -> Tensor:
-        out = operator._apply(vector.to(operator.dtype)[None])[0]
-        operator.layout.check_finite(out, "the output of the operator")
-        wide: Tensor = out.to(dtype)
-        return wide
-
-    return lanczos_extremes(
-        product, operator.layout.dim, num_steps, dtype, operator.device, generator
-    )
+    check_count(num_steps, "num_steps")
+    products = Products(operator, like)
+    start = _start(products.dim, products.dtype, products.operator.device, generator)
+    allowed = products.asymmetry_allowed
+    (found,) = tridiagonalise(products, start[None], num_steps, asymmetry_allowed=allowed)
+    return _ends(found)
 
 
 def lanczos_extremes(
@@ -86,36 +88,32 @@ def lanczos_extremes(
     dtype: torch.dtype,
     device: torch.device,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> ExtremeEigenvalues:
-    """:func:`extreme_eigenvalues` on flat vectors of shape (n,)."""
+    """:func:`extreme_eigenvalues` on flat vectors of shape (n,); ``start`` is random if None."""
+    if start is None:
+        start = _start(dim, dtype, device, generator)
+    (found,) = tridiagonalise(lambda block: product(block[0])[None], start[None], num_steps)
+    return _ends(found)
+
+
+def _start(
+    dim: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
     generator = generator or torch.Generator().manual_seed(0)
     start = torch.randn(dim, generator=generator, device=generator.device, dtype=torch.float32)
-    start = start.to(device=device, dtype=dtype)
-    basis = [start / torch.linalg.vector_norm(start)]
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    residual = 0.0
-    for _ in range(min(num_steps, dim)):
-        image = product(basis[-1])
-        norm = float(row_norms(image[None]))
-        diagonal.append(float(basis[-1] @ image))
-        known = torch.stack(basis)
-        for _ in range(2):  # twice is enough (Kahan; Parlett 1998, section 6.9)
-            image = image - (known @ image) @ known
-        residual = float(row_norms(image[None]))
-        # An exactly invariant subspace: the Ritz values are eigenvalues, nothing is left to see.
-        if len(basis) == dim or residual <= 10 * torch.finfo(dtype).eps * norm:
-            residual = 0.0
-            break
-        off_diagonal.append(residual)
-        basis.append(image / residual)
-    steps = len(diagonal)
-    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    for i, beta in enumerate(off_diagonal[: steps - 1]):
-        tridiagonal[i, i + 1] = tridiagonal[i + 1, i] = beta
-    ritz = torch.linalg.eigvalsh(tridiagonal)
-    smallest, largest = float(ritz[0]), float(ritz[-1])
-    return ExtremeEigenvalues(smallest, largest, largest + residual, steps)
+    return start.to(device=device, dtype=dtype)
+
+
+def _ends(found: Tridiagonal) -> ExtremeEigenvalues:
+    smallest, largest = float(found.nodes[0]), float(found.nodes[-1])
+    return ExtremeEigenvalues(
+        smallest=smallest,
+        largest=largest,
+        largest_bound=largest + found.residual,
+        smallest_bound=smallest - found.residual * abs(float(found.last[0])),
+        num_hvps=len(found.nodes),
+    )
 
 
 def damping_from_extremes(

@@ -1,0 +1,34 @@
+"""What the traceable forms of direct solvers and series share: residuals without branches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import DampedSystem
+
+
+def residual_traced(system: DampedSystem, x: Tensor, damping: float) -> Tensor:
+    """The residual b - (A + damping I) x, for x rounded as the operator multiplies it.
+
+    :meth:`DampedSystem.residual` looks at values, to refuse an answer that overflows.
+    """
+    return system.b - system.apply(system.rounded(x), damping)
+
+
+def norms_traced(block: Tensor) -> Tensor:
+    """Euclidean norm of each row, shape (m,)."""
+    largest = block.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    norms: Tensor = scale[:, 0] * torch.linalg.vector_norm(block / scale, dim=1)
+    return norms
+
+
+def begin_traced(system: DampedSystem, x0: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
+    """:meth:`DampedSystem.begin`: a warm start no better than zero is not used."""
+    zero = torch.zeros_like(system.b)
+    if x0 is None:
+        return zero, system.b
+    residual = residual_traced(system, x0, damping)
+    better = (norms_traced(residual) < norms_traced(system.b))[:, None]
+    return torch.where(better, x0, zero), torch.where(better, residual, system.b)
