@@ -1,0 +1,170 @@
+"""What is being differentiated or batched: autograd's graphs, dual numbers and ``torch.func``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+_functorch = torch._C._functorch
+T = TypeVar("T")
+
+
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` (vmap, grad, jvp ...) is running."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Whether a derivative, or a batch of values, runs through a tensor at any level.
+
+    ``requires_grad`` alone tells of the innermost level only.
+    """
+    if not transforming():
+        return (tensor.requires_grad and torch.is_grad_enabled()) or has_tangent(tensor)
+    interpreter = retrieve_current_functorch_interpreter()
+    if (
+        _functorch.is_functorch_wrapped_tensor(tensor)
+        and _functorch.maybe_get_level(tensor) == interpreter.level()
+    ):
+        if _functorch.is_batchedtensor(tensor) or tensor.requires_grad or has_tangent(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    with interpreter.lower():
+        return differentiable(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """One plain, detached value of a tensor that transforms of ``torch.func`` run over."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        dim = _functorch.maybe_get_bdim(tensor) if _functorch.is_batchedtensor(tensor) else None
+        tensor = _functorch.get_unwrapped(tensor)
+        tensor = tensor if dim is None else tensor.select(dim, 0)
+    return (forward_ad.unpack_dual(tensor).primal if tangents() else tensor).detach()
+
+
+def recording() -> bool:
+    """Whether derivatives are being recorded: gradients, or tangents of dual numbers."""
+    return torch.is_grad_enabled() or tangents()
+
+
+def tangents() -> bool:
+    """Whether forward-mode differentiation by dual numbers is on."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor is a dual number of forward-mode differentiation."""
+    return tangents() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def plain(value: T) -> T:
+    """A tensor detached; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def pullback(
+    function: Callable[[list[Tensor]], Tensor],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[bool],
+    cotangent: Tensor,
+) -> list[Tensor | None]:
+    """The gradient of <function(inputs), cotangent> in each wanted input, None for the others.
+
+    Differentiable in the inputs and the cotangent where gradients are being recorded.  Each input
+    is taken by itself: one that was computed from another does not pass its gradient on to it.
+    """
+    index = [i for i, want in enumerate(wanted) if want]
+    if not index:
+        return [None] * len(inputs)
+
+    def of_wanted(*chosen: Tensor) -> Tensor:
+        every = list(inputs)
+        for i, tensor in zip(index, chosen, strict=True):
+            every[i] = tensor
+        return function(every)
+
+    if transforming():
+        _, pull = torch.func.vjp(of_wanted, *(inputs[i] for i in index))
+        grads: Sequence[Tensor] = pull(cotangent)
+    else:
+        create = torch.is_grad_enabled()
+        with torch.enable_grad():
+            chosen = [
+                inputs[i].view_as(inputs[i]) if create else inputs[i].detach().requires_grad_()
+                for i in index
+            ]
+            output = of_wanted(*chosen)
+            if output.requires_grad:
+                grads = torch.autograd.grad(
+                    output,
+                    chosen,
+                    cotangent,
+                    create_graph=create,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            else:  # such as the Hessian of a quadratic loss
+                grads = [torch.zeros_like(x) for x in chosen]
+    out: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(index, grads, strict=True):
+        out[i] = grad
+    return out
+
+
+def below_tangents(function: Callable[..., Tensor], *values: Tensor | None) -> Tensor:
+    """``function(*values)`` in the ``jvp`` of an autograd Function, with derivatives of its own.
+
+    There PyTorch turns forward mode off for all levels, not only for the one whose rule runs: the
+    tangents of an outer ``jvp`` would be lost without a word.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        if not transforming():  # dual numbers do not nest: without their tangents
+            primals = [
+                forward_ad.unpack_dual(x).primal if isinstance(x, Tensor) else x for x in values
+            ]
+            return function(*primals)
+        interpreter = retrieve_current_functorch_interpreter()
+        level = interpreter.level()
+        lower = [
+            _functorch._unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in values
+        ]
+        with interpreter.lower():
+            out = function(*lower)
+        wrapped: Tensor = _functorch._wrap_for_grad(out, level)
+        return wrapped
+
+
+def pushforward(
+    function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> Tensor:
+    """The derivative of ``function`` at ``primals`` along ``tangents``."""
+    if transforming():
+        moved: Tensor = torch.func.jvp(function, primals, tangents)[1]
+        return moved
+    output = function(*map(forward_ad.make_dual, primals, tangents))
+    tangent = forward_ad.unpack_dual(output).tangent
+    return torch.zeros_like(output) if tangent is None else tangent
+
+
+def reaches_beyond(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> bool:
+    """Whether the graph of ``outputs`` ends in a leaf other than through the ``known`` tensors."""
+    edge_of = torch.autograd.graph.get_gradient_edge
+    stops = {(edge.node, edge.output_nr) for edge in map(edge_of, known)}
+    pending = [edge_of(x)[:2] for x in outputs if x.requires_grad]
+    seen = set()
+    while pending:
+        node, number = pending.pop()
+        if (node, number) in stops:
+            continue
+        if hasattr(node, "variable"):  # a leaf's accumulator
+            return True
+        if node in seen:
+            continue
+        seen.add(node)
+        pending.extend((nxt, nr) for nxt, nr in node.next_functions if nxt is not None)
+    return False
