@@ -21,7 +21,6 @@ from tests.strategies import (
     Problem,
     dense_solve,
     gaussian,
-    generator,
     problems,
     quick_and_thorough,
     relative_error,
@@ -174,7 +173,7 @@ def test_a_top_that_lanczos_could_not_see_is_found_when_it_grows(
         info = hypergrad.solve(operator, v.to(dtype), solver, on_failure="ignore").info
         if top * torch.finfo(dtype).eps > 1:  # the rounding of a product hides all but the top
             assert info.relative_residual <= 1.0
-            assert info.status in (Status.FIXED_ITERATIONS, Status.STAGNATED)
+            assert info.status is not Status.NEGATIVE_CURVATURE
             continue
         assert not info.status.failed
         assert info.relative_residual < 1.0
