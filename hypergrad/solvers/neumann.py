@@ -64,8 +64,8 @@ class Neumann(Solver):
         num_samples: None for one and the same operator in each product; r >= 1 for LiSSA.
 
     Raises (when solving):
-        SolverOptionError: a :class:`hypergrad.SampledOperator` without ``num_samples``, or
-            ``damping="auto"`` with it.
+        SolverOptionError: a :class:`hypergrad.SampledOperator` without ``num_samples``.
+        DampingError: ``damping="auto"`` with ``num_samples``.
 
     Cost: K HVPs, at most 10 more for ``step_size="auto"`` (and for each new bound), one to check a
     diverged answer.  With ``num_samples=r``: r (K - 1), at most 10 for ``"auto"``, and the check:

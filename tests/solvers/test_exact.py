@@ -184,7 +184,7 @@ def test_chunks_change_nothing_and_are_kept_to(chunk_size: int) -> None:
 def test_options_are_checked() -> None:
     for wrong in ({"fallback": "lu"}, {"chunk_size": 0}, {"max_bytes": 0}, {"rtol": -1.0}):
         with pytest.raises(hypergrad.SolverOptionError, match=next(iter(wrong))):
-            Exact(**wrong)  # type: ignore[arg-type]
+            Exact(**wrong)
 
 
 @quick_and_thorough
