@@ -53,8 +53,7 @@ class Exact(Solver):
             would take more than 64 MiB.
 
     Raises (when solving):
-        OperatorTooLargeError: the matrix and its factors would need more than ``max_bytes``, or
-            more than the device has free (where it says); before any product.
+        OperatorTooLargeError: before any product: more than ``max_bytes``, or than is free.
         NotSymmetricError: the matrix is not symmetric beyond the rounding of its products.
 
     Cost: n HVPs and one a right-hand side to check the answer (two where LDL was not enough);

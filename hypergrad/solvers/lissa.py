@@ -17,7 +17,11 @@ _PROBE_STEPS = 10
 #: The step is the inverse of the largest growth seen, times this.
 _MARGIN = 2.0
 #: A sum of K contractions has at most the norm K eta |v|; one above it by this factor diverges.
-_GROWTH = 1e6
+_GROWTH = 1e3
+#: Products that the residual of a callable is averaged over, at least.
+_LEAST_DRAWS = 4
+#: Standard errors by which that must exceed v before the answer counts as no better than zero.
+_SIGNIFICANT = 5.0
 
 
 def run_lissa(
@@ -87,23 +91,18 @@ def _step(system: DampedSystem, damping: float) -> float:
 def _residuals(
     system: DampedSystem, x: Tensor, damping: float, num_samples: int
 ) -> tuple[Tensor, Tensor]:
-    """Residual norms, and which are no smaller than those of the answer zero."""
+    """Residual norms, and which show that an answer is no better than zero."""
     if isinstance(system.operator, SampledOperator):
         parts = len(system.operator.operators)
         whole = DampedSystem(system.operator.mean, system.b, system.scales, damping)
         norms = row_norms(whole.residual(x, damping))
         system.num_hvps += parts * whole.num_hvps
         return norms, ~(norms < system.b_norms) & (system.b_norms > 0)
-    count = max(num_samples, 2)
-    total = torch.zeros_like(x)
-    squares = torch.zeros_like(system.b_norms)
-    for _ in range(count):
-        residual = system.residual(x, damping)
-        total += residual
-        squares += row_norms(residual) ** 2
-    norms = row_norms(total / count)
-    # Noise alone can make the mean longer than v.  That of two different samples' products is an
-    # unbiased estimate of the squared residual, and must say so too.
-    unbiased = (row_norms(total) ** 2 - squares) / (count * (count - 1))
-    failed = (norms >= system.b_norms) & (unbiased >= system.b_norms**2) & (system.b_norms > 0)
-    return norms, failed
+    count = max(num_samples, _LEAST_DRAWS)
+    residuals = torch.stack([system.residual(x, damping) for _ in range(count)])
+    mean = residuals.mean(dim=0)
+    norms = row_norms(mean)
+    # Noise alone can make the mean longer than v: only what is far beyond the noise is a failure.
+    noise = row_norms((residuals - mean).transpose(0, 1).flatten(1)) / (count * (count - 1)) ** 0.5
+    beyond = norms > torch.hypot(system.b_norms, _SIGNIFICANT * noise)
+    return norms, beyond & (system.b_norms > 0)

@@ -53,8 +53,9 @@ class Neumann(Solver):
     like 1/r.  ``"auto"`` then takes 1/eta = twice the largest growth seen in ten fresh products,
     which is no guarantee: repetitions that diverge end as STAGNATED.  The residual in the report is
     that of the mean operator where it is known (:class:`hypergrad.SampledOperator`); for a
-    callable it is the norm of the mean of max(r, 2) residuals with fresh products each, which
-    noise makes too large on average, never too small.
+    callable it is the norm of the mean of max(r, 4) residuals with fresh products each, which
+    noise makes too large on average, never too small; only where it exceeds |v| by far more than
+    the noise is the answer given up as STAGNATED.
 
     Attributes:
         num_terms: K, terms of the series.
@@ -63,12 +64,12 @@ class Neumann(Solver):
         num_samples: None for one and the same operator in each product; r >= 1 for LiSSA.
 
     Raises (when solving):
-        SolverOptionError: a :class:`hypergrad.SampledOperator` without ``num_samples``, or
-            ``damping="auto"`` with it.
+        SolverOptionError: a :class:`hypergrad.SampledOperator` without ``num_samples``.
+        DampingError: ``damping="auto"`` with ``num_samples``.
 
     Cost: K HVPs, at most 10 more for ``step_size="auto"`` (and for each new bound), one to check a
     diverged answer.  With ``num_samples=r``: r (K - 1), at most 10 for ``"auto"``, and the check:
-    max(r, 2), or one of each of the minibatches.
+    max(r, 4), or one of each of the minibatches.
     Sources: Lorraine, Vicol, Duvenaud, arXiv 1911.02590, equation (8); Saad, "Iterative Methods
     for Sparse Linear Systems" (2003), algorithm 12.1 (Chebyshev); Agarwal, Bullins, Hazan, arXiv
     1602.03943, and Koh and Liang, arXiv 1703.04730, section 3 (LiSSA).
@@ -167,21 +168,22 @@ class _Series:
         self.upper = torch.zeros_like(self.norms)
         self.fresh = torch.ones_like(self.norms, dtype=torch.bool)
         self.best_x, self.best_residual, self.best = self.x, self.residual, self.norms
-        # A sum may end below the best by rounding, and Chebyshev's residuals are not monotone.
+        # What no residual exceeds but for negative curvature or a bound that is too small: the
+        # smallest one so far, or for Chebyshev, whose residuals ripple, that of its start.
         self.reference = self.norms
         self.watched = torch.full_like(self.fresh, self.auto)
-        self.negative = torch.zeros_like(self.fresh)
+        self.negative, self.abandoned = torch.zeros_like(self.fresh), torch.zeros_like(self.fresh)
+        self.curvature = torch.ones_like(self.norms)
         self._first_bounds()
 
     def run(self) -> Outcome:
         system, damping, num_terms = self.system, self.damping, self.config.num_terms
         hopeless = _GROWTH * torch.maximum(self.norms, system.b_norms)
-        abandoned = torch.zeros_like(self.fresh)
-        curvature = torch.ones_like(self.norms)
         for term in range(1, num_terms + 1):
             self._direct()
             self.x = self.x + self.direction
-            if term < num_terms:
+            last = term == num_terms
+            if not last:
                 image = system.apply(self.direction, damping)
                 following = self.residual - image
             else:  # the recurrence drifts and does not know the answer's rounding: look at x itself
@@ -189,31 +191,28 @@ class _Series:
                 image = self.residual - following
             # Curvature along a residual that has grown tells why it grows.
             along = torch.linalg.vecdot(self.direction, image)
-            curvature = torch.where(abandoned | (self.norms == 0), curvature, along)
-            norms = row_norms(following)
-            if term < num_terms and self.auto:
-                grew = norms > (1.0 + system.rounding) * self.reference
-                for row in torch.nonzero(grew & self.watched & ~abandoned).flatten().tolist():
+            still = self.abandoned | (self.norms == 0)
+            self.curvature = torch.where(still, self.curvature, along)
+            norms = torch.where(self.abandoned, self.norms, row_norms(following))
+            grew = (norms > (1.0 + system.rounding) * self.reference) & self.watched
+            # A term is a power of one operator: what has grown like this never comes back.
+            gone = ~(norms <= hopeless)
+            any_grew, any_gone = torch.stack([grew.any(), gone.any()]).tolist()
+            if any_grew and not last:
+                for row in torch.nonzero(grew).flatten().tolist():
                     if self._bound_again(row):
                         following[row], norms[row] = self.best_residual[row], self.best[row]
-            self.residual = following
-            self.norms = torch.where(abandoned, self.norms, norms)
-            better = (self.norms < self.best) & ~abandoned
-            self.best_x = torch.where(better[:, None], self.x, self.best_x)
-            self.best_residual = torch.where(better[:, None], following, self.best_residual)
-            self.best = torch.where(better, self.norms, self.best)
-            if self.config.acceleration == "none":
-                self.reference = self.best
-            # A term is a power of one operator: what has grown like this never comes back.
-            abandoned = abandoned | ~(self.norms <= hopeless)
-            if bool(abandoned.all()):
+                gone = ~(norms <= hopeless)
+            self.residual, self.norms = following, norms
+            self._keep_best()
+            if any_gone and self._abandon(gone):
                 break
-            going = ~abandoned[:, None]
-            self.residual = torch.where(going, self.residual, torch.zeros_like(self.residual))
-            self.direction = torch.where(going, self.direction, torch.zeros_like(self.direction))
-        return self._outcome(curvature, term)
+        return self._outcome(term)
 
     def _direct(self) -> None:
+        if self.config.acceleration == "none":
+            self.direction = self.step[:, None] * self.residual
+            return
         ratio2 = self.ratio**2
         following = 1.0 / (2.0 - ratio2 * self.weight)
         following = torch.where(self.fresh, torch.ones_like(following), following)
@@ -222,6 +221,26 @@ class _Series:
         self.direction = old[:, None] * self.direction + new[:, None] * self.residual
         self.weight = following
         self.fresh = torch.zeros_like(self.fresh)
+
+    def _keep_best(self) -> None:
+        better = self.norms < self.best
+        if bool(better.all()):  # x and the residual are new tensors in each term
+            self.best_x, self.best_residual, self.best = self.x, self.residual, self.norms
+        else:
+            self.best_x = torch.where(better[:, None], self.x, self.best_x)
+            self.best_residual = torch.where(better[:, None], self.residual, self.best_residual)
+            self.best = torch.where(better, self.norms, self.best)
+        if self.config.acceleration == "none":
+            self.reference = self.best
+
+    def _abandon(self, gone: Tensor) -> bool:
+        """Follow these rows no further; whether none is left."""
+        self.abandoned = self.abandoned | gone
+        self.watched = self.watched & ~gone
+        stopped = self.abandoned[:, None]
+        self.residual = torch.where(stopped, torch.zeros_like(self.residual), self.residual)
+        self.direction = torch.where(stopped, torch.zeros_like(self.direction), self.direction)
+        return bool(self.abandoned.all())
 
     def _first_bounds(self) -> None:
         lower = self.damping
@@ -282,7 +301,7 @@ class _Series:
         self.reference[row] = self.best[row]
         return True
 
-    def _outcome(self, curvature: Tensor, terms: int) -> Outcome:
+    def _outcome(self, terms: int) -> Outcome:
         system = self.system
         x, norms = self.x, self.norms
         diverged = ~(norms < system.b_norms) & (system.b_norms > 0)
@@ -290,7 +309,7 @@ class _Series:
             x = torch.where(diverged[:, None], self.best_x, x)
             fresh = row_norms(system.residual(x[diverged], self.damping, diverged))
             norms = norms.masked_scatter(diverged, fresh)
-        bent = (curvature <= 0) | self.negative
+        bent = (self.curvature <= 0) | self.negative
         statuses = []
         for norm, bad, down in zip(norms.tolist(), diverged.tolist(), bent.tolist(), strict=True):
             status = Status.NEGATIVE_CURVATURE if down else Status.STAGNATED

@@ -131,7 +131,8 @@ class SpectralDensity:
         ax.plot(grid.numpy(), curve.numpy(), linewidth=1.2)
         ax.set_yscale("log")
         # One eigenvalue of n is a bump of height 1 / (n width sqrt(2 pi)): a tenth of it is noise.
-        ax.set_ylim(bottom=0.1 / (self.dim * width * math.sqrt(2.0 * math.pi)))
+        one = 1.0 / (self.dim * width * math.sqrt(2.0 * math.pi))
+        ax.set_ylim(0.1 * one, max(2.0 * float(curve.max()), one))
         ax.set_xlabel("eigenvalue")
         ax.set_ylabel("density")
         if path is not None:

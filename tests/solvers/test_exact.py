@@ -184,14 +184,12 @@ def test_chunks_change_nothing_and_are_kept_to(chunk_size: int) -> None:
 def test_options_are_checked() -> None:
     for wrong in ({"fallback": "lu"}, {"chunk_size": 0}, {"max_bytes": 0}, {"rtol": -1.0}):
         with pytest.raises(hypergrad.SolverOptionError, match=next(iter(wrong))):
-            Exact(**wrong)  # type: ignore[arg-type]
+            Exact(**wrong)
 
 
 @quick_and_thorough
 @given(problem=problems(INDEFINITE), seed=seeds)
-def test_ldl_is_as_accurate_on_indefinite_systems(
-    effort: str, problem: Problem, seed: int
-) -> None:
+def test_ldl_is_as_accurate_on_indefinite_systems(effort: str, problem: Problem, seed: int) -> None:
     v = gaussian(problem.n, seed=seed)
     solution = hypergrad.solve(problem.hvp(), v, Exact(fallback="ldl"))
     condition = problem.norm / float(problem.eigenvalues.abs().min())
@@ -213,9 +211,7 @@ def test_near_singularity_the_true_residual_decides(
     eigenvalues[5] = gap
     problem = symmetric(eigenvalues, seed=seed)
     v = gaussian(n, seed=seed + 50).to(dtype)
-    solution = hypergrad.solve(
-        problem.hvp(dtype), v, Exact(fallback=fallback), on_failure="ignore"
-    )
+    solution = hypergrad.solve(problem.hvp(dtype), v, Exact(fallback=fallback), on_failure="ignore")
     assert torch.isfinite(solution.value).all()
     outside = relative_residual(problem.matrix.to(dtype).to(F64), 0.0, solution.value, v)
     rounding = 50 * torch.finfo(dtype).eps * float(solution.value.norm() / v.norm())

@@ -43,10 +43,10 @@ def test_is_unbiased_and_knows_its_error(method: DiagonalMethod, spectrum: str) 
     # Five standard deviations: forty entries are looked at.
     assert bool((bias <= 5 * spread / count**0.5 + 1e-13).all())
     squares = torch.stack([estimate.standard_error for estimate in estimates]) ** 2
-    claimed, spread = float(squares.mean().sqrt()), float((spread**2).mean().sqrt())
+    claimed, seen = float(squares.mean().sqrt()), float((spread**2).mean().sqrt())
     # Leaving one out at a time correlates the samples.
-    assert claimed <= 1.3 * spread + 1e-13
-    assert spread <= 1.8 * claimed + 1e-13
+    assert claimed <= 1.3 * seen + 1e-13
+    assert seen <= 1.8 * claimed + 1e-13
 
 
 @every_method
