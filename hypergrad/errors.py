@@ -80,6 +80,10 @@ class OperatorTooLargeError(HypergradError, MemoryError):
     """A dense matrix of the operator would not fit in the memory allowed for it."""
 
 
+class DifferentiationError(HypergradError, RuntimeError):
+    """A derivative of a solve was asked for that cannot be made right; never a silent zero."""
+
+
 class ConvergenceError(HypergradError, RuntimeError):
     """A solve failed and the caller asked for ``on_failure="raise"``.
 
@@ -110,8 +114,9 @@ def warn(message: str, category: type[HypergradWarning]) -> None:
     Python shows a warning once a line by default, so that one attributed to a line of the library
     would hide those of every later caller.
     """
-    package = __name__.partition(".")[0]
+    # Frames of torch lie between a backward pass and the line that asked for it.
+    inside = (__name__.partition(".")[0], "torch")
     level, frame = 2, sys._getframe(1)  # level 1 is this function
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

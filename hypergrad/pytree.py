@@ -176,14 +176,17 @@ class TreeLayout:
 
     def flatten(self, tree: Tree, *, name: str = "v") -> Tensor:
         """``tree`` as one vector of shape (n,), detached; see :meth:`leaves` for the checks."""
-        leaves = self.leaves(tree, name=name)
-        return torch.cat([leaf.detach().reshape(-1).to(self.dtype) for leaf in leaves])
+        return self.rows(tree, name=name)[0].detach()
 
     def flatten_block(self, tree: Tree, *, name: str = "v") -> Tensor:
-        """A tree whose leaves have one more leading dimension m, as a block of shape (m, n)."""
-        leaves = self.leaves(tree, name=name, batched=True)
-        rows = leaves[0].shape[0]
-        return torch.cat([leaf.detach().reshape(rows, -1).to(self.dtype) for leaf in leaves], dim=1)
+        """A tree of m stacked trees as a block of shape (m, n), detached."""
+        return self.rows(tree, name=name, batched=True).detach()
+
+    def rows(self, tree: Tree, *, name: str = "v", batched: bool = False) -> Tensor:
+        """``tree``, or the m trees stacked in it, as a block of shape (m, n) with its graph."""
+        leaves = self.leaves(tree, name=name, batched=batched)
+        count = leaves[0].shape[0] if batched else 1
+        return torch.cat([leaf.reshape(count, -1).to(self.dtype) for leaf in leaves], dim=1)
 
     def unflatten(self, vector: Tensor) -> Tree:
         """A vector of shape (n,) as a tree, every leaf with its own shape and dtype."""

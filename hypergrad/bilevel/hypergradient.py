@@ -116,7 +116,8 @@ def hypergradient(
 
     # The operator's gradient graph also reaches the outer leaves, which makes the mixed term free.
     curvature = hessian(lambda w: inner_loss(w, outer_tree), inner_layout.unflatten_leaves(inner))
-    solution = solve(curvature, v, solver or CG(), damping=damping, x0=x0)
+    with torch.no_grad():  # only the value is of use: its own derivative is not asked for
+        solution = solve(curvature, v, solver or CG(), damping=damping, x0=x0)
     mixed = _mixed(curvature.gradients, outer, inner_layout, solution.value)
     implicit = [-term for term in mixed]
     parts = {"direct": direct, "implicit": implicit}

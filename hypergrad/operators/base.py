@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import TreeStructureError
+from ..errors import DifferentiationError, TreeStructureError
 from ..pytree import Tree, TreeLayout
+from ..transforms import differentiable, plain
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -21,7 +23,9 @@ class LinearOperator(ABC):
 
     A subclass gives a ``TreeLayout`` and ``_apply``, the product with a block of flat vectors.
     Everything else is derived: products with trees, sums, multiples, shifts, dense matrices and
-    SciPy operators.
+    SciPy operators.  Products are detached; a solve is differentiable in the tensors that the
+    operator lists in ``_tensors``, through ``_attached``.  To a solve, an operator that lists none
+    is a constant.
 
     Examples:
         >>> import torch, hypergrad
@@ -48,6 +52,37 @@ class LinearOperator(ABC):
         Returns:
             Shape (m, n), same dtype and device, detached.
         """
+
+    def _tensors(self) -> list[Tensor]:
+        """The tensors that A depends on and that a derivative may be asked for."""
+        return []
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
+        """The same operator of other tensors, in the order of :meth:`_tensors`; cheap."""
+        return self
+
+    def _attached(self, block: Tensor) -> Tensor:
+        """:meth:`_apply`, differentiable in ``block`` and in :meth:`_tensors`, any number of times.
+
+        It also runs under the transforms of ``torch.func``.
+        """
+        product: Tensor = _ConstantProduct.apply(self, block)
+        return product
+
+    def _depends_on_more(self) -> bool:
+        """Whether A depends on a tensor that is being differentiated, yet is not listed.
+
+        Such as one in a closure.  A callable tells only after a product.
+        """
+        return False
+
+    def _transposed(self) -> LinearOperator:
+        """The operator of A', for solvers that do not need A to be symmetric."""
+        raise DifferentiationError(
+            f"the derivative of a solve that is not symmetric needs products with the transpose, "
+            f"which {type(self).__name__} does not offer. Pass the matrix as a tensor, or solve "
+            "under torch.no_grad()."
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,7 +140,7 @@ class LinearOperator(ABC):
 
     def __truediv__(self, other: object) -> LinearOperator:
         scalar = _as_scalar(other)
-        if scalar == 0.0:
+        if isinstance(scalar, float) and scalar == 0.0:
             raise ZeroDivisionError("an operator was divided by zero")
         return NotImplemented if scalar is None else _Affine(self, 1.0 / scalar, 0.0)
 
@@ -122,11 +157,12 @@ class LinearOperator(ABC):
         scalar = _as_scalar(other)
         return NotImplemented if scalar is None else _Affine(self, -1.0, scalar)
 
-    def shift(self, damping: float) -> LinearOperator:
+    def shift(self, damping: float | Tensor) -> LinearOperator:
         """A + damping I."""
-        if not math.isfinite(damping):
-            raise ValueError(f"an operator was shifted by {damping}; expected a finite number")
-        return _Affine(self, 1.0, float(damping))
+        scalar = _as_scalar(damping)
+        if scalar is None:
+            raise ValueError(f"an operator was shifted by {damping!r}; expected a finite number")
+        return _Affine(self, 1.0, scalar)
 
     def to_dense(self, chunk_size: int = 256) -> Tensor:
         """The matrix of A in the flat coordinates of ``layout``, shape (n, n).
@@ -150,7 +186,8 @@ class LinearOperator(ABC):
         """A as a :class:`scipy.sparse.linalg.LinearOperator` on flat NumPy vectors.
 
         Products run on the operator's own device and dtype and come back as NumPy arrays
-        (float32 for 16-bit operators, which NumPy and SciPy's solvers do not serve).
+        (float32 for 16-bit operators, which NumPy and SciPy's solvers do not serve).  Adjoint
+        products are those of the transpose for matrices, and the same as A's for all others.
 
         Examples:
             >>> import torch, hypergrad
@@ -163,19 +200,21 @@ class LinearOperator(ABC):
 
         host = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
 
-        def matmat(columns: Any) -> Any:
-            block = torch.as_tensor(columns).T.to(dtype=self.dtype, device=self.device)
-            return self._apply(block.contiguous()).T.to(host).cpu().numpy()
+        try:
+            adjoint = self._transposed()
+        except DifferentiationError:  # what offers no transpose is taken to be self-adjoint
+            adjoint = self
 
-        def matvec(vector: Any) -> Any:
-            return matmat(vector.reshape(-1, 1))[:, 0]
+        def matmat(columns: Any, operator: LinearOperator = self) -> Any:
+            block = torch.as_tensor(columns).T.to(dtype=self.dtype, device=self.device)
+            return operator._apply(block.contiguous()).T.to(host).cpu().numpy()
 
         return ScipyOperator(
             shape=self.shape,
-            matvec=matvec,
-            rmatvec=matvec,
+            matvec=lambda vector: matmat(vector.reshape(-1, 1))[:, 0],
+            rmatvec=lambda vector: matmat(vector.reshape(-1, 1), adjoint)[:, 0],
             matmat=matmat,
-            rmatmat=matmat,
+            rmatmat=lambda columns: matmat(columns, adjoint),
             dtype=torch.empty(0, dtype=host).numpy().dtype,
         )
 
@@ -184,24 +223,81 @@ class LinearOperator(ABC):
         return f"<{type(self).__name__} {n}x{n} {self.dtype} on {self.device}>"
 
 
+class _ConstantProduct(torch.autograd.Function):
+    """A times a block, for an operator that is a constant: its own derivative and adjoint."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(operator: LinearOperator, block: Tensor) -> Tensor:
+        return operator._apply(block.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.operator = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, _ConstantProduct.apply(ctx.operator, grad)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        product: Tensor = _ConstantProduct.apply(ctx.operator, tangent)
+        return product
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[None, int], operator: LinearOperator, block: Tensor
+    ) -> tuple[Tensor, int]:
+        stacked = block.movedim(in_dims[1], 0)
+        rows = stacked.reshape(-1, stacked.shape[-1])
+        return _ConstantProduct.apply(operator, rows).reshape(stacked.shape), 0
+
+
 class _Affine(LinearOperator):
     """scale * A + shift * I."""
 
-    def __init__(self, base: LinearOperator, scale: float, shift: float) -> None:
+    def __init__(self, base: LinearOperator, scale: float | Tensor, shift: float | Tensor) -> None:
         super().__init__(base.layout)
         self.base: LinearOperator = base
-        self.scale: float = scale
-        self.offset: float = shift
+        self.scale: float | Tensor = scale
+        self.offset: float | Tensor = shift
         if isinstance(base, _Affine):  # keep chains of algebra one level deep
             self.base = base.base
             self.scale = scale * base.scale
             self.offset = scale * base.offset + shift
 
     def _apply(self, block: Tensor) -> Tensor:
-        product = self.base._apply(block)
-        if self.scale != 1.0:
-            product = self.scale * product
-        return torch.add(product, block, alpha=self.offset) if self.offset else product
+        return self._combined(self.base._apply(block), block, plain(self.scale), plain(self.offset))
+
+    @staticmethod
+    def _combined(
+        product: Tensor, block: Tensor, scale: float | Tensor, offset: float | Tensor
+    ) -> Tensor:
+        if isinstance(scale, Tensor) or scale != 1.0:
+            product = scale * product
+        if isinstance(offset, Tensor):
+            return product + offset.to(block.dtype) * block
+        return torch.add(product, block, alpha=offset) if offset else product
+
+    def _tensors(self) -> list[Tensor]:
+        own = [x for x in (self.scale, self.offset) if isinstance(x, Tensor)]
+        return own + self.base._tensors()
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
+        rest = list(tensors)
+        scale = rest.pop(0) if isinstance(self.scale, Tensor) else self.scale
+        offset = rest.pop(0) if isinstance(self.offset, Tensor) else self.offset
+        return _Affine(self.base._with_tensors(rest), scale, offset)
+
+    def _attached(self, block: Tensor) -> Tensor:
+        return self._combined(self.base._attached(block), block, self.scale, self.offset)
+
+    def _depends_on_more(self) -> bool:
+        return self.base._depends_on_more()
+
+    def _transposed(self) -> LinearOperator:
+        return _Affine(self.base._transposed(), self.scale, self.offset)
 
 
 class _Sum(LinearOperator):
@@ -214,6 +310,24 @@ class _Sum(LinearOperator):
 
     def _apply(self, block: Tensor) -> Tensor:
         return self.left._apply(block) + self.right._apply(block)
+
+    def _tensors(self) -> list[Tensor]:
+        return self.left._tensors() + self.right._tensors()
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
+        split = len(self.left._tensors())
+        return _Sum(
+            self.left._with_tensors(tensors[:split]), self.right._with_tensors(tensors[split:])
+        )
+
+    def _attached(self, block: Tensor) -> Tensor:
+        return self.left._attached(block) + self.right._attached(block)
+
+    def _depends_on_more(self) -> bool:
+        return self.left._depends_on_more() or self.right._depends_on_more()
+
+    def _transposed(self) -> LinearOperator:
+        return _Sum(self.left._transposed(), self.right._transposed())
 
 
 def check_same_layout(left: TreeLayout, right: TreeLayout, what: str) -> None:
@@ -232,10 +346,13 @@ def _describe(layout: TreeLayout) -> str:
     return f"[{', '.join(shapes)}{more}; {layout.dtype}; {layout.device}]"
 
 
-def _as_scalar(value: object) -> float | None:
+def _as_scalar(value: object) -> float | Tensor | None:
+    """A finite number; a 0-d tensor that is being differentiated stays one."""
     if isinstance(value, bool):
         return None
     if isinstance(value, Tensor) and value.ndim == 0:
+        if differentiable(value):
+            return value
         value = value.item()
     if not isinstance(value, int | float):
         return None

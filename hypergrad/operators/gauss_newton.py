@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import LossError, NonFiniteError, SolverOptionError, StaleOperatorError
+from ..errors import LossError, NonFiniteError, SolverOptionError
 from ..pytree import Tree, TreeLayout
+from ..transforms import reaches_beyond, tangents, transforming
 from .base import LinearOperator
-from .hessian import check_differentiable, report_unused
+from .hessian import Point, check_differentiable, report_unused
 
 
 class GaussNewtonOperator(LinearOperator):
@@ -36,32 +39,42 @@ class GaussNewtonOperator(LinearOperator):
             raise SolverOptionError(
                 f"chunk_size is {chunk_size!r}, expected None or an integer >= 1."
             )
-        inputs, targets = batch[0], batch[1:]
         originals = self.layout.leaves(params, name="params")
         check_differentiable(originals)
-        self._versions = [(leaf, leaf._version) for leaf in originals]
-        self._point = self.layout.unflatten_leaves([leaf.detach() for leaf in originals])
-        self._model: Callable[[Tree], Any] = lambda p: model_fn(p, inputs)
-        report_unused(self.layout, self._unused(), "the output of model_fn")
-        pass_forward = torch.func.vjp(self._model, self._point)
-        self._outputs, self._pull_back = pass_forward[0], pass_forward[1]
-        loss = loss_fn(self._outputs, *targets)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(f"the loss is {float(loss)}; expected a finite number.")
-        # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch (mse_loss,
-        # huber_loss) have no other through their gradients.
-        loss_gradient = torch.func.grad(lambda outputs: loss_fn(outputs, *targets))
-        self._loss_hessian = torch.func.vjp(loss_gradient, self._outputs)[1]
-        self.chunk_size = chunk_size
+        self.model_fn, self.loss_fn, self.chunk_size = model_fn, loss_fn, chunk_size
+        self._point = Point(originals, batch)
+        self._built: _Built | None = None
+        self._more: bool | None = None
+        if not transforming():  # there a solve builds it later, from the plain tensors
+            self._build()
 
-    def _unused(self) -> list[bool]:
+    def _functions(self) -> tuple[Callable[[Tree], Any], Callable[[Tensor], Any]]:
+        """The outputs of the parameters, and the loss of the outputs."""
+        inputs, targets = self._point.batch[0], self._point.batch[1:]
+        return lambda p: self.model_fn(p, inputs), lambda out: self.loss_fn(out, *targets)
+
+    def _build(self) -> _Built:
+        """The product, linearised once at the detached parameters."""
+        if self._built is None:
+            model, loss_fn = self._functions()
+            report_unused(self.layout, self._unused(model), "the output of model_fn")
+            point = [leaf.detach() for leaf in self._point.params]
+            with torch.enable_grad():
+                outputs, product = self._linearised(point)
+                loss = loss_fn(outputs)
+            if not isinstance(loss, Tensor) or loss.ndim != 0:
+                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteError(f"the loss is {float(loss)}; expected a finite number.")
+            self._built = _Built(outputs, loss, product)
+        return self._built
+
+    def _unused(self, model: Callable[[Tree], Any]) -> list[bool]:
         # torch.func gives zeros for parameters that the model ignores; autograd tells them apart.
-        leaves = [leaf.detach().requires_grad_() for leaf, _ in self._versions]
+        leaves = [leaf.detach().requires_grad_() for leaf in self._point.params]
         with torch.enable_grad():
-            outputs = self._model(self.layout.unflatten_leaves(leaves))
+            outputs = model(self.layout.unflatten_leaves(leaves))
             if not isinstance(outputs, Tensor):
                 raise LossError(
                     f"model_fn returned a {type(outputs).__name__}, expected one torch.Tensor."
@@ -71,25 +84,67 @@ class GaussNewtonOperator(LinearOperator):
                 used = torch.autograd.grad(outputs.sum(), leaves, allow_unused=True)
         return [grad is None for grad in used]
 
-    def _product(self, vector: Tensor) -> Tensor:
-        tangent = self.layout.unflatten(vector)
-        pushed = torch.func.jvp(self._model, (self._point,), (tangent,))[1]
-        (weighted,) = self._loss_hessian(pushed)
-        (pulled,) = self._pull_back(weighted)
-        return torch.cat(
-            [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(pulled)]
-        )
+    def _linearised(self, params: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The model's outputs at ``params``, and the product with a flat vector there."""
+        model, loss_fn = self._functions()
+        point = self.layout.unflatten_leaves(params)
+        passed = torch.func.vjp(model, point)
+        outputs, pull_back = passed[0], passed[1]
+        loss_hessian: list[Callable[[Tensor], Any]] = []
+
+        def product(vector: Tensor) -> Tensor:
+            if not loss_hessian:
+                # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch
+                # (mse_loss, huber_loss) have no other through their gradients.
+                loss_hessian.append(torch.func.vjp(torch.func.grad(loss_fn), outputs)[1])
+            tangent = self.layout.unflatten(vector)
+            pushed = torch.func.jvp(model, (point,), (tangent,))[1]
+            (weighted,) = loss_hessian[0](pushed)
+            (pulled,) = pull_back(weighted)
+            return torch.cat(
+                [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(pulled)]
+            )
+
+        return outputs, product
+
+    def _tensors(self) -> list[Tensor]:
+        return self._point.tensors
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
+        other = copy.copy(self)
+        other._point, other._built, other._more = self._point.replaced(tensors), None, None
+        return other
+
+    def _depends_on_more(self) -> bool:
+        if transforming() or tangents():
+            return self._point.depends_on_more(self)
+        if self._more is None:
+            built = self._build()
+            known = [x for x in self._point.batch_tensors if x.requires_grad]
+            self._more = reaches_beyond([built.outputs, built.loss], known)
+        return self._more
+
+    def _attached(self, block: Tensor) -> Tensor:
+        self._point.check_fresh(self.layout)
+        return torch.func.vmap(self._linearised(self._point.params)[1])(block)
 
     def _apply(self, block: Tensor) -> Tensor:
-        for (leaf, version), path in zip(self._versions, self.layout.paths, strict=True):
-            if leaf._version != version:
-                raise StaleOperatorError(
-                    f"params{path} was modified in place after this operator was made. "
-                    "Make a new operator after each optimiser step."
-                )
+        self._point.check_fresh(self.layout)
+        if transforming():
+            return self._attached(block).detach()
+        product = self._build().product
         if block.shape[0] == 1:
-            return self._product(block[0]).detach()[None]
-        return torch.func.vmap(self._product, chunk_size=self.chunk_size)(block).detach()
+            return product(block[0]).detach()[None]
+        return torch.func.vmap(product, chunk_size=self.chunk_size)(block).detach()
+
+
+@dataclass(frozen=True, eq=False)
+class _Built:
+    """What one pass through the model and the loss leaves behind."""
+
+    outputs: Tensor
+    loss: Tensor
+    product: Callable[[Tensor], Tensor]
 
 
 def ggn(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import (
@@ -17,6 +20,14 @@ from ..errors import (
     warn,
 )
 from ..pytree import Tree, TreeLayout
+from ..transforms import (
+    differentiable,
+    has_tangent,
+    reaches_beyond,
+    tangents,
+    transforming,
+    unwrapped,
+)
 from .base import LinearOperator
 
 Mode = Literal["auto", "reverse_over_reverse", "forward_over_reverse"]
@@ -44,55 +55,127 @@ class HessianOperator(LinearOperator):
         self.loss_fn, self.batch, self.mode, self.chunk_size = loss_fn, batch, mode, chunk_size
         originals = self.layout.leaves(params, name="params")
         check_differentiable(originals)
-        self._versions = [(leaf, leaf._version) for leaf in originals]
-        # Fresh leaves that share storage: the caller's flags and .grad stay untouched.
-        self._leaves = [leaf.detach().requires_grad_() for leaf in originals]
-        self._params = self.layout.unflatten_leaves(self._leaves)
-        with torch.enable_grad():
-            loss = check_loss(self.loss_fn(self._params, *batch), "the loss")
-            grads = torch.autograd.grad(loss, self._leaves, create_graph=True, allow_unused=True)
-        self.loss = loss.detach()
-        report_unused(self.layout, [grad is None for grad in grads], "the loss")
-        # Leaves in which the loss is linear have a gradient without a graph: their rows are zero.
-        self.gradients = grads
+        self._point = Point(originals, batch)
+        self._built: _Built | None = None
+        self._more: bool | None = None
+        if not transforming():  # there a solve builds it later, from the plain tensors
+            self._build()
 
-    def _check_fresh(self) -> None:
-        for (leaf, version), path in zip(self._versions, self.layout.paths, strict=True):
-            if leaf._version != version:
-                raise StaleOperatorError(
-                    f"params{path} was modified in place after this Hessian was made. "
-                    "Make a new operator after each optimiser step."
-                )
+    @property
+    def loss(self) -> Tensor:
+        """The loss at the parameters, detached."""
+        return self._build().loss
+
+    @property
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """The gradient by leaf, with its graph; None for leaves that the loss does not use.
+
+        Leaves in which the loss is linear have a gradient without a graph: their rows are zero.
+        """
+        return self._build().gradients
+
+    def _build(self) -> _Built:
+        """The graph of the gradient, once."""
+        if self._built is None:
+            # Fresh leaves that share storage: the caller's flags and .grad stay untouched.
+            leaves = [leaf.detach().requires_grad_() for leaf in self._point.params]
+            params = self.layout.unflatten_leaves(leaves)
+            with torch.enable_grad():
+                loss = check_loss(self.loss_fn(params, *self.batch), "the loss")
+                grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            report_unused(self.layout, [grad is None for grad in grads], "the loss")
+            self._built = _Built(loss.detach(), leaves, grads)
+        return self._built
+
+    def _tensors(self) -> list[Tensor]:
+        return self._point.tensors
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
+        other = copy.copy(self)
+        other._point, other._built, other._more = self._point.replaced(tensors), None, None
+        other.batch = other._point.batch
+        return other
+
+    def _depends_on_more(self) -> bool:
+        if transforming() or tangents():
+            return self._point.depends_on_more(self)
+        if self._more is None:
+            built = self._build()
+            known = built.leaves + [x for x in self._point.batch_tensors if x.requires_grad]
+            self._more = reaches_beyond([x for x in built.gradients if x is not None], known)
+        return self._more
+
+    def _attached(self, block: Tensor) -> Tensor:
+        self._point.check_fresh(self.layout)
+        if transforming():
+            return self._functional(block)
+        # Each leaf by itself: what else depends on it, such as the batch, stands still.
+        leaves = [
+            x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+            for x in self._point.params
+        ]
+        with torch.enable_grad():
+            loss = check_loss(
+                self.loss_fn(self.layout.unflatten_leaves(leaves), *self.batch), "the loss"
+            )
+            grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            return torch.stack([self._pulled(grads, leaves, row, create=True) for row in block])
+
+    def _functional(self, block: Tensor) -> Tensor:
+        """Reverse-over-reverse products by ``torch.func``, where plain autograd may not run."""
+        point = self.layout.unflatten_leaves(self._point.params)
+        gradient = torch.func.grad(lambda params: self.loss_fn(params, *self.batch).reshape(()))
+        _, pull = torch.func.vjp(gradient, point)
+        rows = []
+        for row in block.unbind():
+            (product,) = pull(self.layout.unflatten(row))
+            leaves = self.layout.leaves_unchecked(product)
+            rows.append(torch.cat([x.reshape(-1).to(self.dtype) for x in leaves]))
+        return torch.stack(rows)
 
     def _apply(self, block: Tensor) -> Tensor:
-        self._check_fresh()
+        self._point.check_fresh(self.layout)
+        if transforming():
+            return self._functional(block).detach()
         if self.mode == "forward_over_reverse":
             return self._forward_over_reverse(block)
         return torch.stack([self._reverse_over_reverse(row) for row in block])
 
     def _reverse_over_reverse(self, vector: Tensor) -> Tensor:
+        built = self._build()
+        return self._pulled(built.gradients, built.leaves, vector, create=False).detach()
+
+    def _pulled(
+        self,
+        gradients: Sequence[Tensor | None],
+        leaves: list[Tensor],
+        vector: Tensor,
+        *,
+        create: bool,
+    ) -> Tensor:
         """d/dp <grad(p), v> on the kept graph of the gradient: one backward pass a product."""
         directions = self.layout.split(vector)
         pairs = [
             (grad, direction)
-            for grad, direction in zip(self.gradients, directions, strict=True)
+            for grad, direction in zip(gradients, directions, strict=True)
             if grad is not None and grad.requires_grad
         ]
         if not pairs:
             return torch.zeros_like(vector)
         products = torch.autograd.grad(
             [grad for grad, _ in pairs],
-            self._leaves,
+            leaves,
             grad_outputs=[direction for _, direction in pairs],
             retain_graph=True,
+            create_graph=create,
             allow_unused=True,
             materialize_grads=True,
         )
-        return torch.cat([product.detach().reshape(-1).to(self.dtype) for product in products])
+        return torch.cat([product.reshape(-1).to(self.dtype) for product in products])
 
     def _forward_over_reverse(self, block: Tensor) -> Tensor:
         """Forward-mode products of the gradient, batched over the block by vmap."""
-        point = self.layout.unflatten_leaves([leaf.detach() for leaf in self._leaves])
+        point = self.layout.unflatten_leaves([leaf.detach() for leaf in self._point.params])
         gradient = torch.func.grad(lambda params: self.loss_fn(params, *self.batch).reshape(()))
 
         def product(vector: Tensor) -> Tensor:
@@ -112,6 +195,58 @@ class HessianOperator(LinearOperator):
                 f"that vmap cannot batch ({' '.join(str(error).split())[:120]}). Use "
                 'mode="reverse_over_reverse".'
             ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Built:
+    """The gradient at a point, with its graph."""
+
+    loss: Tensor
+    leaves: list[Tensor]
+    gradients: tuple[Tensor | None, ...]
+
+
+class Point:
+    """The parameters and the batch that an operator was made with, and the tensors among them."""
+
+    def __init__(self, params: Sequence[Tensor], batch: tuple[Any, ...]) -> None:
+        self.params, self.batch = list(params), batch
+        self._leaves, self._spec = torch_pytree.tree_flatten(batch)
+        self._versions = [leaf._version for leaf in self.params]
+
+    @property
+    def batch_tensors(self) -> list[Tensor]:
+        """The tensors of the batch, wherever they are in it."""
+        return [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The parameters, then the tensors of the batch."""
+        return self.params + self.batch_tensors
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Point:
+        """The same point with other tensors."""
+        count = len(self.params)
+        rest = iter(tensors[count:])
+        leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        batch = torch_pytree.tree_unflatten(leaves, self._spec)
+        return Point(tensors[:count], batch)
+
+    def check_fresh(self, layout: TreeLayout) -> None:
+        """Raise :class:`StaleOperatorError` if the parameters were modified in place since."""
+        for leaf, version, path in zip(self.params, self._versions, layout.paths, strict=True):
+            if leaf._version != version:
+                raise StaleOperatorError(
+                    f"params{path} was modified in place after this operator was made. "
+                    "Make a new operator after each optimiser step."
+                )
+
+    def depends_on_more(self, operator: LinearOperator) -> bool:
+        """Whether products are being differentiated though all listed tensors are constants."""
+        constants = operator._with_tensors([unwrapped(x) for x in self.tensors])
+        probe = torch.ones(1, operator.layout.dim, dtype=operator.dtype, device=operator.device)
+        product = constants._attached(probe)
+        return differentiable(product) if transforming() else has_tangent(product)
 
 
 def hessian(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import DeviceError, LeafTypeError, TreeStructureError
 from ..pytree import Tree, TreeLayout
+from ..transforms import differentiable, transforming
 from .base import LinearOperator
 
 
@@ -27,20 +28,39 @@ class CallableOperator(LinearOperator):
     ) -> None:
         super().__init__(layout)
         self.hvp_fn, self.batchable = hvp_fn, batchable
+        #: Whether a product so far came with a graph: of tensors that cannot be listed.
+        self._carries_graph = False
 
     def _apply(self, block: Tensor) -> Tensor:
+        return self._products(block.detach(), self._cut)
+
+    def _attached(self, block: Tensor) -> Tensor:
+        return self._products(block, lambda product: product)
+
+    def _cut(self, product: Tensor) -> Tensor:
+        self._carries_graph |= differentiable(product)
+        return product.detach()
+
+    def _products(self, block: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+        name = "the output of hvp_fn"
         if self.batchable:
             products = torch.func.vmap(self.hvp_fn)(self.layout.unflatten_block(block))
-            return self.layout.flatten_block(products, name="the output of hvp_fn")
+            return finish(self.layout.rows(products, name=name, batched=True))
         # Copies: a callable that works in place on its argument must not reach the solver's own
         # vectors.
-        rows = [
-            self.layout.flatten(
-                self.hvp_fn(self.layout.unflatten(row)), name="the output of hvp_fn"
-            )
-            for row in block.clone()
-        ]
-        return torch.stack(rows)
+        return torch.cat(
+            [
+                finish(self.layout.rows(self.hvp_fn(self.layout.unflatten(row)), name=name))
+                for row in block.clone()
+            ]
+        )
+
+    def _depends_on_more(self) -> bool:
+        if not transforming():
+            return self._carries_graph
+        # Tensors under a transform would enter the solve as constants without a word.
+        probe = torch.ones(1, self.layout.dim, dtype=self.dtype, device=self.device)
+        return differentiable(self._attached(probe))
 
 
 class DenseOperator(LinearOperator):
@@ -48,10 +68,22 @@ class DenseOperator(LinearOperator):
 
     def __init__(self, matrix: Tensor, layout: TreeLayout) -> None:
         super().__init__(layout)
-        self.matrix = matrix  # with its graph, for those who differentiate
+        self.matrix = matrix
 
     def _apply(self, block: Tensor) -> Tensor:
         return (self.matrix.detach() @ block.T).T  # also for sparse layouts
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.matrix]
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
+        return DenseOperator(tensors[0], self.layout)
+
+    def _attached(self, block: Tensor) -> Tensor:
+        return (self.matrix @ block.T).T
+
+    def _transposed(self) -> LinearOperator:
+        return DenseOperator(self.matrix.T, self.layout)
 
 
 class ScipyOperator(LinearOperator):
@@ -69,6 +101,9 @@ class ScipyOperator(LinearOperator):
         products = np.ascontiguousarray(self.operator.matmat(columns).T)
         return torch.from_numpy(products).to(dtype=self.dtype, device=self.device)
 
+    def _transposed(self) -> LinearOperator:
+        return ScipyOperator(self.operator.T, self.layout)
+
 
 class ForeignOperator(LinearOperator):
     """The operator of another package's: one of linear_operator or of curvlinops.
@@ -84,6 +119,11 @@ class ForeignOperator(LinearOperator):
         columns = block.detach().T.to(dtype=self.operator.dtype, device=self.operator.device)
         products: Tensor = self.operator @ columns.contiguous()
         return products.detach().T.to(dtype=self.dtype, device=self.device)
+
+    def _transposed(self) -> LinearOperator:
+        theirs = self.operator
+        adjoint = theirs.adjoint() if hasattr(theirs, "adjoint") else theirs.mT
+        return ForeignOperator(adjoint, self.layout)
 
 
 def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) -> LinearOperator:

@@ -107,10 +107,13 @@ class Solution:
     Attributes:
         value: x, with the structure, dtype and device of v.
         info: how right it is and what it cost.
+        backward: the report of each solve that differentiating ``value`` has taken so far, in the
+            order in which they ran: one a backward pass, of any order, or forward-mode tangent.
     """
 
     value: Tree
     info: SolveInfo
+    backward: list[SolveInfo] = field(default_factory=list)
 
 
 @dataclass
@@ -128,6 +131,8 @@ class Outcome:
         directions: unit vectors of non-positive curvature by row.
         solver: what ran, where the configuration chose another.
         reason: why it did.
+        backward_solver: what solves the system once more when the answer is differentiated, with
+            all that was prepared, such as a sketch; None for the same configuration.
     """
 
     x: Tensor
@@ -140,6 +145,7 @@ class Outcome:
     directions: dict[int, Tensor] = field(default_factory=dict)
     solver: Solver | None = None
     reason: str | None = None
+    backward_solver: Solver | None = None
 
 
 class DampedSystem:
@@ -247,6 +253,8 @@ class Solver(ABC):
 
     #: Damping when the caller names none.
     default_damping: Damping = 0.0
+    #: Whether A must be symmetric; the adjoint system is then the system itself.
+    self_adjoint: bool = True
 
     @abstractmethod
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:

@@ -79,6 +79,8 @@ class GMRES(Solver):
     restart: int = _DEFAULT_RESTART
     preconditioner: Any = None
 
+    self_adjoint = False
+
     def __post_init__(self) -> None:
         check_krylov_options(self.rtol, self.atol, self.max_iters)
         check_option(is_count(self.restart), "restart", self.restart, "an integer >= 1")

@@ -138,6 +138,9 @@ class Nystrom(Solver):
             damping=damping,
             rank=sketch.rank,
             smallest_eigenvalue=sketch.smallest_eigenvalue,
+            backward_solver=_Sketched(
+                self.rank, self.sketch, self.generator, self.negative_curvature, made=sketch
+            ),
         )
 
     def _statuses(
@@ -163,3 +166,14 @@ class Nystrom(Solver):
             else:
                 statuses.append(Status.FIXED_ITERATIONS if norm < size else Status.STAGNATED)
         return statuses
+
+
+@dataclass(frozen=True)
+class _Sketched(Nystrom):
+    """The same configuration with its sketch made: what solves again at no new sketch."""
+
+    made: NystromSketch | None = None
+
+    def _sketch_of(self, system: DampedSystem) -> NystromSketch:
+        assert self.made is not None
+        return self.made

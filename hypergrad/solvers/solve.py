@@ -8,29 +8,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import (
-    ConvergenceError,
-    ConvergenceWarning,
-    SolverOptionError,
-    TreeStructureError,
-    warn,
-)
-from ..operators import LinearOperator, as_operator
-from ..pytree import Tree, TreeLayout, powers_of_two, working_dtype
-from .base import (
-    DampedSystem,
-    Damping,
-    Outcome,
-    Solution,
-    SolveInfo,
-    Solver,
-    Status,
-    check_damping,
-)
+from ..errors import SolverOptionError, TreeStructureError
+from ..operators import as_operator
+from ..pytree import Tree, TreeLayout
+from ..transforms import differentiable
+from .base import Damping, Solution, Solver, check_damping
 from .cg import CG
 from .choice import Auto
-
-OnFailure = Literal["raise", "warn", "ignore"]
+from .differentiable import answer
+from .run import BlockSolve, OnFailure, act_on_failure, summary
 
 
 def solve(
@@ -38,7 +24,7 @@ def solve(
     v: Tree,
     solver: Solver | Literal["auto"] | None = None,
     *,
-    damping: Damping | None = None,
+    damping: Damping | Tensor | None = None,
     x0: Tree | None = None,
     batched: bool = False,
     on_failure: OnFailure = "warn",
@@ -96,85 +82,28 @@ def solve(
         raise SolverOptionError(
             f"on_failure is {on_failure!r}, expected one of {get_args(OnFailure)}."
         )
-    damping = solver.default_damping if damping is None else check_damping(damping)
     layout = TreeLayout.of(v, name="v", batched=batched)
     op = as_operator(operator, like=_one_tree(layout, v, batched))
-
-    rows = _rows(op, v, "v", batched)
-    # By the largest entry and not by the norm, which may itself overflow.
-    scales = powers_of_two(rows.abs().amax(dim=1))
-    b = rows / scales[:, None]
-    start = None if x0 is None else _rows(op, x0, "x0", batched)
-    if start is not None:
-        if start.shape != b.shape:
-            raise TreeStructureError(
-                f"x0 stacks {start.shape[0]} trees, but v stacks {b.shape[0]}; expected the same."
-            )
-        start = start / scales[:, None]
-    system = DampedSystem(op, b, scales, damping)
-    outcome = solver._run(system, start)
-
-    x = (system.returned(outcome.x) * scales[:, None]).to(op.dtype)
+    moving = isinstance(damping, Tensor) and damping.numel() == 1 and differentiable(damping)
+    rho = damping.reshape(()) if moving else None
+    number = solver.default_damping if damping is None or moving else check_damping(damping)
+    block = op.layout.rows(v, batched=batched)
+    start = None if x0 is None else op.layout.rows(x0, name="x0", batched=batched)
+    if start is not None and start.shape != block.shape:
+        raise TreeStructureError(
+            f"x0 stacks {start.shape[0]} trees, but v stacks {block.shape[0]}; expected the same."
+        )
+    call = BlockSolve(op, solver, number, on_failure, torch.is_grad_enabled())
+    x = answer(call, block, start, rho)
     tree = op.layout.unflatten_block(x) if batched else op.layout.unflatten(x[0])
     # v may order its keys differently from the operator, or be a list where that has a tuple.
     value = layout.unflatten_leaves(layout.leaves(tree, name="x", batched=batched))
-    solution = Solution(value, _report(outcome, system, solver, batched))
-    if solution.info.status.failed and on_failure != "ignore":
-        if on_failure == "raise":
-            raise ConvergenceError(solution.info.message, solution)
-        # Few digits, so that Python shows the warning once a place and not at each outer step.
-        info = solution.info
-        figure = f"relative residual about {info.relative_residual:.0e}"
-        warn(f"{type(solver).__name__}: {info.status.value} ({figure}).", ConvergenceWarning)
+    info = summary(call.columns) if batched or len(call.columns) > 1 else call.columns[0]
+    solution = Solution(value, replace(info, num_hvps=sum(call.hvps)), call.later)
+    act_on_failure(solution, on_failure)
     return solution
 
 
 def _one_tree(layout: TreeLayout, v: Tree, batched: bool) -> Tree:
     leaves = layout.leaves(v, batched=batched)
     return layout.unflatten_leaves([leaf[0] for leaf in leaves]) if batched else v
-
-
-def _rows(op: LinearOperator, tree: Tree, name: str, batched: bool) -> Tensor:
-    """The tree as rows in the working dtype, shape (m, n), finite."""
-    if batched:
-        block = op.layout.flatten_block(tree, name=name)
-    else:
-        block = op.layout.flatten(tree, name=name)[None]
-    op.layout.check_finite(block, name)
-    return block.to(working_dtype(op.dtype, op.device))
-
-
-def _report(outcome: Outcome, system: DampedSystem, solver: Solver, batched: bool) -> SolveInfo:
-    b_norms = torch.where(system.b_norms > 0, system.b_norms, torch.ones_like(system.b_norms))
-    relative = (outcome.residual_norms / b_norms).tolist()
-    norms = (outcome.residual_norms * system.scales).tolist()
-    columns = []
-    for row, status in enumerate(outcome.statuses):
-        direction = outcome.directions.get(row)
-        columns.append(
-            SolveInfo(
-                status=status,
-                converged=status is Status.CONVERGED,
-                residual_norm=norms[row],
-                relative_residual=relative[row],
-                iterations=outcome.iterations[row],
-                num_hvps=system.num_hvps,
-                damping=outcome.damping,
-                solver=outcome.solver or solver,
-                reason=outcome.reason,
-                rank=outcome.rank,
-                smallest_eigenvalue=outcome.smallest_eigenvalue,
-                direction=None
-                if direction is None
-                else system.operator.layout.unflatten(direction.to(system.operator.dtype)),
-            )
-        )
-    if not batched:
-        return columns[0]
-    worst = max(columns, key=lambda info: (info.status.failed, info.relative_residual))
-    return replace(
-        worst,
-        converged=all(info.converged for info in columns),
-        iterations=max(info.iterations for info in columns),
-        columns=tuple(columns),
-    )

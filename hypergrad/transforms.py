@@ -1,0 +1,135 @@
+"""What is being differentiated or batched: autograd's graphs, dual numbers and ``torch.func``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+_functorch = torch._C._functorch
+T = TypeVar("T")
+
+
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` (vmap, grad, jvp ...) is running."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Whether a derivative, or a batch of values, runs through a tensor at any level.
+
+    ``requires_grad`` alone tells of the innermost level only.
+    """
+    if not transforming():
+        return (tensor.requires_grad and torch.is_grad_enabled()) or has_tangent(tensor)
+    interpreter = retrieve_current_functorch_interpreter()
+    if (
+        _functorch.is_functorch_wrapped_tensor(tensor)
+        and _functorch.maybe_get_level(tensor) == interpreter.level()
+    ):
+        if _functorch.is_batchedtensor(tensor) or tensor.requires_grad or has_tangent(tensor):
+            return True
+        tensor = _functorch.get_unwrapped(tensor)
+    with interpreter.lower():
+        return differentiable(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """One plain, detached value of a tensor that transforms of ``torch.func`` run over."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        dim = _functorch.maybe_get_bdim(tensor) if _functorch.is_batchedtensor(tensor) else None
+        tensor = _functorch.get_unwrapped(tensor)
+        tensor = tensor if dim is None else tensor.select(dim, 0)
+    return (forward_ad.unpack_dual(tensor).primal if tangents() else tensor).detach()
+
+
+def recording() -> bool:
+    """Whether derivatives are being recorded: gradients, or tangents of dual numbers."""
+    return torch.is_grad_enabled() or tangents()
+
+
+def tangents() -> bool:
+    """Whether forward-mode differentiation by dual numbers is on."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor is a dual number of forward-mode differentiation."""
+    return tangents() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def plain(value: T) -> T:
+    """A tensor detached; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def pullback(
+    function: Callable[[list[Tensor]], Tensor],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[bool],
+    cotangent: Tensor,
+) -> list[Tensor | None]:
+    """The gradient of <function(inputs), cotangent> in each wanted input, None for the others.
+
+    Differentiable in the inputs and the cotangent where gradients are being recorded.  Each input
+    is taken by itself: one that was computed from another does not pass its gradient on to it.
+    """
+    index = [i for i, want in enumerate(wanted) if want]
+    if not index:
+        return [None] * len(inputs)
+
+    def of_wanted(*chosen: Tensor) -> Tensor:
+        every = list(inputs)
+        for i, tensor in zip(index, chosen, strict=True):
+            every[i] = tensor
+        return function(every)
+
+    if transforming():
+        _, pull = torch.func.vjp(of_wanted, *(inputs[i] for i in index))
+        grads: Sequence[Tensor] = pull(cotangent)
+    else:
+        create = torch.is_grad_enabled()
+        with torch.enable_grad():
+            chosen = [
+                inputs[i].view_as(inputs[i]) if create else inputs[i].detach().requires_grad_()
+                for i in index
+            ]
+            output = of_wanted(*chosen)
+            if output.requires_grad:
+                grads = torch.autograd.grad(
+                    output,
+                    chosen,
+                    cotangent,
+                    create_graph=create,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            else:  # such as the Hessian of a quadratic loss
+                grads = [torch.zeros_like(x) for x in chosen]
+    out: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(index, grads, strict=True):
+        out[i] = grad
+    return out
+
+
+def reaches_beyond(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> bool:
+    """Whether the graph of ``outputs`` ends in a leaf other than through the ``known`` tensors."""
+    edge_of = torch.autograd.graph.get_gradient_edge
+    stops = {(edge.node, edge.output_nr) for edge in map(edge_of, known)}
+    pending = [edge_of(x)[:2] for x in outputs if x.requires_grad]
+    seen = set()
+    while pending:
+        node, number = pending.pop()
+        if (node, number) in stops:
+            continue
+        if hasattr(node, "variable"):  # a leaf's accumulator
+            return True
+        if node in seen:
+            continue
+        seen.add(node)
+        pending.extend((nxt, nr) for nxt, nr in node.next_functions if nxt is not None)
+    return False
