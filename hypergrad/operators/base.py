@@ -186,7 +186,8 @@ class LinearOperator(ABC):
         """A as a :class:`scipy.sparse.linalg.LinearOperator` on flat NumPy vectors.
 
         Products run on the operator's own device and dtype and come back as NumPy arrays
-        (float32 for 16-bit operators, which NumPy and SciPy's solvers do not serve).
+        (float32 for 16-bit operators, which NumPy and SciPy's solvers do not serve).  Adjoint
+        products are those of the transpose for matrices, and the same as A's for all others.
 
         Examples:
             >>> import torch, hypergrad
@@ -199,19 +200,21 @@ class LinearOperator(ABC):
 
         host = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
 
-        def matmat(columns: Any) -> Any:
-            block = torch.as_tensor(columns).T.to(dtype=self.dtype, device=self.device)
-            return self._apply(block.contiguous()).T.to(host).cpu().numpy()
+        try:
+            adjoint = self._transposed()
+        except DifferentiationError:  # what offers no transpose is taken to be self-adjoint
+            adjoint = self
 
-        def matvec(vector: Any) -> Any:
-            return matmat(vector.reshape(-1, 1))[:, 0]
+        def matmat(columns: Any, operator: LinearOperator = self) -> Any:
+            block = torch.as_tensor(columns).T.to(dtype=self.dtype, device=self.device)
+            return operator._apply(block.contiguous()).T.to(host).cpu().numpy()
 
         return ScipyOperator(
             shape=self.shape,
-            matvec=matvec,
-            rmatvec=matvec,
+            matvec=lambda vector: matmat(vector.reshape(-1, 1))[:, 0],
+            rmatvec=lambda vector: matmat(vector.reshape(-1, 1), adjoint)[:, 0],
             matmat=matmat,
-            rmatmat=matmat,
+            rmatmat=lambda columns: matmat(columns, adjoint),
             dtype=torch.empty(0, dtype=host).numpy().dtype,
         )
 

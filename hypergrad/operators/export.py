@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -10,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import DifferentiationError
 from ..pytree import Tree
-from .base import LinearOperator, _Affine, _Sum
-from .interop import DenseOperator, as_operator
+from .base import LinearOperator
+from .interop import as_operator
 
 
 def to_linear_operator(operator: Any, like: Tree | None = None) -> Any:
     """A as a ``linear_operator.LinearOperator``, on columns in the flat order of its trees.
 
     What that package offers is then to be had: its solves, log-determinants, roots and lazy
-    algebra, all from products with A.  Gradients flow through it to right-hand sides, and to the
-    matrix of an operator made of a dense one; other operators are constants of the graph.
+    algebra, all from products with A.  Gradients flow through it to right-hand sides and to the
+    tensors that A depends on: a dense operator's matrix, a Hessian's parameters.  Callables and
+    the operators of other packages are constants of the graph.
 
     Args:
         operator: anything :func:`hypergrad.as_operator` takes.
@@ -28,14 +29,13 @@ def to_linear_operator(operator: Any, like: Tree | None = None) -> Any:
 
     Returns:
         An object of shape (n, n) that acts on tensors of shape (..., n, k), on the operator's
-        device.  Moved to another dtype, it still multiplies in the operator's own, unless it is
-        dense.
+        device.  Moved to another dtype, it still multiplies in the operator's own.
 
     Raises:
         ImportError: the package is not installed (``pip install linear_operator``).
 
     Cost: as many products as columns, batched where the operator can.  The transposed product of
-    an operator that is not a matrix is the product itself: it is taken to be self-adjoint.
+    an operator that offers none is the product itself: it is taken to be self-adjoint.
 
     Examples:
         >>> import torch, hypergrad
@@ -49,35 +49,18 @@ def to_linear_operator(operator: Any, like: Tree | None = None) -> Any:
                 [-0.2000,  0.4000]])
     """
     op = as_operator(operator, like=like)
-    tensors = tuple(_dependencies(op))
     # Dtype and batch shape are those of the tensors, so that there must be one.
     anchor = torch.empty(0, 0, dtype=op.dtype, device=op.device)
-    return _export_class()(*(tensors or (anchor,)), operator=op)
+    return _export_class()(*(op._tensors() or [anchor]), operator=op)
 
 
-def _dependencies(op: LinearOperator) -> Iterator[Tensor]:
-    """The matrices that an operator multiplies by, with their graphs, in a fixed order."""
-    if isinstance(op, DenseOperator):
-        yield op.matrix
-    elif isinstance(op, _Affine):
-        yield from _dependencies(op.base)
-    elif isinstance(op, _Sum):
-        yield from _dependencies(op.left)
-        yield from _dependencies(op.right)
-
-
-def _product(op: LinearOperator, matrices: Iterator[Tensor], rows: Tensor) -> Tensor:
-    """A times each row of (..., k, n), with the matrices in the places of their operators'."""
-    if isinstance(op, DenseOperator):
-        return rows @ next(matrices).mT
-    if isinstance(op, _Affine):
-        return op.scale * _product(op.base, matrices, rows) + op.offset * rows
-    if isinstance(op, _Sum):
-        return _product(op.left, matrices, rows) + _product(op.right, matrices, rows)
-    flat = rows.detach().reshape(-1, rows.shape[-1]).to(dtype=op.dtype, device=op.device)
-    products = op._apply(flat)
-    op.layout.check_finite(products, "the output of the operator")
-    return products.to(rows).reshape(rows.shape)
+def _product(op: LinearOperator, transposed: bool, tensors: list[Tensor], rows: Tensor) -> Tensor:
+    """A of these tensors times each row, shape (k, n), or A' where ``transposed``."""
+    if tensors:
+        op = op._with_tensors(tensors)
+    op = op._transposed() if transposed else op
+    attached = bool(tensors) and torch.is_grad_enabled()
+    return op._attached(rows) if attached else op._apply(rows.detach())
 
 
 def _broadcast(*shapes: torch.Size) -> torch.Size:
@@ -97,36 +80,61 @@ def _export_class() -> Any:
         ) from error
 
     class ExportedOperator(base):  # type: ignore[misc]  # known at run time only
-        """An operator of this library as one of the package linear_operator."""
+        """An operator of this library as one of the package linear_operator.
 
-        def __init__(self, *tensors: Tensor, operator: LinearOperator) -> None:
-            super().__init__(*tensors, operator=operator)
-            self.tensors, self.operator = tensors, operator
+        Its tensors may have batch dimensions in front of those of the operator's own.
+        """
+
+        def __init__(
+            self, *tensors: Tensor, operator: LinearOperator, transposed: bool = False
+        ) -> None:
+            super().__init__(*tensors, operator=operator, transposed=transposed)
+            self.tensors, self.operator, self.transposed = tensors, operator, transposed
+
+        def _own(self) -> list[tuple[Tensor, Tensor]]:
+            """Each tensor that A depends on, with the one of the operator that it stands for."""
+            return list(zip(self.tensors, self.operator._tensors(), strict=False))
+
+        def _lead(self) -> torch.Size:
+            own = [tensor.shape[: tensor.ndim - mine.ndim] for tensor, mine in self._own()]
+            return _broadcast(*own) if own else self.tensors[0].shape[:-2]
 
         def _matmul(self, rhs: Tensor) -> Tensor:
+            op, own = self.operator, self._own()
             columns = rhs if rhs.ndim > 1 else rhs[:, None]
-            batch = _broadcast(self.batch_shape, columns.shape[:-2])
-            rows = columns.mT.expand(*batch, columns.shape[-1], columns.shape[-2])
-            products = _product(self.operator, iter(self._matrices()), rows).mT
-            for tensor in self.tensors:
-                if tensor.requires_grad and tensor.numel() == 0:
-                    # A constant operator in a graph: its gradient is empty, but defined.
-                    products = products + tensor.sum()
-            return products if rhs.ndim > 1 else products[..., 0]
+            n, k = columns.shape[-2:]
+            rows = columns.mT.to(dtype=op.dtype, device=op.device)
+            tensors = [tensor.to(mine) for tensor, mine in own]
+            lead = self._lead()
+            batch = _broadcast(lead, columns.shape[:-2])
+            if own and lead:
+                # As many operators as there are sets of tensors.
+                stacked = [
+                    tensor.expand(*batch, *mine.shape).reshape(-1, *mine.shape)
+                    for tensor, (_, mine) in zip(tensors, own, strict=True)
+                ]
+                products = torch.func.vmap(
+                    lambda values, block: _product(op, self.transposed, values, block)
+                )(stacked, rows.expand(*batch, k, n).reshape(-1, k, n))
+            else:
+                products = _product(op, self.transposed, tensors, rows.reshape(-1, n))
+                products = products.reshape(rows.shape).expand(*batch, k, n)
+            op.layout.check_finite(products.detach(), "the output of the operator")
+            result = products.reshape(*batch, k, n).mT.to(dtype=self.dtype, device=rhs.device)
+            if not own and self.tensors[0].requires_grad:
+                # A constant operator in a graph: its gradient is empty, but defined.
+                result = result + self.tensors[0].sum()
+            return result if rhs.ndim > 1 else result[..., 0]
 
         def _size(self) -> torch.Size:
-            lead = _broadcast(*(tensor.shape[:-2] for tensor in self.tensors))
-            return torch.Size((*lead, *self.operator.shape))
+            return torch.Size((*self._lead(), *self.operator.shape))
 
         def _transpose_nonbatch(self) -> Any:
-            matrices = self._matrices()
-            if not matrices:
+            try:
+                self.operator._transposed()
+            except DifferentiationError:  # what offers no transpose is taken to be self-adjoint
                 return self
-            return type(self)(*(matrix.mT for matrix in matrices), operator=self.operator)
-
-        def _matrices(self) -> tuple[Tensor, ...]:
-            """The tensors that are matrices: all, but for the one that only says the dtype."""
-            return tuple(tensor for tensor in self.tensors if tensor.shape[-1])
+            return type(self)(*self.tensors, operator=self.operator, transposed=not self.transposed)
 
     # As if it stood at the top of this module, so that instances can be pickled.
     ExportedOperator.__module__ = __name__

@@ -101,6 +101,9 @@ class ScipyOperator(LinearOperator):
         products = np.ascontiguousarray(self.operator.matmat(columns).T)
         return torch.from_numpy(products).to(dtype=self.dtype, device=self.device)
 
+    def _transposed(self) -> LinearOperator:
+        return ScipyOperator(self.operator.T, self.layout)
+
 
 class ForeignOperator(LinearOperator):
     """The operator of another package's: one of linear_operator or of curvlinops.
@@ -116,6 +119,11 @@ class ForeignOperator(LinearOperator):
         columns = block.detach().T.to(dtype=self.operator.dtype, device=self.operator.device)
         products: Tensor = self.operator @ columns.contiguous()
         return products.detach().T.to(dtype=self.dtype, device=self.device)
+
+    def _transposed(self) -> LinearOperator:
+        theirs = self.operator
+        adjoint = theirs.adjoint() if hasattr(theirs, "adjoint") else theirs.mT
+        return ForeignOperator(adjoint, self.layout)
 
 
 def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) -> LinearOperator:

@@ -160,7 +160,10 @@ class _Choice:
             story += f"; {chosen.name} {what} after {self.system.num_hvps} HVPs in all"
             names.append(plan[0].name)
         return replace(
-            outcome, solver=solver, reason=f"{', then '.join(names)}: {self.facts}{story}."
+            outcome,
+            solver=solver,
+            backward_solver=chosen.solver,
+            reason=f"{', then '.join(names)}: {self.facts}{story}.",
         )
 
     def _plan(self) -> list[_Candidate]:

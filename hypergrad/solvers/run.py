@@ -111,12 +111,13 @@ class BlockSolve:
 
     def following(self, *, adjoint: bool) -> BlockSolve:
         """A solve that a derivative of this one takes: the adjoint's, or a tangent's."""
+        ran = self._next_solver or self.solver  # which that of solver="auto" is
         return replace(
             self,
             columns=[],
             hvps=[],
             origin=self,
-            transposed=self.transposed ^ (adjoint and not self.solver.self_adjoint),
+            transposed=self.transposed ^ (adjoint and not ran.self_adjoint),
             _next_solver=None,
             _used_damping=None,
             _parts={},

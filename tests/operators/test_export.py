@@ -79,6 +79,23 @@ class TestProductsOnly(TestDense):
         return MATRIX.to(linear_op.dtype).clone().requires_grad_()
 
 
+def quartic(params: Tensor) -> Tensor:
+    """Its Hessian is diag(p^2) + MATRIX."""
+    return (params**4).sum() / 12 + 0.5 * params @ MATRIX.to(params.dtype) @ params
+
+
+class TestHessian(TestDense):
+    """The same of a Hessian, with gradients to the parameters that it is taken at."""
+
+    def create_linear_op(self) -> Any:
+        params = torch.tensor([0.5, 1.0, -1.5, 0.7, 1.2], requires_grad=True)
+        return hypergrad.to_linear_operator(hypergrad.hessian(quartic, params))
+
+    def evaluate_linear_op(self, linear_op: Any) -> Tensor:
+        (params,) = linear_op.representation()
+        return torch.diag(params**2) + MATRIX.to(params.dtype)
+
+
 def test_columns_in_batches() -> None:
     like = {"a": torch.zeros(2, 2), "b": torch.zeros(())}
     exported = hypergrad.to_linear_operator(tree_hvp(MATRIX.double(), like), like=like)
