@@ -29,7 +29,14 @@ from .errors import (
     TreeStructureError,
     UnusedParameterWarning,
 )
-from .ihvp import cg_ihvp, exact_ihvp, neumann_ihvp, nystrom_ihvp
+from .ihvp import (
+    cg_ihvp,
+    exact_ihvp,
+    minres_ihvp,
+    neumann_ihvp,
+    nystrom_ihvp,
+    nystrom_pcg_ihvp,
+)
 from .operators import (
     GaussNewtonOperator,
     HessianOperator,
@@ -40,9 +47,11 @@ from .operators import (
 )
 from .solvers import (
     CG,
+    MINRES,
     Exact,
     Neumann,
     Nystrom,
+    NystromPCG,
     NystromSketch,
     Solution,
     SolveInfo,
@@ -60,6 +69,7 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 
 __all__ = [
     "CG",
+    "MINRES",
     "ConvergenceError",
     "ConvergenceWarning",
     "DampingError",
@@ -80,6 +90,7 @@ __all__ = [
     "NonFiniteError",
     "NotSymmetricError",
     "Nystrom",
+    "NystromPCG",
     "NystromSketch",
     "OperatorTooLargeError",
     "PreconditionerError",
@@ -99,8 +110,10 @@ __all__ = [
     "ggn",
     "hessian",
     "hypergradient",
+    "minres_ihvp",
     "neumann_ihvp",
     "nystrom_ihvp",
+    "nystrom_pcg_ihvp",
     "nystrom_sketch",
     "solve",
 ]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .pytree import Tree
-from .solvers import CG, Exact, Neumann, Nystrom, Solver
+from .solvers import CG, MINRES, Exact, Neumann, Nystrom, NystromPCG, Solver
 from .solvers.base import Damping
 from .solvers.sketch import SketchKind
 from .solvers.solve import solve
@@ -87,6 +87,49 @@ def cg_ihvp(
         (tensor([ 2., -1.]), True)
     """
     solver = CG(rtol=rtol, atol=atol, max_iters=max_iters, preconditioner=preconditioner)
+    return _one_call(hvp_fn, v, solver, damping, x0, return_info)
+
+
+def minres_ihvp(
+    hvp_fn: HvpFn,
+    v: Tree,
+    *,
+    damping: Damping = 0.0,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    max_iters: int | None = None,
+    preconditioner: Any = None,
+    x0: Tree | None = None,
+    return_info: bool = False,
+) -> Any:
+    """(A + damping I)^-1 v by MINRES, to a tolerance on the true residual; A may be indefinite.
+
+    Args:
+        hvp_fn: the product v -> A v, of any symmetric A.
+        v: right-hand side, any tree of floating-point tensors.
+        damping: the multiple of the identity that is added, >= 0, or ``"auto"``.
+        rtol: stop when |v - (A + damping I) x| <= max(rtol |v|, atol).
+        atol: see ``rtol``.  ``rtol=0, atol=0`` does exactly ``max_iters`` iterations.
+        max_iters: iteration budget; None for 10,000.
+        preconditioner: a symmetric positive definite approximate inverse of |A + damping I|.
+        x0: warm start.
+        return_info: also return a :class:`hypergrad.SolveInfo`, with the smallest Ritz value.
+
+    Raises:
+        HypergradError: see :func:`hypergrad.solve`.
+
+    Cost: one HVP an iteration, one a check of the true residual.  See :class:`hypergrad.MINRES`.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+        >>> x, info = hypergrad.minres_ihvp(
+        ...     lambda v: a @ v, torch.tensor([3.0, 0.0]), return_info=True
+        ... )
+        >>> x.round(decimals=4), info.converged
+        (tensor([-1.,  2.]), True)
+    """
+    solver = MINRES(rtol=rtol, atol=atol, max_iters=max_iters, preconditioner=preconditioner)
     return _one_call(hvp_fn, v, solver, damping, x0, return_info)
 
 
@@ -169,6 +212,61 @@ def nystrom_ihvp(
     """
     solver = Nystrom(rank=rank, sketch=sketch, generator=generator)
     return _one_call(hvp_fn, v, solver, damping, None, return_info)
+
+
+def nystrom_pcg_ihvp(
+    hvp_fn: HvpFn,
+    v: Tree,
+    *,
+    rank: int | Literal["auto"],
+    damping: Damping,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    max_iters: int | None = None,
+    x0: Tree | None = None,
+    sketch: SketchKind = "gaussian",
+    generator: torch.Generator | None = None,
+    return_info: bool = False,
+) -> Any:
+    """(A + damping I)^-1 v by conjugate gradients, preconditioned with a Nyström sketch of A.
+
+    Args:
+        hvp_fn: the product v -> A v; A + damping I must be positive definite, or the solve ends
+            with status NEGATIVE_CURVATURE.
+        v: right-hand side, any tree of floating-point tensors.
+        rank: size of the sketch, from 1 to the dimension.
+        damping: the multiple of the identity that is added, > 0, or ``"auto"``, taken from the
+            sketch as by :func:`nystrom_ihvp`.
+        rtol: stop when |v - (A + damping I) x| <= max(rtol |v|, atol).
+        atol: see ``rtol``.  ``rtol=0, atol=0`` does exactly ``max_iters`` iterations.
+        max_iters: iteration budget; None for 10,000.
+        x0: warm start.
+        sketch: see :func:`hypergrad.nystrom_sketch`.
+        generator: source of the random sketch; None for torch's global one.
+        return_info: also return a :class:`hypergrad.SolveInfo`.
+
+    Raises:
+        RankError: rank below 1 or above the dimension.
+        DampingError: damping is not positive.
+        HypergradError: see :func:`hypergrad.solve`.
+
+    Cost: the sketch's HVPs, then one an iteration, one a check of the true residual.  See
+    :class:`hypergrad.NystromPCG`.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.diag(torch.logspace(0, 4, 50, dtype=torch.float64))
+        >>> v = torch.ones(50, dtype=torch.float64)
+        >>> x, info = hypergrad.nystrom_pcg_ihvp(
+        ...     lambda v: a @ v, v, rank=40, damping=1e-3, return_info=True
+        ... )
+        >>> info.converged, info.iterations < 40
+        (True, True)
+    """
+    solver = NystromPCG(
+        rank=rank, rtol=rtol, atol=atol, max_iters=max_iters, sketch=sketch, generator=generator
+    )
+    return _one_call(hvp_fn, v, solver, damping, x0, return_info)
 
 
 def _one_call(

@@ -3,16 +3,20 @@
 from .base import Solution, SolveInfo, Solver, Status
 from .cg import CG
 from .exact import Exact
+from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, nystrom_sketch
+from .nystrom_pcg import NystromPCG
 from .sketch import NystromSketch
 from .solve import solve
 
 __all__ = [
     "CG",
+    "MINRES",
     "Exact",
     "Neumann",
     "Nystrom",
+    "NystromPCG",
     "NystromSketch",
     "Solution",
     "SolveInfo",

@@ -145,9 +145,7 @@ class FixedWork:
     def outcome(self) -> Outcome:
         """What an eager solve hands back."""
         if bool(self.refused.any()):
-            raise indefinite_preconditioner(
-                torch.where(self.refused, self.refused_rz, 1.0), self.r
-            )
+            raise indefinite_preconditioner(torch.where(self.refused, self.refused_rz, 1.0), self.r)
         x = self.answer
         norms = self.residual_norms(x)
         stuck = self.stuck.tolist()

@@ -187,8 +187,12 @@ class Recurrence(ABC):
         for row, ok in zip(rows.tolist(), met, strict=True):
             self.statuses[row] = Status.CONVERGED if ok else status
             self.iterations[row] = iteration
+        self._drop(~done)
+
+    def _drop(self, kept: Tensor) -> None:
+        """Go on with the rows kept."""
         for name in self.state:
-            setattr(self, name, getattr(self, name)[~done])
+            setattr(self, name, getattr(self, name)[kept])
 
 
 class SymmetryCheck:
@@ -198,9 +202,7 @@ class SymmetryCheck:
         self.dtype = dtype
         self.first: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def __call__(
-        self, iteration: int, row: Tensor, p: Tensor, image: Tensor, size: Tensor
-    ) -> None:
+    def __call__(self, iteration: int, row: Tensor, p: Tensor, image: Tensor, size: Tensor) -> None:
         """Raise :class:`NotSymmetricError` where the products of two iterations show it.
 
         Args:

@@ -1,0 +1,447 @@
+"""MINRES, many right-hand sides in one recurrence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pytree import row_norms
+from .base import DampedSystem, Outcome, Solver, Status
+from .fixed import FixedWork
+from .krylov import (
+    PATIENCE,
+    REFRESH,
+    Precondition,
+    Recurrence,
+    SymmetryCheck,
+    check_krylov_options,
+    indefinite_preconditioner,
+    over,
+    preconditioning,
+    safe_norms,
+    where_rows,
+)
+
+#: A pivot of the tridiagonal matrix within this many eps of its norm is zero.
+_PIVOT = 10.0
+#: A step is checked at once when the rounding of its product may exceed this part of the residual.
+_RISK = 0.1
+#: Rounding of a product with x, at most, in eps |A| |x|.
+_NOISE = 1.0
+#: A residual this much smaller is no work of rounding.
+_SURE = 0.1
+#: Least-squares answers whose residuals differ relatively by less are equals.
+_EQUAL = 1e-6
+
+
+@dataclass(frozen=True)
+class MINRES(Solver):
+    """Preconditioned MINRES on (A + damping I) x = v, for symmetric A of any signature.
+
+    Of all x in the Krylov space it takes the one of smallest residual, in the norm
+    (r'M r)^(1/2) of the preconditioner M (the Euclidean norm without one).  It stops when the true
+    residual, of the answer as it is returned, satisfies
+    |v - (A + damping I) x| <= max(rtol |v|, atol) in the Euclidean norm.  The recursive residual
+    is checked against the true one when it claims convergence, every 50 iterations, and at every
+    step so long that the rounding of its product could outweigh the residual; where they
+    disagree, the method restarts from the better of the two iterates.  A restart that gains
+    nothing, three that gain little, or a singular system without a solution end it as STAGNATED.
+
+    Negative curvature is no failure: the smallest Ritz value of A is in the report.  A singular
+    system is solved where v lies in the range of A + damping I; where it does not, the answer
+    (STAGNATED) is a least-squares solution, without a component along its residual, which makes it
+    the one of smallest norm (up to the rounding of the products, and in the norms of M).
+
+    Attributes:
+        rtol: tolerance relative to |v|.
+        atol: absolute tolerance.  With ``rtol=0, atol=0`` exactly ``max_iters`` iterations are
+            done and the status is FIXED_ITERATIONS (or until the residual is exactly zero).
+        max_iters: iteration budget; None for 10,000.
+        preconditioner: a symmetric positive definite M close to the inverse of |A + damping I|:
+            anything :func:`hypergrad.as_operator` takes.
+
+    Raises (when solving):
+        NotSymmetricError: the first two products show an operator that is not symmetric.
+        PreconditionerError: u'M u <= 0 for a vector u.
+
+    Cost: one HVP an iteration, one a check of the true residual; nine vectors of memory a
+    right-hand side, eleven with a preconditioner.  Many right-hand sides share block products;
+    columns that are done take no further part.
+    Source: Paige and Saunders, SIAM J. Numer. Anal. 12 (1975); preconditioned after Elman,
+    Silvester and Wathen, Finite Elements and Fast Iterative Solvers (2014), algorithm 4.1; the
+    least-squares solution of smallest norm after Liu, Milzarek and Roosta, arXiv 2309.17096.
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.diag(torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64))
+        >>> v = torch.ones(3, dtype=torch.float64)
+        >>> solution = hypergrad.solve(a, v, hypergrad.MINRES(rtol=1e-8))
+        >>> solution.value
+        tensor([ 1.0000, -0.5000,  0.2500], dtype=torch.float64)
+        >>> solution.info.iterations, round(solution.info.smallest_eigenvalue, 6)
+        (3, -2.0)
+    """
+
+    rtol: float = 1e-5
+    atol: float = 0.0
+    max_iters: int | None = None
+    preconditioner: Any = None
+
+    def __post_init__(self) -> None:
+        check_krylov_options(self.rtol, self.atol, self.max_iters)
+
+    def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
+        precondition = preconditioning(self.preconditioner, system)
+        if self.rtol == 0 and self.atol == 0:
+            work = FixedWork.begin(system, x0, self.max_iters, traced=False)
+            return _fixed(work, precondition, SymmetryCheck(system.operator.dtype)).outcome()
+        return _Recurrence(
+            system, x0, precondition, rtol=self.rtol, atol=self.atol, max_iters=self.max_iters
+        ).run()
+
+    def _run_traced(self, system: DampedSystem, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.rtol or self.atol:
+            return super()._run_traced(system, x0)
+        work = FixedWork.begin(system, x0, self.max_iters, traced=True)
+        x = _fixed(work, preconditioning(self.preconditioner, system), None).answer
+        return x, work.residual_norms(x)
+
+
+@dataclass
+class _Lanczos:
+    """One row's worth of scalars and vectors of the recurrence, for each of the rows.
+
+    With the preconditioner M, the Lanczos vectors are pairs p and z = M p with p'z = 1: those of
+    M^(1/2) A M^(1/2), seen from both sides.  T is their tridiagonal matrix.
+
+    Attributes:
+        p, z: the current pair, shape (m, n).
+        p_old: the previous p.
+        w, w_old: the last two search directions, columns of Z R^-1 with T = Q R.
+        gamma: the entry of T that couples the current pair to the previous one, shape (m,).
+        eta: the M-norm of the residual, signed.
+        c, s, c_old, s_old: the last two Givens rotations.
+        norm: the largest column of T so far, an estimate of its norm.
+        size: the largest |A z| / |z| so far, an estimate of |A|.
+        theta: u'M u of the last normalised vector u; not positive where M is not.
+    """
+
+    p: Tensor
+    z: Tensor
+    p_old: Tensor
+    w: Tensor
+    w_old: Tensor
+    gamma: Tensor
+    eta: Tensor
+    c: Tensor
+    s: Tensor
+    c_old: Tensor
+    s_old: Tensor
+    norm: Tensor
+    size: Tensor
+    theta: Tensor
+
+    @classmethod
+    def begin(cls, precondition: Precondition | None, r: Tensor) -> _Lanczos:
+        p, z, theta, length = _pair(precondition, r)
+        zero, one = torch.zeros_like(theta), torch.ones_like(theta)
+        blank = torch.zeros_like(r)
+        return cls(
+            p=p, z=z, p_old=blank, w=blank, w_old=blank, gamma=zero, eta=length,
+            c=one, s=zero, c_old=one, s_old=zero, norm=zero, size=zero, theta=theta,
+        )  # fmt: skip
+
+    def select(self, rows: Tensor) -> _Lanczos:
+        """The state of some of the rows."""
+        return _Lanczos(**{name: value[rows] for name, value in vars(self).items()})
+
+    def where(self, mask: Tensor, other: _Lanczos) -> _Lanczos:
+        """This state at the rows of the mask, the other one elsewhere."""
+        return _Lanczos(
+            **{
+                name: where_rows(mask, value, vars(other)[name])
+                if value.ndim == 2
+                else torch.where(mask, value, vars(other)[name])
+                for name, value in vars(self).items()
+            }
+        )
+
+
+@dataclass
+class _Step:
+    """What one iteration would do.
+
+    Attributes:
+        state: after it.
+        image: (A + damping I) z, shape (m, n).
+        sizes: norms of the product and of the damped part, added.
+        delta: z'(A + damping I) z, the diagonal entry of T.
+        rayleigh: the same over z'z.
+        length: by how much x moves along ``state.w``, shape (m,).
+        move: the norm of that step.
+        null: |A r| / (|T| |r|) for the residual before the step, in the norms of M.
+        broken: rows at which the column of T vanishes under the rotations: A r = 0 then.
+    """
+
+    state: _Lanczos
+    image: Tensor
+    sizes: Tensor
+    delta: Tensor
+    rayleigh: Tensor
+    length: Tensor
+    move: Tensor
+    null: Tensor
+    broken: Tensor
+
+    def residual(self, r: Tensor) -> Tensor:
+        """The next residual, s^2 r + c eta p.
+
+        It is eta P Q'e, with P Q'e = -s (P Q'e)_old + c p and eta = -s eta_old.
+        """
+        state = self.state
+        return (state.s**2)[:, None] * r + (state.c * state.eta)[:, None] * state.p
+
+
+def _pair(precondition: Precondition | None, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A pair p, z = M p along u with p'z = 1; e'M e for e = u/|u|; and the M-norm of u."""
+    norms = safe_norms(u)
+    unit = u * over(torch.ones_like(norms), norms)[:, None]
+    if precondition is None:
+        return unit, unit, torch.ones_like(norms), norms
+    z = precondition(unit)
+    theta = torch.linalg.vecdot(unit, z)
+    root = theta.clamp(min=0.0).sqrt()
+    inverse = over(torch.ones_like(root), root)[:, None]
+    return unit * inverse, z * inverse, torch.where(norms > 0, theta, 1.0), norms * root
+
+
+def _advance(
+    state: _Lanczos, system: DampedSystem, damping: float, precondition: Precondition | None
+) -> _Step:
+    """One step of Lanczos, one Givens rotation, one search direction; no branch on values."""
+    product = system.product(state.z)
+    z_norms = safe_norms(state.z)
+    sizes = safe_norms(product) + damping * z_norms
+    image = torch.add(product, state.z, alpha=damping) if damping else product
+    # The previous vector first: the better order in floating point (Paige, 1972).
+    u = torch.addcmul(image, state.gamma[:, None], state.p_old, value=-1.0)
+    delta = torch.linalg.vecdot(state.z, u)
+    u = torch.addcmul(u, delta[:, None], state.p, value=-1.0)
+    p, z, theta, gamma = _pair(precondition, u)
+    # The column (gamma_old, delta, gamma) of T, through the last two rotations and a new one.
+    pivot = state.c * delta - state.c_old * state.s * state.gamma
+    above = state.s * delta + state.c_old * state.c * state.gamma
+    top = state.s_old * state.gamma
+    diagonal = torch.hypot(pivot, gamma)
+    norm = torch.maximum(state.norm, torch.hypot(torch.hypot(state.gamma, delta), gamma))
+    broken = diagonal <= _PIVOT * torch.finfo(norm.dtype).eps * norm
+    # A r = eta P (pivot e_k + c_old gamma e_(k+1)): Choi, Paige and Saunders (2011), section 3.3.
+    null = over(torch.hypot(pivot, state.c * gamma), norm)
+    c, s = over(pivot, diagonal), over(gamma, diagonal)
+    w = torch.addcmul(state.z, top[:, None], state.w_old, value=-1.0)
+    w = torch.addcmul(w, above[:, None], state.w, value=-1.0)
+    w = w * over(torch.ones_like(diagonal), diagonal)[:, None]
+    length = torch.where(broken, 0.0, c * state.eta)
+    new = _Lanczos(
+        p=p, z=z, p_old=state.p, w=w, w_old=state.w, gamma=gamma, eta=-s * state.eta,
+        c=c, s=s, c_old=state.c, s_old=state.s,
+        norm=norm, size=torch.maximum(state.size, over(sizes, z_norms)), theta=theta,
+    )  # fmt: skip
+    rayleigh = torch.where(z_norms > 0, over(over(delta, z_norms), z_norms), torch.inf)
+    move = length.abs() * safe_norms(w)
+    return _Step(new, image, sizes, delta, rayleigh, length, move, null, broken)
+
+
+class _Recurrence(Recurrence):
+    state = (*Recurrence.state, "norms", "origin", "null_x", "null")
+
+    def _begin(self) -> None:
+        self.lanczos = _Lanczos.begin(self.precondition, self.r)
+        self.norms = self.best
+        self.origin = self.true.clone()  # true residual norms at the last (re)start
+        # The iterate whose residual was nearest to the null space, and |A r| / (|A| |r|) there,
+        # plus what the residual owes to rounding.
+        self.null_x, self.null = self.x, torch.ones_like(self.best)
+        #: Diagonal and off-diagonal of T by iteration, with the rows they belong to.
+        self.entries: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.rayleigh = torch.full((), float("inf"), dtype=self.r.dtype, device=self.r.device)
+
+    def _drop(self, kept: Tensor) -> None:
+        super()._drop(kept)
+        self.lanczos = self.lanczos.select(kept)
+
+    def _restart(self, index: Tensor, residual: Tensor) -> None:
+        self.r[index] = residual
+        self.norms = row_norms(self.r)
+        fresh = _Lanczos.begin(self.precondition, self.r)
+        fresh.size = self.lanczos.size
+        chosen = torch.zeros_like(self.row, dtype=torch.bool)
+        chosen[index] = True
+        self.lanczos = fresh.where(chosen, self.lanczos)
+
+    def _step(self, iteration: int) -> None:
+        step = _advance(self.lanczos, self.system, self.damping, self.precondition)
+        self.symmetry(iteration, self.row, self.lanczos.z, step.image, step.sizes)
+        self.entries.append((self.row, step.delta, self.lanczos.gamma))
+        self.rayleigh = torch.minimum(self.rayleigh, step.rayleigh.min())
+        self.lanczos = step.state
+        before = self.x
+        # A long x has a residual of rounding, which may be nearer to the null space by chance.
+        noise = self.rounding * step.state.size * safe_norms(before)
+        null = step.null + over(noise, self.norms)
+        nearer = null < 0.5 * self.null
+        self.x = torch.addcmul(self.x, step.length[:, None], step.state.w)
+        r = where_rows(step.broken, self.r, step.residual(self.r))
+        norms = torch.linalg.vector_norm(r, dim=1)
+        # The rounding of the step's product.
+        risky = self.rounding * step.state.size * step.move > _RISK * norms
+        better = (norms < self.best) & ~risky
+        due = self._due(norms, iteration) | risky | step.broken
+        flags = ((step.state.theta <= 0).any(), nearer.any(), due.any(), better.all())
+        refused, any_nearer, any_due, all_better = torch.stack(flags).tolist()
+        if refused:
+            raise indefinite_preconditioner(step.state.theta, step.state.p)
+        if any_nearer:
+            self.null = torch.where(nearer, null, self.null)
+            self.null_x = where_rows(nearer, before, self.null_x)
+        self.r, self.norms = r, norms
+        self._keep_best(norms, better, all_better)
+        if any_due and iteration < self.max_iters:
+            self._judge(due, step.broken, iteration)
+
+    def _record(self, index: Tensor, x: Tensor, norms: Tensor) -> None:
+        """Take note of true residuals, unless they are less than what they owe to rounding.
+
+        Where a system has no solution, huge steps along its null space change the residual by the
+        rounding of their products only, now and then for the better.
+        """
+        noise, true = self._noise(index, x), self.true[index]
+        sure = (norms + noise < true) | (norms < _SURE * true)
+        sure |= norms <= self.tolerances[self.row[index]]
+        super()._record(index, x, torch.where(sure, norms, torch.inf))
+
+    def _noise(self, index: Tensor, x: Tensor) -> Tensor:
+        """The rounding of the product with these iterates."""
+        return _NOISE * self.rounding * self.lanczos.size[index] * row_norms(x)
+
+    def _judge(self, due: Tensor, broken: Tensor, iteration: int) -> None:
+        """Compare the recurrence with the true residual; finish rows or restart them."""
+        index = torch.nonzero(due).flatten()
+        residual = self.system.residual(self.x[index], self.damping, self.row[index])
+        norms = row_norms(residual)
+        lost = (row_norms(residual - self.r[index]) > 0.1 * norms) | broken[index]
+        self._record(index, self.x[index], norms)
+        lost &= self.true[index] > self.tolerances[self.row[index]]
+        if bool(lost.any()):
+            index = index[lost]
+            # The best by the recurrence: before a step that went wrong, it was the right one.
+            before = self.best_x[index]
+            norms = row_norms(self.system.residual(before, self.damping, self.row[index]))
+            self._record(index, before, norms)
+            self._start_over(index)
+        done = torch.zeros_like(due)
+        done[torch.nonzero(due).flatten()] = True
+        done &= self.true <= self.tolerances[self.row]
+        hopeless = (self.fruitless >= PATIENCE) & ~done
+        if bool(hopeless.any()):
+            self._settle(torch.nonzero(hopeless).flatten())
+        self._finish(done, Status.CONVERGED, iteration)
+        self._finish(hopeless[~done], Status.STAGNATED, iteration)
+
+    def _start_over(self, index: Tensor) -> None:
+        """Begin afresh at the best true iterates, unless that was tried and gained nothing."""
+        true, origin = self.true[index], self.origin[index]
+        gained = true < 0.9 * origin
+        count = torch.where(gained, 0, self.fruitless[index] + 1)
+        # From the same start the same would follow.
+        self.fruitless[index] = torch.where(true >= origin, PATIENCE, count)
+        self.origin[index] = true
+        self._forget_bests(index)
+        index = index[self.fruitless[index] < PATIENCE]
+        if len(index):
+            self.x = self.x.clone()
+            self.x[index] = self.true_x[index]
+            residual = self.system.residual(self.x[index], self.damping, self.row[index])
+            self._restart(index, residual)
+
+    def _settle(self, index: Tensor) -> None:
+        """Put a least-squares answer of small norm in the place of one of equal residual.
+
+        Past a least-squares solution, steps along the null space are long and gain nothing, so
+        that of equals the iterate is taken whose residual r was nearest to it.  There A M r = 0,
+        and x may lose its component along M r (r without a preconditioner): the residual stays
+        what it is, and what remains is the least-squares solution of smallest norm (Liu, Milzarek
+        and Roosta, theorem 2).
+        """
+        x, rows = self.null_x[index], self.row[index]
+        residual = self.system.residual(x, self.damping, rows)
+        self._replace(index, x, row_norms(residual))
+        null = residual if self.precondition is None else self.precondition(residual)
+        along = over(torch.linalg.vecdot(residual, x), torch.linalg.vecdot(residual, null))
+        shorter = torch.addcmul(x, along[:, None], null, value=-1.0)
+        self._replace(index, shorter, row_norms(self.system.residual(shorter, self.damping, rows)))
+        self._forget_bests(index)
+
+    def _replace(self, index: Tensor, x: Tensor, norms: Tensor) -> None:
+        """Take iterates whose residuals are no larger than the best, to rounding."""
+        allowed = self.true[index] * (1.0 + _EQUAL) + self._noise(index, self.true_x[index])
+        good = norms <= torch.minimum(allowed, self.system.b_norms[self.row[index]])
+        self.true_x[index] = where_rows(good, x, self.true_x[index])
+        self.true[index] = torch.where(good, norms, self.true[index])
+
+    def run(self) -> Outcome:
+        """Iterate until every row has converged or failed; report the smallest Ritz value."""
+        outcome = super().run()
+        return replace(outcome, smallest_eigenvalue=self._smallest_eigenvalue())
+
+    def _smallest_eigenvalue(self) -> float | None:
+        """The smallest Ritz value of A; with a preconditioner, the smallest Rayleigh quotient."""
+        if not self.entries:
+            return None
+        if self.precondition is not None:
+            return float(self.rayleigh) - self.damping
+        from scipy.linalg import eigvalsh_tridiagonal
+
+        m = len(self.out_x)
+        steps = torch.full((3, len(self.entries), m), float("nan"), dtype=torch.float64)
+        smallest = []
+        for i, (row, delta, gamma) in enumerate(self.entries):
+            at = row.cpu()
+            steps[0, i, at], steps[1, i, at] = delta.double().cpu(), gamma.double().cpu()
+        for column in range(m):
+            taken = ~steps[0, :, column].isnan()
+            diagonal, beside = steps[0, taken, column], steps[1, taken, column]
+            if len(diagonal):
+                values = eigvalsh_tridiagonal(
+                    diagonal.numpy(), beside[1:].numpy(), select="i", select_range=(0, 0)
+                )
+                smallest.append(float(values[0]) - self.damping)
+        return min(smallest, default=None)
+
+
+def _fixed(
+    work: FixedWork, precondition: Precondition | None, symmetry: SymmetryCheck | None
+) -> FixedWork:
+    """A fixed number of iterations without a branch on values; rows that are done are frozen.
+
+    So are rows whose next step is so long that the rounding of its product would outweigh the
+    residual: past the least-squares solution of a singular system, steps have no meaning.
+    """
+    rounding = torch.finfo(work.system.operator.dtype).eps
+    lanczos = _Lanczos.begin(precondition, work.r)
+    for iteration in range(1, work.count + 1):
+        step = _advance(lanczos, work.system, work.damping, precondition)
+        if symmetry is not None:
+            symmetry(iteration, work.rows, lanczos.z, step.image, step.sizes)
+        lanczos = step.state
+        work.refuse(work.live & (lanczos.theta <= 0), lanczos.theta)
+        meaningless = rounding * lanczos.size * step.move > work.norms
+        work.frozen = work.frozen | (work.live & (step.broken | meaningless))
+        work.advance(torch.addcmul(work.x, step.length[:, None], lanczos.w), step.residual(work.r))
+        if iteration % REFRESH == 0 and iteration < work.count:
+            drifted = work.refresh()
+            lanczos = _Lanczos.begin(precondition, work.r).where(drifted, lanczos)
+    return work
