@@ -19,6 +19,11 @@ def transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def building_no_graph() -> bool:
+    """Whether autograd's own graphs cannot be built: under ``torch.func`` or ``torch.compile``."""
+    return torch.compiler.is_compiling() or transforming()
+
+
 def differentiable(tensor: Tensor) -> bool:
     """Whether a derivative, or a batch of values, runs through a tensor at any level.
 
