@@ -7,7 +7,15 @@ The call it is known by:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .bilevel import Hypergradient, hypergradient
+from .bilevel import (
+    SGD,
+    Adam,
+    Hypergradient,
+    InnerOptimizer,
+    UnrolledHypergradient,
+    hypergradient,
+    unrolled_hypergradient,
+)
 from .errors import (
     ConvergenceError,
     ConvergenceWarning,
@@ -60,6 +68,8 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 
 __all__ = [
     "CG",
+    "SGD",
+    "Adam",
     "ConvergenceError",
     "ConvergenceWarning",
     "DampingError",
@@ -72,6 +82,7 @@ __all__ = [
     "HypergradError",
     "HypergradWarning",
     "Hypergradient",
+    "InnerOptimizer",
     "LeafTypeError",
     "LinearOperator",
     "LossError",
@@ -91,6 +102,7 @@ __all__ = [
     "StaleOperatorError",
     "Status",
     "TreeStructureError",
+    "UnrolledHypergradient",
     "UnusedParameterWarning",
     "as_operator",
     "cg_ihvp",
@@ -103,4 +115,5 @@ __all__ = [
     "nystrom_ihvp",
     "nystrom_sketch",
     "solve",
+    "unrolled_hypergradient",
 ]
