@@ -77,7 +77,7 @@ class Unrolling:
 
     def start(self) -> Point:
         """w_0 and the optimiser's first state."""
-        params = [leaf.detach() for leaf in self.inner]
+        params = [leaf.detach().clone() for leaf in self.inner]  # whatever a step does to them
         with torch.no_grad():
             state = self._optimizer(self._outer_tree(graph=False)).init(self._tree(params))
         return Point(params, state)
@@ -195,7 +195,8 @@ class Unrolling:
             for t in range(self.num_steps):
                 gradient = torch.func.grad(lambda w, t=t: self._loss(w, outer, t).reshape(()))
                 grads = self.inner_layout.leaves(gradient(self._tree(point.params)))
-                point = self._step(optimizer, point, grads)
+                point = self._step(optimizer, point, [_retyped(grad) for grad in grads])
+                point = point.mapped(_retyped)
             return point.params
 
         def along(direction: Tensor) -> Tensor:
@@ -263,6 +264,15 @@ class Unrolling:
             )
         optimizer: InnerOptimizer = made
         return optimizer
+
+
+def _retyped(dual: Tensor) -> Tensor:
+    """The same numbers, with the tangent in the tensor's own dtype.
+
+    PyTorch gives a Python number times a float32 tensor without dimension a float64 tangent,
+    which the next matrix product refuses; a cast there and back is applied to both.
+    """
+    return dual if dual.dtype == torch.float64 else dual.to(torch.float64).to(dual.dtype)
 
 
 def _is_optimizer(thing: Any) -> bool:
