@@ -107,7 +107,8 @@ class BilevelPoint:
         inner_layout: layout of the inner parameters.
         outer_layout: layout of the outer parameters.
         v: grad_w f, a tree.
-        direct: grad_y f, leaves in the order of ``outer_layout``.
+        outer: y as fresh leaves, in the order of ``outer_layout``.
+        direct: grad_y f, leaves in that order.
         curvature: d2 g / dw dw, with the graph of grad_w g.
     """
 
@@ -116,10 +117,10 @@ class BilevelPoint:
     ) -> None:
         self.inner_layout, self.outer_layout = layouts(inner_params, outer_params)
         inner = fresh_leaves(self.inner_layout, inner_params, "inner_params")
-        self._outer = fresh_leaves(self.outer_layout, outer_params, "outer_params")
-        outer_tree = self.outer_layout.unflatten_leaves(self._outer)
+        self.outer = fresh_leaves(self.outer_layout, outer_params, "outer_params")
+        outer_tree = self.outer_layout.unflatten_leaves(self.outer)
         self.v, self.direct, self._unused = outer_gradients(
-            outer_loss, self.inner_layout, inner, self.outer_layout, self._outer
+            outer_loss, self.inner_layout, inner, self.outer_layout, self.outer
         )
         # The operator's gradient graph also reaches the outer leaves, which makes the mixed term
         # free.
@@ -142,16 +143,48 @@ class BilevelPoint:
             if gradient is not None and gradient.requires_grad
         ]
         if not pairs:
-            return [None] * len(self._outer)
+            return [None] * len(self.outer)
         return list(
             torch.autograd.grad(
                 [gradient for gradient, _ in pairs],
-                self._outer,
+                self.outer,
                 grad_outputs=[direction for _, direction in pairs],
                 retain_graph=True,
                 allow_unused=True,
             )
         )
+
+    def mixed_transposed(self, u: Tree) -> Tree:
+        """(d2 g / dw dy) u, an inner tree: :meth:`mixed` is linear, and this is its transpose."""
+        used = [
+            gradient is not None and gradient.requires_grad for gradient in self.curvature.gradients
+        ]
+        zeros = [torch.zeros_like(leaf) for leaf in self.curvature._leaves]
+        directions = [zero.requires_grad_() for zero in zeros]
+        with torch.enable_grad():
+            images: Gradients = ()
+            if any(used):
+                images = torch.autograd.grad(
+                    [g for g, yes in zip(self.curvature.gradients, used, strict=True) if yes],
+                    self.outer,
+                    grad_outputs=[d for d, yes in zip(directions, used, strict=True) if yes],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+            pairs = [
+                (image, leaf)
+                for image, leaf in zip(images, self.outer_layout.leaves(u), strict=False)
+                if image is not None and image.requires_grad
+            ]
+            back: Gradients = (None,) * len(directions)
+            if pairs:
+                back = torch.autograd.grad(
+                    [image for image, _ in pairs],
+                    directions,
+                    grad_outputs=[leaf for _, leaf in pairs],
+                    allow_unused=True,
+                )
+        return self.inner_layout.unflatten_leaves(filled(back, directions))
 
     def assemble(self, solution: Solution) -> Hypergradient:
         """The hypergradient, from the solution of the linear system with ``v``."""
@@ -165,7 +198,7 @@ class BilevelPoint:
         else:
             unused = [no and term is None for no, term in zip(self._unused, mixed, strict=True)]
             report_unused_outer(self.outer_layout, unused)
-        implicit = [-term for term in filled(mixed, self._outer)]
+        implicit = [-term for term in filled(mixed, self.outer)]
         grad, direct_part, implicit_part = sum_of_parts(self.outer_layout, self.direct, implicit)
         return Hypergradient(
             grad=grad,
