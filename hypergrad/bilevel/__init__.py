@@ -1,6 +1,8 @@
 """Gradients of an outer loss through the solution of an inner minimisation."""
 
 from .certificate import HypergradientCertificate, hypergradient_certificate
+from .check import HypergradientCheck, Verdict, check_hypergradient
+from .darts import darts_hypergradient
 from .hypergradient import Hypergradient, hypergradient
 from .optimizers import SGD, Adam, InnerOptimizer
 from .unroll import UnrolledHypergradient, unrolled_hypergradient
@@ -10,8 +12,12 @@ __all__ = [
     "Adam",
     "Hypergradient",
     "HypergradientCertificate",
+    "HypergradientCheck",
     "InnerOptimizer",
     "UnrolledHypergradient",
+    "Verdict",
+    "check_hypergradient",
+    "darts_hypergradient",
     "hypergradient",
     "hypergradient_certificate",
     "unrolled_hypergradient",

@@ -25,7 +25,9 @@ _VISIBLE = 0.1
 #: What remains to be corrected may be this part of the error at most, before corrections end ...
 _REMAINDER = 0.1
 #: ... and the inner gradient must have fallen to this part.
-_SOLVED = 1e-3
+_SOLVED = 1e-5
+#: A Newton step near enough to a minimum leaves this part of the inner gradient at most.
+_SUPERLINEAR = 0.1
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by
@@ -120,8 +122,8 @@ def hypergradient_certificate(
       be too large where curvatures are many and the smallest ones hide: then both are estimates.
     - ``error`` rests on the comparison.  Its ``margin`` takes the changes of the hypergradient
       along the Newton steps for its sensitivity to w, with a factor of two.  That is an estimate,
-      made to matter little: it multiplies the inner gradient that is left, mostly 1e-3 to 1e-12
-      of what it was.
+      made to matter little: it multiplies the inner gradient that is left, 1e-5 of what it
+      was or less.
     - Everything is about the minimum that Newton's method finds from ``inner_params``; that the
       inner problem has one minimum is the caller's knowledge.
 
@@ -350,7 +352,9 @@ class _Newton:
         self.sensitivity = max(self.sensitivity, change / (scale * size))
         ratio = there.stationarity / here.stationarity
         self.inner_margin = math.inf
-        if ratio <= 0.5:
+        # Near a minimum of positive curvature the ratio itself goes to zero.  One that stays is
+        # that of a degenerate minimum, or of a loss that falls for ever: exp(w) has 1/e.
+        if ratio <= _SUPERLINEAR:
             # The changes to come are a geometric series at worst; and they are those of a way of
             # length |grad_w g| / mu.  Twice the larger.
             series = change * ratio / (1.0 - ratio)

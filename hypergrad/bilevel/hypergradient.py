@@ -106,6 +106,7 @@ class BilevelPoint:
     Attributes:
         inner_layout: layout of the inner parameters.
         outer_layout: layout of the outer parameters.
+        outer_value: f.
         v: grad_w f, a tree.
         outer: y as fresh leaves, in the order of ``outer_layout``.
         direct: grad_y f, leaves in that order.
@@ -119,7 +120,7 @@ class BilevelPoint:
         inner = fresh_leaves(self.inner_layout, inner_params, "inner_params")
         self.outer = fresh_leaves(self.outer_layout, outer_params, "outer_params")
         outer_tree = self.outer_layout.unflatten_leaves(self.outer)
-        self.v, self.direct, self._unused = outer_gradients(
+        self.outer_value, self.v, self.direct, self._unused = outer_gradients(
             outer_loss, self.inner_layout, inner, self.outer_layout, self.outer
         )
         # The operator's gradient graph also reaches the outer leaves, which makes the mixed term
@@ -233,8 +234,8 @@ def outer_gradients(
     inner: list[Tensor],
     outer_layout: TreeLayout,
     outer: list[Tensor],
-) -> tuple[Tree, list[Tensor], list[bool]]:
-    """grad_w f as a tree, the leaves of grad_y f, and which of those f does not use."""
+) -> tuple[Tensor, Tree, list[Tensor], list[bool]]:
+    """f, grad_w f as a tree, the leaves of grad_y f, and which of those f does not use."""
     with torch.enable_grad():
         loss = _outer_value(
             outer_loss, inner_layout.unflatten_leaves(inner), outer_layout.unflatten_leaves(outer)
@@ -243,7 +244,8 @@ def outer_gradients(
     of_inner, of_outer = grads[: len(inner)], grads[len(inner) :]
     _report_ignored(of_inner, of_outer)
     v = inner_layout.unflatten_leaves(filled(of_inner, inner))
-    return v, filled(of_outer, outer), [grad is None for grad in of_outer]
+    unused = [grad is None for grad in of_outer]
+    return loss.detach(), v, filled(of_outer, outer), unused
 
 
 def sum_of_parts(

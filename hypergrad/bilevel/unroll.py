@@ -134,7 +134,7 @@ def unrolled_hypergradient(
         end = unrolling.tape[-1].end
     layout, outer_layout = unrolling.inner_layout, unrolling.outer_layout
     final = [leaf.detach().requires_grad_() for leaf in end.params]
-    v, direct, unused = outer_gradients(outer_loss, layout, final, outer_layout, unrolling.outer)
+    _, v, direct, unused = outer_gradients(outer_loss, layout, final, outer_layout, unrolling.outer)
     if mode == "forward":
         with replayed(random, layout.device):
             terms = unrolling.forward(start, layout.leaves(v))

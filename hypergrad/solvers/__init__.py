@@ -3,6 +3,7 @@
 from .base import Solution, SolveInfo, Solver, Status
 from .cg import CG
 from .exact import Exact
+from .identity import Identity
 from .neumann import Neumann
 from .nystrom import Nystrom, nystrom_sketch
 from .sketch import NystromSketch
@@ -11,6 +12,7 @@ from .solve import solve
 __all__ = [
     "CG",
     "Exact",
+    "Identity",
     "Neumann",
     "Nystrom",
     "NystromSketch",

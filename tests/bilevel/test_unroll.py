@@ -274,8 +274,8 @@ def hypertorch_notebook() -> tuple[Loss, Loss]:
     x = rng.randn(1000, 20)
     y = (x @ w + 0.1 * rng.randn(1000) > 0).astype(float)
     order = rng.permutation(1000)
-    x_val, x_train = torch.from_numpy(x[order]).split(500)
-    y_val, y_train = torch.from_numpy(y[order]).split(500)
+    x_val, x_train = torch.split(torch.from_numpy(x[order]), 500)
+    y_val, y_train = torch.split(torch.from_numpy(y[order]), 500)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
 
     def inner(w: Tensor, penalties: Tensor) -> Tensor:
@@ -322,8 +322,7 @@ def test_the_steps_are_those_of_torch_optim(ours: Any, theirs: Any) -> None:
     w = start.clone().requires_grad_()
     optimizer = theirs([w])
     for _ in range(12):
-        optimizer.zero_grad()
-        couple(w, y).backward()
+        (w.grad,) = torch.autograd.grad(couple(w, y), w)
         optimizer.step()
     got = hypergrad.unrolled_hypergradient(couple, judge, start, y, num_steps=12, optimizer=ours)
     assert relative_error(got.inner_params, w.detach()) <= 1e-13
@@ -587,11 +586,12 @@ def test_a_loss_without_forward_mode_names_the_other_mode() -> None:
             return x**2
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
             return 2 * ctx.saved_tensors[0] * grad
 
     with pytest.raises(hypergrad.LossError, match='mode="reverse"'):
         hypergrad.unrolled_hypergradient(
-            lambda w, y: 0.5 * Square.apply(w - y).sum(), lambda w, y: w.sum(), torch.zeros(2),
+            lambda w, y: 0.5 * Square.apply(w - y).sum(),  # type: ignore[no-untyped-call]
+             lambda w, y: w.sum(), torch.zeros(2),
             torch.ones(2), num_steps=2, optimizer=hypergrad.SGD(lr=0.1), mode="forward",
         )  # fmt: skip
