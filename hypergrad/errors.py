@@ -104,6 +104,10 @@ class ConvergenceWarning(HypergradWarning):
     """A solve failed and the caller asked for ``on_failure="warn"`` (the default)."""
 
 
+class InnerProblemWarning(HypergradWarning):
+    """The inner problem is visibly not solved: the hypergradient is that of another point."""
+
+
 class UnusedParameterWarning(HypergradWarning):
     """A loss does not depend on some leaves: their curvature and gradient are zero."""
 

@@ -1,5 +1,24 @@
 """Gradients of an outer loss through the solution of an inner minimisation."""
 
+from .certificate import HypergradientCertificate, hypergradient_certificate
+from .check import HypergradientCheck, Verdict, check_hypergradient
+from .darts import darts_hypergradient
 from .hypergradient import Hypergradient, hypergradient
+from .optimizers import SGD, Adam, InnerOptimizer
+from .unroll import UnrolledHypergradient, unrolled_hypergradient
 
-__all__ = ["Hypergradient", "hypergradient"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "Hypergradient",
+    "HypergradientCertificate",
+    "HypergradientCheck",
+    "InnerOptimizer",
+    "UnrolledHypergradient",
+    "Verdict",
+    "check_hypergradient",
+    "darts_hypergradient",
+    "hypergradient",
+    "hypergradient_certificate",
+    "unrolled_hypergradient",
+]

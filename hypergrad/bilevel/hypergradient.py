@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..errors import DeviceError, LossError, UnusedParameterWarning, warn
 from ..operators import hessian
 from ..operators.hessian import check_loss
 from ..pytree import Tree, TreeLayout
-from ..solvers import CG, SolveInfo, Solver, solve
+from ..solvers import CG, Solution, SolveInfo, Solver, solve
 from ..solvers.base import Damping
 
 Loss = Callable[[Tree, Tree], Tensor]
@@ -96,41 +95,180 @@ def hypergradient(
         >>> hypergrad.hypergradient(inner, outer, y.clone(), y).grad
         tensor([ 3., 12.])
     """
-    inner_layout = TreeLayout.of(inner_params, name="inner_params")
-    outer_layout = TreeLayout.of(outer_params, name="outer_params")
-    if inner_layout.device != outer_layout.device:
+    point = BilevelPoint(inner_loss, outer_loss, inner_params, outer_params)
+    with torch.no_grad():  # only the value is of use: its own derivative is not asked for
+        solution = solve(point.curvature, point.v, solver or CG(), damping=damping, x0=x0)
+    return point.assemble(solution)
+
+
+class BilevelPoint:
+    """The derivatives of both losses at one point: all that the implicit theorem multiplies.
+
+    Attributes:
+        inner_layout: layout of the inner parameters.
+        outer_layout: layout of the outer parameters.
+        outer_value: f.
+        v: grad_w f, a tree.
+        outer: y as fresh leaves, in the order of ``outer_layout``.
+        direct: grad_y f, leaves in that order.
+        curvature: d2 g / dw dw, with the graph of grad_w g.
+    """
+
+    def __init__(
+        self, inner_loss: Loss, outer_loss: Loss, inner_params: Tree, outer_params: Tree
+    ) -> None:
+        self.inner_layout, self.outer_layout = layouts(inner_params, outer_params)
+        inner = fresh_leaves(self.inner_layout, inner_params, "inner_params")
+        self.outer = fresh_leaves(self.outer_layout, outer_params, "outer_params")
+        outer_tree = self.outer_layout.unflatten_leaves(self.outer)
+        self.outer_value, self.v, self.direct, self._unused = outer_gradients(
+            outer_loss, self.inner_layout, inner, self.outer_layout, self.outer
+        )
+        # The operator's gradient graph also reaches the outer leaves, which makes the mixed term
+        # free.
+        self.curvature = hessian(
+            lambda w: inner_loss(w, outer_tree), self.inner_layout.unflatten_leaves(inner)
+        )
+
+    @property
+    def inner_gradient(self) -> Tree:
+        """grad_w g, which is zero at an inner solution."""
+        leaves = filled(self.curvature.gradients, self.curvature._leaves)
+        return self.inner_layout.unflatten_leaves(leaves)
+
+    def mixed(self, x: Tree) -> list[Tensor | None]:
+        """(d2 g / dy dw) x, as the gradient in y of <grad_w g, x>; None where g has no such y."""
+        directions = self.inner_layout.leaves(x, name="ihvp")
+        pairs = [
+            (gradient, direction)
+            for gradient, direction in zip(self.curvature.gradients, directions, strict=True)
+            if gradient is not None and gradient.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(self.outer)
+        return list(
+            torch.autograd.grad(
+                [gradient for gradient, _ in pairs],
+                self.outer,
+                grad_outputs=[direction for _, direction in pairs],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        )
+
+    def mixed_transposed(self, u: Tree) -> Tree:
+        """(d2 g / dw dy) u, an inner tree: :meth:`mixed` is linear, and this is its transpose."""
+        used = [
+            gradient is not None and gradient.requires_grad for gradient in self.curvature.gradients
+        ]
+        zeros = [torch.zeros_like(leaf) for leaf in self.curvature._leaves]
+        directions = [zero.requires_grad_() for zero in zeros]
+        with torch.enable_grad():
+            images: Gradients = ()
+            if any(used):
+                images = torch.autograd.grad(
+                    [g for g, yes in zip(self.curvature.gradients, used, strict=True) if yes],
+                    self.outer,
+                    grad_outputs=[d for d, yes in zip(directions, used, strict=True) if yes],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+            pairs = [
+                (image, leaf)
+                for image, leaf in zip(images, self.outer_layout.leaves(u), strict=False)
+                if image is not None and image.requires_grad
+            ]
+            back: Gradients = (None,) * len(directions)
+            if pairs:
+                back = torch.autograd.grad(
+                    [image for image, _ in pairs],
+                    directions,
+                    grad_outputs=[leaf for _, leaf in pairs],
+                    allow_unused=True,
+                )
+        return self.inner_layout.unflatten_leaves(filled(back, directions))
+
+    def assemble(self, solution: Solution) -> Hypergradient:
+        """The hypergradient, from the solution of the linear system with ``v``."""
+        mixed = self.mixed(solution.value)
+        if all(term is None for term in mixed):
+            warn(
+                "the gradient of inner_loss in inner_params does not depend on outer_params, so "
+                "the implicit part is zero.",
+                UnusedParameterWarning,
+            )
+        else:
+            unused = [no and term is None for no, term in zip(self._unused, mixed, strict=True)]
+            report_unused_outer(self.outer_layout, unused)
+        implicit = [-term for term in filled(mixed, self.outer)]
+        grad, direct_part, implicit_part = sum_of_parts(self.outer_layout, self.direct, implicit)
+        return Hypergradient(
+            grad=grad,
+            direct=direct_part,
+            implicit=implicit_part,
+            ihvp=solution.value,
+            info=solution.info,
+        )
+
+
+def layouts(inner_params: Tree, outer_params: Tree) -> tuple[TreeLayout, TreeLayout]:
+    """The layouts of both levels, on one device."""
+    inner = TreeLayout.of(inner_params, name="inner_params")
+    outer = TreeLayout.of(outer_params, name="outer_params")
+    if inner.device != outer.device:
         raise DeviceError(
-            f"inner_params is on {inner_layout.device}, outer_params on {outer_layout.device}; "
+            f"inner_params is on {inner.device}, outer_params on {outer.device}; "
             "move them to one device."
         )
-    inner = _leaves(inner_layout, inner_params, "inner_params")
-    outer = _leaves(outer_layout, outer_params, "outer_params")
-    outer_tree = outer_layout.unflatten_leaves(outer)
+    return inner, outer
 
+
+def fresh_leaves(layout: TreeLayout, tree: Tree, name: str) -> list[Tensor]:
+    """Fresh leaves sharing storage, so that the caller's flags and .grad stay untouched."""
+    layout.check_finite(layout.flatten(tree, name=name), name)
+    return [leaf.detach().requires_grad_() for leaf in layout.leaves(tree, name=name)]
+
+
+def outer_gradients(
+    outer_loss: Loss,
+    inner_layout: TreeLayout,
+    inner: list[Tensor],
+    outer_layout: TreeLayout,
+    outer: list[Tensor],
+) -> tuple[Tensor, Tree, list[Tensor], list[bool]]:
+    """f, grad_w f as a tree, the leaves of grad_y f, and which of those f does not use."""
     with torch.enable_grad():
-        loss = _outer_value(outer_loss, inner_layout.unflatten_leaves(inner), outer_tree)
+        loss = _outer_value(
+            outer_loss, inner_layout.unflatten_leaves(inner), outer_layout.unflatten_leaves(outer)
+        )
         grads = torch.autograd.grad(loss, inner + outer, allow_unused=True)
-    _report_ignored(grads[: len(inner)], grads[len(inner) :])
-    v = inner_layout.unflatten_leaves(_filled(grads[: len(inner)], inner))
-    direct = _filled(grads[len(inner) :], outer)
+    of_inner, of_outer = grads[: len(inner)], grads[len(inner) :]
+    _report_ignored(of_inner, of_outer)
+    v = inner_layout.unflatten_leaves(filled(of_inner, inner))
+    unused = [grad is None for grad in of_outer]
+    return loss.detach(), v, filled(of_outer, outer), unused
 
-    # The operator's gradient graph also reaches the outer leaves, which makes the mixed term free.
-    curvature = hessian(lambda w: inner_loss(w, outer_tree), inner_layout.unflatten_leaves(inner))
-    with torch.no_grad():  # only the value is of use: its own derivative is not asked for
-        solution = solve(curvature, v, solver or CG(), damping=damping, x0=x0)
-    mixed = _mixed(curvature.gradients, outer, inner_layout, solution.value)
-    implicit = [-term for term in mixed]
-    parts = {"direct": direct, "implicit": implicit}
-    for name, leaves in parts.items():
-        tree = outer_layout.unflatten_leaves(leaves)
-        outer_layout.check_finite(outer_layout.flatten(tree), f"the {name} part")
-    return Hypergradient(
-        grad=outer_layout.unflatten_leaves([d + i for d, i in zip(direct, implicit, strict=True)]),
-        direct=outer_layout.unflatten_leaves(direct),
-        implicit=outer_layout.unflatten_leaves(implicit),
-        ihvp=solution.value,
-        info=solution.info,
-    )
+
+def sum_of_parts(
+    layout: TreeLayout, direct: list[Tensor], implicit: list[Tensor]
+) -> tuple[Tree, Tree, Tree]:
+    """Trees of the whole hypergradient and of its two parts, each checked to be finite."""
+    trees = [layout.unflatten_leaves(leaves) for leaves in (direct, implicit)]
+    for name, tree in zip(("direct", "implicit"), trees, strict=True):
+        layout.check_finite(layout.flatten(tree), f"the {name} part")
+    total = [d + i for d, i in zip(direct, implicit, strict=True)]
+    return layout.unflatten_leaves(total), trees[0], trees[1]
+
+
+def report_unused_outer(layout: TreeLayout, unused: list[bool]) -> None:
+    """Warn of outer leaves that neither loss uses, by name."""
+    names = [path or "the tensor" for path, no in zip(layout.paths, unused, strict=True) if no]
+    if names:
+        warn(
+            f"neither loss depends on {', '.join(names)} of outer_params: the hypergradient there "
+            "is zero. Leave unused parameters out.",
+            UnusedParameterWarning,
+        )
 
 
 def _report_ignored(inner: Gradients, outer: Gradients) -> None:
@@ -149,18 +287,12 @@ def _report_ignored(inner: Gradients, outer: Gradients) -> None:
     )
 
 
-def _filled(grads: Gradients, leaves: list[Tensor]) -> list[Tensor]:
+def filled(grads: Gradients, leaves: list[Tensor]) -> list[Tensor]:
     """Zeros for unused leaves; no graph."""
     return [
         torch.zeros_like(leaf.detach()) if grad is None else grad.detach()
         for grad, leaf in zip(grads, leaves, strict=True)
     ]
-
-
-def _leaves(layout: TreeLayout, tree: Tree, name: str) -> list[Tensor]:
-    """Fresh leaves sharing storage, so that the caller's flags and .grad stay untouched."""
-    layout.check_finite(layout.flatten(tree, name=name), name)
-    return [leaf.detach().requires_grad_() for leaf in layout.leaves(tree, name=name)]
 
 
 def _outer_value(outer_loss: Loss, inner: Tree, outer: Tree) -> Tensor:
@@ -171,31 +303,3 @@ def _outer_value(outer_loss: Loss, inner: Tree, outer: Tree) -> Tensor:
             "It must compute its value from its two arguments with differentiable operations."
         )
     return check_loss(loss, "outer_loss")
-
-
-def _mixed(
-    gradients: tuple[Any, ...], outer: list[Tensor], layout: TreeLayout, x: Tree
-) -> list[Tensor]:
-    """(d2 g / dy dw) x, as the gradient in y of <grad_w g, x>."""
-    directions = layout.leaves(x, name="ihvp")
-    pairs = [
-        (gradient, direction)
-        for gradient, direction in zip(gradients, directions, strict=True)
-        if gradient is not None and gradient.requires_grad
-    ]
-    mixed: Gradients = (None,) * len(outer)
-    if pairs:
-        mixed = torch.autograd.grad(
-            [gradient for gradient, _ in pairs],
-            outer,
-            grad_outputs=[direction for _, direction in pairs],
-            retain_graph=True,
-            allow_unused=True,
-        )
-    if all(term is None for term in mixed):
-        warn(
-            "the gradient of inner_loss in inner_params does not depend on outer_params, so the "
-            "implicit part is zero.",
-            UnusedParameterWarning,
-        )
-    return _filled(mixed, outer)

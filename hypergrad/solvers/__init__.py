@@ -5,6 +5,7 @@ from .cg import CG
 from .choice import Auto
 from .exact import Exact
 from .gmres import GMRES
+from .identity import Identity
 from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, nystrom_sketch
@@ -18,6 +19,7 @@ __all__ = [
     "MINRES",
     "Auto",
     "Exact",
+    "Identity",
     "Neumann",
     "Nystrom",
     "NystromPCG",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -183,14 +184,17 @@ def test_damping_is_applied_once_and_reported() -> None:
     assert got.info.damping == 0.7
 
 
-def test_outer_leaves_that_nothing_uses_get_zeros() -> None:
+def test_outer_leaves_that_nothing_uses_get_zeros_and_are_named() -> None:
     inner, star, y = quadratic()
-    got = hypergrad.hypergradient(
-        lambda w, p: inner(w, p["y"]),
-        lambda w, p: w.sum(),
-        star,
-        {"y": y, "unused": torch.ones(2, 3, dtype=F64)},
-    )
+    with pytest.warns(hypergrad.UnusedParameterWarning, match=r"\['unused'\]") as caught:
+        got = hypergrad.hypergradient(
+            lambda w, p: inner(w, p["y"]),
+            lambda w, p: w.sum(),
+            star,
+            {"y": y, "unused": torch.ones(2, 3, dtype=F64)},
+        )
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert torch.equal(got.grad["unused"], torch.zeros(2, 3, dtype=F64))
     assert float(got.grad["y"].norm()) > 0
 
@@ -316,3 +320,15 @@ def test_results_carry_no_graph() -> None:
     inner, star, y = quadratic()
     got = hypergrad.hypergradient(inner, lambda w, y: w.sum(), star, y.requires_grad_())
     assert not any(t.requires_grad for t in (got.grad, got.direct, got.implicit, got.ihvp))
+
+
+def test_the_warning_of_an_unused_leaf_is_shown_once_a_place() -> None:
+    inner, star, y = quadratic()
+    outer = {"y": y, "unused": torch.ones(2, dtype=F64)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            hypergrad.hypergradient(
+                lambda w, p: inner(w, p["y"]), lambda w, p: w.sum(), star, outer
+            )
+    assert len(caught) == 1

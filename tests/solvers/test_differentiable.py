@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import hypergrad
-from hypergrad import Status
-from tests.strategies import F32, F64, gaussian, generator, relative_error
+from tests.strategies import F64, gaussian, generator, relative_error
 
 N = 4
 DAMPING = 0.3
