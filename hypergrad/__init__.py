@@ -7,7 +7,18 @@ The call it is known by:
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .bilevel import Hypergradient, hypergradient
+from .bilevel import (
+    F2SA,
+    SABA,
+    SOBA,
+    AmIGO,
+    Hypergradient,
+    PowerSchedule,
+    SingleLoop,
+    SingleLoopState,
+    StocBiO,
+    hypergradient,
+)
 from .errors import (
     ConvergenceError,
     ConvergenceWarning,
@@ -26,6 +37,7 @@ from .errors import (
     RankError,
     SolverOptionError,
     StaleOperatorError,
+    StateError,
     TreeStructureError,
     UnusedParameterWarning,
 )
@@ -60,6 +72,10 @@ except PackageNotFoundError:  # a source tree on sys.path, not installed
 
 __all__ = [
     "CG",
+    "F2SA",
+    "SABA",
+    "SOBA",
+    "AmIGO",
     "ConvergenceError",
     "ConvergenceWarning",
     "DampingError",
@@ -82,14 +98,19 @@ __all__ = [
     "Nystrom",
     "NystromSketch",
     "OperatorTooLargeError",
+    "PowerSchedule",
     "PreconditionerError",
     "RankError",
+    "SingleLoop",
+    "SingleLoopState",
     "Solution",
     "SolveInfo",
     "Solver",
     "SolverOptionError",
     "StaleOperatorError",
+    "StateError",
     "Status",
+    "StocBiO",
     "TreeStructureError",
     "UnusedParameterWarning",
     "as_operator",
