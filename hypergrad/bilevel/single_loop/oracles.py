@@ -16,6 +16,12 @@ from ...pytree import TreeLayout
 Loss = Callable[..., Tensor]
 Batch = tuple[Any, ...]
 
+_IGNORED = (
+    "outer_loss depends on neither inner_params nor outer_params. It must compute its value from "
+    "its two arguments; a model called directly uses its own parameters instead: call it with "
+    "torch.func.functional_call(model, inner_params, inputs)."
+)
+
 
 class Products(NamedTuple):
     """Derivatives of the inner loss g on one batch, flat; a part not asked for is empty."""
@@ -67,6 +73,7 @@ class Oracle:
             loss = self._inner_value(inner, outer, batch)
             grads = torch.autograd.grad(loss, inner + outer, allow_unused=True)
         self._report_inner(grads[: len(inner)])
+        self._report_cross(grads[len(inner) :])
         self.num_gradients += 1
         return _flat(grads[: len(inner)], inner, w), _flat(grads[len(inner) :], outer, y)
 
@@ -80,13 +87,12 @@ class Oracle:
                 *batch,
             )
             if isinstance(loss, Tensor) and not loss.requires_grad:
-                raise LossError(
-                    "outer_loss depends on neither inner_params nor outer_params: it carries no "
-                    "gradient. It must compute its value from its two arguments."
-                )
+                raise LossError(_IGNORED)
             grads = torch.autograd.grad(
                 check_loss(loss, "outer_loss"), inner + outer, allow_unused=True
             )
+        if all(grad is None for grad in grads):
+            raise LossError(_IGNORED)
         if self.report and all(grad is None for grad in grads[: len(inner)]):
             warn(
                 "outer_loss does not depend on inner_params, so the hypergradient has no implicit "
@@ -156,11 +162,11 @@ class Oracle:
         if self.report or all(unused):
             report_unused(self.inner_layout, unused, "inner_loss")
 
-    def _report_cross(self, products: tuple[Tensor | None, ...]) -> None:
-        if self.report and all(product is None for product in products):
+    def _report_cross(self, on_outer: tuple[Tensor | None, ...]) -> None:
+        if self.report and all(part is None for part in on_outer):
             warn(
-                "the gradient of inner_loss in inner_params does not depend on outer_params, so "
-                "the hypergradient has no implicit part.",
+                "what inner_loss makes of inner_params does not depend on outer_params, so the "
+                "hypergradient has no implicit part.",
                 UnusedParameterWarning,
             )
 
