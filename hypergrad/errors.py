@@ -52,6 +52,10 @@ class StaleOperatorError(HypergradError, RuntimeError):
     """Parameters were modified in place after the operator that uses them was made."""
 
 
+class StateError(HypergradError, ValueError):
+    """A stepper's state is another method's, or its memory has moved on with a later state."""
+
+
 class NotSymmetricError(HypergradError, ValueError):
     """Products show that the operator is not symmetric, or not the same from call to call."""
 

@@ -21,4 +21,26 @@ __all__ = [
     "hypergradient",
     "hypergradient_certificate",
     "unrolled_hypergradient",
+from .single_loop import (
+    F2SA,
+    SABA,
+    SOBA,
+    AmIGO,
+    PowerSchedule,
+    SingleLoop,
+    SingleLoopState,
+    StocBiO,
+)
+
+__all__ = [
+    "F2SA",
+    "SABA",
+    "SOBA",
+    "AmIGO",
+    "Hypergradient",
+    "PowerSchedule",
+    "SingleLoop",
+    "SingleLoopState",
+    "StocBiO",
+    "hypergradient",
 ]
