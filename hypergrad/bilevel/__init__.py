@@ -5,22 +5,6 @@ from .check import HypergradientCheck, Verdict, check_hypergradient
 from .darts import darts_hypergradient
 from .hypergradient import Hypergradient, hypergradient
 from .optimizers import SGD, Adam, InnerOptimizer
-from .unroll import UnrolledHypergradient, unrolled_hypergradient
-
-__all__ = [
-    "SGD",
-    "Adam",
-    "Hypergradient",
-    "HypergradientCertificate",
-    "HypergradientCheck",
-    "InnerOptimizer",
-    "UnrolledHypergradient",
-    "Verdict",
-    "check_hypergradient",
-    "darts_hypergradient",
-    "hypergradient",
-    "hypergradient_certificate",
-    "unrolled_hypergradient",
 from .single_loop import (
     F2SA,
     SABA,
@@ -31,16 +15,28 @@ from .single_loop import (
     SingleLoopState,
     StocBiO,
 )
+from .unroll import UnrolledHypergradient, unrolled_hypergradient
 
 __all__ = [
     "F2SA",
     "SABA",
+    "SGD",
     "SOBA",
+    "Adam",
     "AmIGO",
     "Hypergradient",
+    "HypergradientCertificate",
+    "HypergradientCheck",
+    "InnerOptimizer",
     "PowerSchedule",
     "SingleLoop",
     "SingleLoopState",
     "StocBiO",
+    "UnrolledHypergradient",
+    "Verdict",
+    "check_hypergradient",
+    "darts_hypergradient",
     "hypergradient",
+    "hypergradient_certificate",
+    "unrolled_hypergradient",
 ]

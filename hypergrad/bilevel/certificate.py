@@ -263,7 +263,8 @@ class _Point:
     def tight(self, v: Tree, x0: Tree | None = None) -> Solution:
         """H^-1 v as closely as products in this dtype allow."""
         solver = CG(rtol=max(1e-10, 10.0 * self.eps))
-        return solve(self.derivatives.curvature, v, solver, x0=x0, on_failure="ignore")
+        with torch.no_grad():  # only the value is of use
+            return solve(self.derivatives.curvature, v, solver, x0=x0, on_failure="ignore")
 
     def mixed_norm(self) -> float:
         """|M|, M = d2 g / dy dw, from above in practice: Lanczos on M M'."""
