@@ -109,6 +109,7 @@ class BilevelPoint:
         outer_layout: layout of the outer parameters.
         outer_value: f.
         v: grad_w f, a tree.
+        inner: w as fresh leaves, in the order of ``inner_layout``.
         outer: y as fresh leaves, in the order of ``outer_layout``.
         direct: grad_y f, leaves in that order.
         curvature: d2 g / dw dw, with the graph of grad_w g.
@@ -118,7 +119,7 @@ class BilevelPoint:
         self, inner_loss: Loss, outer_loss: Loss, inner_params: Tree, outer_params: Tree
     ) -> None:
         self.inner_layout, self.outer_layout = layouts(inner_params, outer_params)
-        inner = fresh_leaves(self.inner_layout, inner_params, "inner_params")
+        self.inner = inner = fresh_leaves(self.inner_layout, inner_params, "inner_params")
         self.outer = fresh_leaves(self.outer_layout, outer_params, "outer_params")
         outer_tree = self.outer_layout.unflatten_leaves(self.outer)
         self.outer_value, self.v, self.direct, self._unused = outer_gradients(
@@ -133,7 +134,7 @@ class BilevelPoint:
     @property
     def inner_gradient(self) -> Tree:
         """grad_w g, which is zero at an inner solution."""
-        leaves = filled(self.curvature.gradients, self.curvature._leaves)
+        leaves = filled(self.curvature.gradients, self.inner)
         return self.inner_layout.unflatten_leaves(leaves)
 
     def mixed(self, x: Tree) -> list[Tensor | None]:
@@ -161,7 +162,7 @@ class BilevelPoint:
         used = [
             gradient is not None and gradient.requires_grad for gradient in self.curvature.gradients
         ]
-        zeros = [torch.zeros_like(leaf) for leaf in self.curvature._leaves]
+        zeros = [torch.zeros_like(leaf) for leaf in self.inner]
         directions = [zero.requires_grad_() for zero in zeros]
         with torch.enable_grad():
             images: Gradients = ()
