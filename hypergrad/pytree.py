@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -88,6 +87,11 @@ class TreeLayout:
     device: torch.device
     dim: int
     dtype: torch.dtype
+    #: Entries of each leaf.
+    _sizes: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_sizes", [math.prod(shape) for shape in self.shapes])
 
     @classmethod
     def of(cls, tree: Tree, *, name: str = "the tree", batched: bool = False) -> TreeLayout:
@@ -207,10 +211,6 @@ class TreeLayout:
             for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
         ]
 
-    @cached_property
-    def _sizes(self) -> list[int]:
-        return [math.prod(shape) for shape in self.shapes]
-
     def narrowed(self, block: Tensor) -> Tensor:
         """A block of shape (m, n) with each leaf's columns rounded to that leaf's dtype."""
         if all(dtype == self.dtype for dtype in self.dtypes):
@@ -229,6 +229,8 @@ class TreeLayout:
 
     def check_finite(self, flat: Tensor, what: str) -> None:
         """Raise :class:`NonFiniteError`, naming the first bad leaf, unless ``flat`` is finite."""
+        if torch.compiler.is_compiling():  # values cannot be looked at
+            return
         # A nan or an infinity passes into the sum: one pass, unless finite entries overflow it.
         if math.isfinite(flat.sum()):
             return
@@ -289,7 +291,7 @@ def row_norms(block: Tensor) -> Tensor:
     # In this range no square that counts has left the dtype's: the usual case, in one pass.
     limits = torch.finfo(block.dtype)
     low, high = (limits.tiny / limits.eps) ** 0.5, limits.max**0.5
-    if bool(((norms > low) & (norms < high)).all()):
+    if not torch.compiler.is_compiling() and bool(((norms > low) & (norms < high)).all()):
         return norms
     largest = block.abs().amax(dim=1)
     safe = torch.where(largest > 0, largest, torch.ones_like(largest))

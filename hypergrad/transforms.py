@@ -19,6 +19,11 @@ def transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def building_no_graph() -> bool:
+    """Whether autograd's own graphs cannot be built: under ``torch.func`` or ``torch.compile``."""
+    return torch.compiler.is_compiling() or transforming()
+
+
 def differentiable(tensor: Tensor) -> bool:
     """Whether a derivative, or a batch of values, runs through a tensor at any level.
 
@@ -114,6 +119,41 @@ def pullback(
     for i, grad in zip(index, grads, strict=True):
         out[i] = grad
     return out
+
+
+def below_tangents(function: Callable[..., Tensor], *values: Tensor | None) -> Tensor:
+    """``function(*values)`` in the ``jvp`` of an autograd Function, with derivatives of its own.
+
+    There PyTorch turns forward mode off for all levels, not only for the one whose rule runs: the
+    tangents of an outer ``jvp`` would be lost without a word.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):
+        if not transforming():  # dual numbers do not nest: without their tangents
+            primals = [
+                forward_ad.unpack_dual(x).primal if isinstance(x, Tensor) else x for x in values
+            ]
+            return function(*primals)
+        interpreter = retrieve_current_functorch_interpreter()
+        level = interpreter.level()
+        lower = [
+            _functorch._unwrap_for_grad(x, level) if isinstance(x, Tensor) else x for x in values
+        ]
+        with interpreter.lower():
+            out = function(*lower)
+        wrapped: Tensor = _functorch._wrap_for_grad(out, level)
+        return wrapped
+
+
+def pushforward(
+    function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> Tensor:
+    """The derivative of ``function`` at ``primals`` along ``tangents``."""
+    if transforming():
+        moved: Tensor = torch.func.jvp(function, primals, tangents)[1]
+        return moved
+    output = function(*map(forward_ad.make_dual, primals, tangents))
+    tangent = forward_ad.unpack_dual(output).tangent
+    return torch.zeros_like(output) if tangent is None else tangent
 
 
 def reaches_beyond(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> bool:

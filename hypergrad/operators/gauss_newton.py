@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import LossError, NonFiniteError, SolverOptionError
 from ..pytree import Tree, TreeLayout
-from ..transforms import reaches_beyond, tangents, transforming
+from ..transforms import building_no_graph, reaches_beyond, tangents, transforming
 from .base import LinearOperator
 from .hessian import Point, check_differentiable, report_unused
 
@@ -45,7 +45,7 @@ class GaussNewtonOperator(LinearOperator):
         self._point = Point(originals, batch)
         self._built: _Built | None = None
         self._more: bool | None = None
-        if not transforming():  # there a solve builds it later, from the plain tensors
+        if not building_no_graph():  # a solve builds it later, from the plain tensors
             self._build()
 
     def _functions(self) -> tuple[Callable[[Tree], Any], Callable[[Tensor], Any]]:
@@ -130,7 +130,7 @@ class GaussNewtonOperator(LinearOperator):
 
     def _apply(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)
-        if transforming():
+        if building_no_graph():
             return self._attached(block).detach()
         product = self._build().product
         if block.shape[0] == 1:

@@ -21,6 +21,7 @@ from ..errors import (
 )
 from ..pytree import Tree, TreeLayout
 from ..transforms import (
+    building_no_graph,
     differentiable,
     has_tangent,
     reaches_beyond,
@@ -58,7 +59,7 @@ class HessianOperator(LinearOperator):
         self._point = Point(originals, batch)
         self._built: _Built | None = None
         self._more: bool | None = None
-        if not transforming():  # there a solve builds it later, from the plain tensors
+        if not building_no_graph():  # a solve builds it later, from the plain tensors
             self._build()
 
     @property
@@ -107,7 +108,7 @@ class HessianOperator(LinearOperator):
 
     def _attached(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)
-        if transforming():
+        if building_no_graph():
             return self._functional(block)
         # Each leaf by itself: what else depends on it, such as the batch, stands still.
         leaves = [
@@ -135,7 +136,7 @@ class HessianOperator(LinearOperator):
 
     def _apply(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)
-        if transforming():
+        if building_no_graph():
             return self._functional(block).detach()
         if self.mode == "forward_over_reverse":
             return self._forward_over_reverse(block)
@@ -212,7 +213,8 @@ class Point:
     def __init__(self, params: Sequence[Tensor], batch: tuple[Any, ...]) -> None:
         self.params, self.batch = list(params), batch
         self._leaves, self._spec = torch_pytree.tree_flatten(batch)
-        self._versions = [leaf._version for leaf in self.params]
+        compiling = torch.compiler.is_compiling()
+        self._versions = [] if compiling else [leaf._version for leaf in self.params]
 
     @property
     def batch_tensors(self) -> list[Tensor]:
@@ -234,6 +236,8 @@ class Point:
 
     def check_fresh(self, layout: TreeLayout) -> None:
         """Raise :class:`StaleOperatorError` if the parameters were modified in place since."""
+        if torch.compiler.is_compiling():
+            return
         for leaf, version, path in zip(self.params, self._versions, layout.paths, strict=True):
             if leaf._version != version:
                 raise StaleOperatorError(
@@ -299,6 +303,8 @@ def hessian(
 
 def check_differentiable(leaves: list[Tensor]) -> None:
     """Raise where PyTorch's inference mode forbids derivatives."""
+    if torch.compiler.is_compiling():
+        return
     if torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in leaves):
         raise LossError(
             "params are inference tensors, or torch.inference_mode() is on: derivatives cannot be "

@@ -7,7 +7,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -180,7 +180,8 @@ class DampedSystem:
             # Residuals fall far below one.  Narrowed as they are, their entries would lose digits
             # to the narrow dtype's smallest numbers, and such numbers are slow to multiply.
             norms = row_norms(x)
-            if bool(((norms < _SMALL) | (norms > 1.0 / _SMALL)).any()):
+            out_of_range = (norms < _SMALL) | (norms > 1.0 / _SMALL)
+            if torch.compiler.is_compiling() or bool(out_of_range.any()):
                 scales = powers_of_two(norms)[:, None]
                 x = x / scales
         out = self.operator._apply(x.to(self.operator.dtype))
@@ -204,7 +205,7 @@ class DampedSystem:
         """
         scales = (self.scales if rows is None else self.scales[rows])[:, None]
         answer = self.operator.layout.narrowed((x * scales).to(self.operator.dtype))
-        if not bool(torch.isfinite(answer).all()):
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(answer).all()):
             raise NonFiniteError(
                 f"x overflows {min(self.operator.layout.dtypes, key=lambda d: torch.finfo(d).max)}:"
                 " the answer is too large for the dtype of v. Raise damping, rescale the problem, "
@@ -254,7 +255,7 @@ class Solver(ABC):
     #: Damping when the caller names none.
     default_damping: Damping = 0.0
     #: Whether A must be symmetric; the adjoint system is then the system itself.
-    self_adjoint: bool = True
+    self_adjoint: ClassVar[bool] = True
 
     @abstractmethod
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:

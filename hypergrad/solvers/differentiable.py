@@ -11,14 +11,22 @@ differentiable again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..errors import DifferentiationError
-from ..transforms import differentiable, pullback, recording, tangents, transforming
+from ..transforms import (
+    below_tangents,
+    differentiable,
+    pullback,
+    pushforward,
+    recording,
+    tangents,
+    transforming,
+)
 from .run import BlockSolve
 
 _REMEDY = (
@@ -111,29 +119,14 @@ class _Solve(torch.autograd.Function):
         in_damping: Tensor | None,
         *in_tensors: Tensor | None,
     ) -> Tensor:
-        x, damping, *tensors = ctx.saved_tensors
         call: BlockSolve = ctx.call
-        target = torch.zeros_like(x) if in_block is None else in_block
-        if in_damping is not None:
-            target = target - in_damping.to(x.dtype) * x
-        moving = [i for i, tangent in enumerate(in_tensors) if tangent is not None]
-        if moving:
+        x, damping, *tensors = ctx.saved_tensors
+        count = len(tensors)
 
-            def product(*chosen: Tensor) -> Tensor:
-                values = list(tensors)
-                for i, value in zip(moving, chosen, strict=True):
-                    values[i] = value
-                return call.operator_of(values)._attached(x)
+        def tangent(*values: Any) -> Tensor:
+            return _tangent(call, *values[:4], values[4 : 4 + count], values[4 + count :])
 
-            primals = tuple(tensors[i] for i in moving)
-            tangents = tuple(in_tensors[i] for i in moving)
-            if transforming():
-                target = target - torch.func.jvp(product, primals, tangents)[1]
-            else:  # dual numbers do not nest
-                duals = map(forward_ad.make_dual, primals, tangents)
-                moved = forward_ad.unpack_dual(product(*duals)).tangent
-                target = target if moved is None else target - moved
-        return _solved(call.following(adjoint=False), target, None, damping, tensors)
+        return below_tangents(tangent, x, damping, in_block, in_damping, *tensors, *in_tensors)
 
     @staticmethod
     def vmap(
@@ -167,6 +160,33 @@ class _Solve(torch.autograd.Function):
             ]
             answers.append(_Solve.apply(call.part(i), *one))
         return torch.stack(answers), 0
+
+
+def _tangent(
+    call: BlockSolve,
+    x: Tensor,
+    damping: Tensor | None,
+    in_block: Tensor | None,
+    in_damping: Tensor | None,
+    tensors: Sequence[Tensor],
+    in_tensors: Sequence[Tensor | None],
+) -> Tensor:
+    """dx = S (dv - dA x - d(damping) x)."""
+    target = torch.zeros_like(x) if in_block is None else in_block
+    if in_damping is not None:
+        target = target - in_damping.to(x.dtype) * x
+    moving = [i for i, tangent in enumerate(in_tensors) if tangent is not None]
+    if moving:
+
+        def product(*chosen: Tensor) -> Tensor:
+            values = list(tensors)
+            for i, value in zip(moving, chosen, strict=True):
+                values[i] = value
+            return call.operator_of(values)._attached(x)
+
+        primals = tuple(tensors[i] for i in moving)
+        target = target - pushforward(product, primals, tuple(in_tensors[i] for i in moving))
+    return _solved(call.following(adjoint=False), target, None, damping, list(tensors))
 
 
 def _attached_to_closure(

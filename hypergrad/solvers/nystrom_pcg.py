@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .base import DampedSystem, Outcome, Solver
 from .cg import run_cg
 from .krylov import check_krylov_options
 from .nystrom import Nystrom
-from .sketch import SketchKind, positive_damping
+from .sketch import NystromSketch, SketchKind, positive_damping
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,33 @@ class NystromPCG(Solver):
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         if system.damping != "auto":
             positive_damping(system.damping)  # before any product is spent
-        sketch = self._nystrom()._sketch_of(system)
+        sketch = self._sketch_of(system)
         if system.damping == "auto":
             system.damping = sketch.auto_damping()
         # Its blocks are flat in the working dtype; narrowing them would cost the digits.
         precondition = sketch.preconditioner(float(system.damping))._apply
         outcome = run_cg(self, system, x0, precondition)
-        return replace(outcome, rank=sketch.rank, smallest_eigenvalue=sketch.smallest_eigenvalue)
+        return replace(
+            outcome,
+            rank=sketch.rank,
+            smallest_eigenvalue=sketch.smallest_eigenvalue,
+            backward_solver=_Sketched(**_options(self), made=sketch),
+        )
+
+    def _sketch_of(self, system: DampedSystem) -> NystromSketch:
+        return self._nystrom()._sketch_of(system)
+
+
+@dataclass(frozen=True)
+class _Sketched(NystromPCG):
+    """The same configuration with its sketch made: what solves again at no new sketch."""
+
+    made: NystromSketch | None = None
+
+    def _sketch_of(self, system: DampedSystem) -> NystromSketch:
+        assert self.made is not None
+        return self.made
+
+
+def _options(solver: NystromPCG) -> dict[str, Any]:
+    return {field.name: getattr(solver, field.name) for field in fields(NystromPCG)}

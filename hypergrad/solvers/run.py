@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceError, ConvergenceWarning, warn
+from ..errors import ConvergenceError, ConvergenceWarning, DifferentiationError, warn
 from ..operators import LinearOperator
 from ..pytree import powers_of_two, working_dtype
 from .base import (
@@ -144,6 +144,60 @@ def _finite(operator: LinearOperator, block: Tensor, name: str) -> Tensor:
     block = block.detach()
     operator.layout.check_finite(block, name)
     return block.to(working_dtype(operator.dtype, operator.device))
+
+
+def traced(
+    operator: LinearOperator,
+    solver: Solver,
+    damping: Damping,
+    block: Tensor,
+    start: Tensor | None,
+    *,
+    batched: bool,
+) -> tuple[Tensor, SolveInfo]:
+    """A solve as pure tensor code: a fixed amount of work, and no look at any value.
+
+    Raises:
+        DifferentiationError: something that requires grad; a compiled solve is a constant.
+        SolverOptionError: the solver decides on values.
+    """
+    inputs = [block, *operator._tensors()]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        raise DifferentiationError(
+            "a compiled solve has no derivative, but v or a tensor of the operator requires grad. "
+            "Solve under torch.no_grad() or with detached tensors, or outside the compiled function."
+        )
+    dtype = working_dtype(operator.dtype, operator.device)
+    rows = block.detach().to(dtype)
+    scales = powers_of_two(rows.abs().amax(dim=1))
+    system = DampedSystem(operator, rows / scales[:, None], scales, damping)
+    if start is not None:
+        start = start.detach().to(dtype) / scales[:, None]
+    x, norms = solver._run_traced(system, start)
+    x = (system.returned(x) * scales[:, None]).to(operator.dtype)
+    sizes = torch.where(system.b_norms > 0, system.b_norms, torch.ones_like(system.b_norms))
+    iterations = getattr(solver, "max_iters", getattr(solver, "num_terms", 0))
+
+    def report(norm: Any, relative: Any, columns: tuple[SolveInfo, ...] = ()) -> SolveInfo:
+        return SolveInfo(
+            status=Status.FIXED_ITERATIONS,
+            converged=False,
+            residual_norm=norm,
+            relative_residual=relative,
+            iterations=iterations or 0,
+            num_hvps=system.num_hvps,
+            damping=float(system.damping),
+            solver=solver,
+            columns=columns,
+        )
+
+    relative = norms / sizes
+    absolute = norms * scales
+    if not batched:
+        return x, report(absolute[0], relative[0])
+    columns = tuple(report(absolute[i], relative[i]) for i in range(len(x)))
+    worst = relative.argmax(0, keepdim=True)
+    return x, report(absolute.gather(0, worst)[0], relative.gather(0, worst)[0], columns)
 
 
 def reports(outcome: Outcome, system: DampedSystem, solver: Solver) -> list[SolveInfo]:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverOptionError, TreeStructureError
-from ..operators import as_operator
+from ..operators import LinearOperator, as_operator
 from ..pytree import Tree, TreeLayout
 from ..transforms import differentiable
 from .base import Damping, Solution, Solver, check_damping
 from .cg import CG
 from .choice import Auto
 from .differentiable import answer
-from .run import BlockSolve, OnFailure, act_on_failure, summary
+from .run import BlockSolve, OnFailure, act_on_failure, summary, traced
 
 
 def solve(
@@ -93,12 +93,13 @@ def solve(
         raise TreeStructureError(
             f"x0 stacks {start.shape[0]} trees, but v stacks {block.shape[0]}; expected the same."
         )
+    if torch.compiler.is_compiling():
+        x, info = traced(op, solver, number, block, start, batched=batched)
+        return Solution(_tree(op, layout, x, batched), info)
     call = BlockSolve(op, solver, number, on_failure, torch.is_grad_enabled())
     x = answer(call, block, start, rho)
-    tree = op.layout.unflatten_block(x) if batched else op.layout.unflatten(x[0])
-    # v may order its keys differently from the operator, or be a list where that has a tuple.
-    value = layout.unflatten_leaves(layout.leaves(tree, name="x", batched=batched))
     info = summary(call.columns) if batched or len(call.columns) > 1 else call.columns[0]
+    value = _tree(op, layout, x, batched)
     solution = Solution(value, replace(info, num_hvps=sum(call.hvps)), call.later)
     act_on_failure(solution, on_failure)
     return solution
@@ -107,3 +108,12 @@ def solve(
 def _one_tree(layout: TreeLayout, v: Tree, batched: bool) -> Tree:
     leaves = layout.leaves(v, batched=batched)
     return layout.unflatten_leaves([leaf[0] for leaf in leaves]) if batched else v
+
+
+def _tree(op: LinearOperator, layout: TreeLayout, x: Tensor, batched: bool) -> Tree:
+    """The rows of x as a tree of v's own layout.
+
+    It may order its keys differently from the operator, or be a list where that has a tuple.
+    """
+    tree = op.layout.unflatten_block(x) if batched else op.layout.unflatten(x[0])
+    return layout.unflatten_leaves(layout.leaves(tree, name="x", batched=batched))
