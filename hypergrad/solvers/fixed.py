@@ -108,8 +108,11 @@ class FixedWork:
 
     def freeze(self, stuck: Tensor, direction: Tensor, norms: Tensor) -> None:
         """Stop rows that met negative curvature along the rows of ``direction``."""
-        self.direction = where_rows(stuck, direction / norms[:, None], self.direction)
-        self.stuck = self.stuck | stuck
+        # Of a residual that is rounding itself, the curvature is no news of the operator.
+        rounding = 10.0 * torch.finfo(self.system.operator.dtype).eps * self.system.b_norms
+        news = stuck & (self.norms > rounding)
+        self.direction = where_rows(news, direction / norms[:, None], self.direction)
+        self.stuck, self.frozen = self.stuck | news, self.frozen | stuck
 
     def advance(self, x: Tensor, r: Tensor) -> None:
         """Take a step with the rows that are live."""

@@ -126,7 +126,7 @@ class _Lanczos:
         c, s, c_old, s_old: the last two Givens rotations.
         norm: the largest column of T so far, an estimate of its norm.
         size: the largest |A z| / |z| so far, an estimate of |A|.
-        theta: u'M u of the last normalised vector u; not positive where M is not.
+        theta: the smallest e'M e of the unit vectors e so far; not positive where M is not.
     """
 
     p: Tensor
@@ -248,7 +248,8 @@ def _advance(
     new = _Lanczos(
         p=p, z=z, p_old=state.p, w=w, w_old=state.w, gamma=gamma, eta=-s * state.eta,
         c=c, s=s, c_old=state.c, s_old=state.s,
-        norm=norm, size=torch.maximum(state.size, over(sizes, z_norms)), theta=theta,
+        norm=norm, size=torch.maximum(state.size, over(sizes, z_norms)),
+        theta=torch.minimum(state.theta, theta),
     )  # fmt: skip
     rayleigh = torch.where(z_norms > 0, over(over(delta, z_norms), z_norms), torch.inf)
     move = length.abs() * safe_norms(w)
@@ -406,7 +407,7 @@ class _Recurrence(Recurrence):
         from scipy.linalg import eigvalsh_tridiagonal
 
         m = len(self.out_x)
-        steps = torch.full((3, len(self.entries), m), float("nan"), dtype=torch.float64)
+        steps = torch.full((2, len(self.entries), m), float("nan"), dtype=torch.float64)
         smallest = []
         for i, (row, delta, gamma) in enumerate(self.entries):
             at = row.cpu()
@@ -415,10 +416,14 @@ class _Recurrence(Recurrence):
             taken = ~steps[0, :, column].isnan()
             diagonal, beside = steps[0, taken, column], steps[1, taken, column]
             if len(diagonal):
+                scale = float(steps[:2, taken, column].abs().max()) or 1.0  # LAPACK squares
                 values = eigvalsh_tridiagonal(
-                    diagonal.numpy(), beside[1:].numpy(), select="i", select_range=(0, 0)
+                    (diagonal / scale).numpy(),
+                    (beside[1:] / scale).numpy(),
+                    select="i",
+                    select_range=(0, 0),
                 )
-                smallest.append(float(values[0]) - self.damping)
+                smallest.append(float(values[0]) * scale - self.damping)
         return min(smallest, default=None)
 
 

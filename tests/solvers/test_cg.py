@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,19 @@ from torch import Tensor
 
 import hypergrad
 from hypergrad import CG, Status
+from hypergrad.solvers.base import DampedSystem
+from tests.solvers.krylov_properties import (
+    System,
+    check_a_block_is_its_rows,
+    check_leaf_order,
+    check_scale_invariance,
+    check_the_status_never_lies,
+    definite_spectra,
+    exponents,
+    float64_trees,
+    indefinite_systems,
+    quietly,
+)
 from tests.strategies import (
     F32,
     F64,
@@ -329,3 +343,141 @@ def test_bfloat16_products_with_a_float32_recurrence() -> None:
     assert info.converged
     stored = matrix.to(F64)
     assert relative_residual(0.5 * (stored + stored.T), 0.0, x, v) <= 6e-2
+
+
+# Properties -------------------------------------------------------------------------------------
+
+
+def make(rtol: float) -> hypergrad.Solver:
+    return CG(rtol=rtol)
+
+
+@quick_and_thorough
+@given(system=indefinite_systems)
+def test_the_status_never_lies(effort: str, system: System) -> None:
+    check_the_status_never_lies(system, make)
+
+
+@quick_and_thorough
+@given(system=indefinite_systems, of_v=exponents, of_a=exponents)
+def test_scales_do_not_matter(effort: str, system: System, of_v: int, of_a: int) -> None:
+    check_scale_invariance(system, make, of_v, of_a)
+
+
+@quick_and_thorough
+@given(like=float64_trees, spectrum=definite_spectra, seed=seeds)
+def test_the_order_of_leaves_does_not_matter(
+    effort: str, like: Any, spectrum: str, seed: int
+) -> None:
+    check_leaf_order(like, spectrum, seed, make)
+
+
+@quick_and_thorough
+@given(system=indefinite_systems)
+def test_a_block_is_its_rows(effort: str, system: System) -> None:
+    check_a_block_is_its_rows(system, make)
+
+
+# A fixed number of iterations -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [CG, hypergrad.MINRES])
+@pytest.mark.parametrize("spectrum", ["geometric", "one small"])
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("count", [3, 60, 120])
+def test_the_traceable_form_is_the_eager_one(
+    solver: Any, spectrum: str, preconditioned: bool, count: int
+) -> None:
+    problem = symmetric(CONDITIONED[spectrum](30, 3).to(F64), seed=1)
+    rows = gaussian(4, 30, seed=2)
+    rows[1] = 0.0
+    weights = torch.linspace(1.0, 2.0, 30, dtype=F64)
+    config = solver(
+        rtol=0.0,
+        max_iters=count,
+        preconditioner=(lambda r: weights * r) if preconditioned else None,
+    )
+    eager = hypergrad.solve(problem.hvp(), rows, config, damping=1e-3, batched=True)
+    operator = hypergrad.as_operator(problem.hvp(), like=rows[0])
+    system = DampedSystem(operator, rows, torch.ones(4, dtype=F64), 1e-3)
+    x, norms = config._run_traced(system, None)
+    # solve() scales by powers of two, which is exact.
+    torch.testing.assert_close(x, eager.value, rtol=1e-12, atol=1e-12)
+    expected = torch.tensor([c.residual_norm for c in eager.info.columns], dtype=F64)
+    torch.testing.assert_close(norms, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_the_traceable_form_needs_a_fixed_amount_of_work() -> None:
+    operator = hypergrad.as_operator(torch.eye(3))
+    for solver in (CG(), hypergrad.MINRES(), CG(rtol=0.0, max_iters=3)):
+        system = DampedSystem(operator, torch.ones(1, 3).double(), torch.ones(1), "auto")
+        with pytest.raises(hypergrad.SolverOptionError, match=r"torch\.compile"):
+            solver._run_traced(system, None)
+
+
+@pytest.mark.parametrize("solver", [CG, hypergrad.MINRES])
+def test_far_more_iterations_than_needed_do_no_harm(solver: Any) -> None:
+    problem = symmetric(CONDITIONED["two clusters"](12, 2).to(F64), seed=1)
+    v = gaussian(12, seed=2)
+    info = hypergrad.solve(problem.hvp(), v, solver(rtol=0.0, max_iters=400)).info
+    assert info.status is Status.FIXED_ITERATIONS
+    assert info.iterations == 400
+    assert info.relative_residual <= 1e-13
+
+
+@pytest.mark.parametrize("count", [1, 5, 80])
+def test_negative_curvature_in_a_fixed_number_of_iterations(count: int) -> None:
+    problem = symmetric(INDEFINITE["alternating"](20), seed=1)
+    rows = gaussian(3, 20, seed=2)
+    rows[1] = problem.basis[:, 0]  # a positive eigenvector: solved, whatever the others meet
+    solution = quietly(problem.hvp(), rows, CG(rtol=0.0, max_iters=count), batched=True)
+    for v, x, column in zip(rows, solution.value, solution.info.columns, strict=True):
+        outside = relative_residual(problem.matrix, 0.0, x, v)
+        assert column.relative_residual == pytest.approx(outside, rel=1e-6, abs=1e-12)
+        assert (column.direction is not None) == (column.status is Status.NEGATIVE_CURVATURE)
+        if column.direction is not None:
+            curvature = column.direction @ problem.matrix @ column.direction
+            assert float(curvature) <= 1e-12
+            assert column.iterations <= count
+            assert column.relative_residual <= 1.0 + 1e-12  # the best iterate, not the last
+    statuses = [column.status for column in solution.info.columns]
+    assert statuses[1] in (Status.FIXED_ITERATIONS, Status.CONVERGED)
+    if count == 80:
+        assert statuses[0] is statuses[2] is Status.NEGATIVE_CURVATURE
+
+
+@pytest.mark.parametrize("power", [-600, -200, 200, 600])
+def test_a_preconditioner_of_any_scale(power: int) -> None:
+    problem = symmetric(CONDITIONED["geometric"](30, 3).to(F64), seed=1)
+    v = gaussian(30, seed=2)
+    for config in (CG(rtol=1e-8), CG(rtol=0.0, max_iters=20)):
+        plain = hypergrad.solve(problem.hvp(), v, config)
+        solver = replace(config, preconditioner=lambda r: 2.0**power * r)
+        scaled = hypergrad.solve(problem.hvp(), v, solver)
+        assert scaled.info.iterations == plain.info.iterations
+        assert relative_error(scaled.value, plain.value) <= 1e-8
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e-30, 1e30, 1e200])
+def test_operators_of_any_scale(factor: float) -> None:
+    problem = symmetric(CONDITIONED["geometric"](30, 3).to(F64), seed=1)
+    v = gaussian(30, seed=2)
+    for solver in (CG(rtol=1e-8), hypergrad.MINRES(rtol=1e-8)):
+        plain = hypergrad.solve(problem.hvp(), v, solver)
+        scaled = hypergrad.solve(lambda u: factor * (problem.matrix @ u), v, solver)
+        assert scaled.info.converged
+        assert relative_error(scaled.value * factor, plain.value) <= 1e-4
+
+
+def test_a_skew_part_is_refused() -> None:
+    matrix = torch.eye(10, dtype=F64) + torch.triu(gaussian(10, 10, seed=1)) / 3
+    for solver in (CG(), CG(rtol=0.0, max_iters=5)):
+        with pytest.raises(hypergrad.NotSymmetricError):
+            hypergrad.solve(matrix, gaussian(10, seed=2), solver)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 0.0])
+def test_a_fixed_number_of_iterations_refuses_a_bad_preconditioner(sign: float) -> None:
+    solver = CG(rtol=0.0, max_iters=5, preconditioner=lambda r: sign * r)
+    with pytest.raises(hypergrad.PreconditionerError, match="symmetric positive definite"):
+        hypergrad.solve(torch.eye(3), torch.ones(3), solver)

@@ -75,6 +75,7 @@ def test_cg_converges_or_reports_negative_curvature(case: Any) -> None:
         assert true_relative_residual(case, solution.value) <= rtol * (1 + 1e-4)
     else:
         assert solution.info.status is Status.NEGATIVE_CURVATURE
+        assert isinstance(solution.info.direction, Tensor)
         direction = solution.info.direction.double().numpy()
         assert direction @ _dense(case).astype(np.float64) @ direction <= 1e-6
 
