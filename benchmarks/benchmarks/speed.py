@@ -7,7 +7,7 @@ do not.  All run on one thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -129,6 +129,67 @@ class ProductRatios:
 
     def track_ten_products(self, name: str, kind: str) -> float:
         return self._in_gradients(lambda: self.operator.matmat(self.block))
+
+
+class ManyRightHandSides:
+    """Thirty-two right-hand sides in one recurrence against as many separate solves.
+
+    The operator is the same in both.  What a block saves is the overhead of its products: most of
+    forward mode, and of reverse mode where the data are few; products that are all arithmetic
+    cost as much together as one by one.
+    """
+
+    modes = ("reverse_over_reverse", "forward_over_reverse")
+    solvers: ClassVar[dict[str, hypergrad.Solver]] = {
+        "cg": hypergrad.CG(rtol=0.0, max_iters=CG_ITERATIONS),
+        "minres": hypergrad.MINRES(rtol=0.0, max_iters=CG_ITERATIONS),
+    }
+    params: ClassVar[list[list[str]]] = [list(solvers), list(modes)]
+    param_names: ClassVar[list[str]] = ["solver", "mode"]
+    problems: ClassVar[dict[str, Callable[[], Problem]]] = PROBLEMS
+    many = 32
+    unit = "one block / separate solves"
+
+    def setup(self, solver: str, mode: Literal["reverse_over_reverse"]) -> None:
+        single_threaded()
+        self.problem = self.problems["critic"]()
+        self.solver = self.solvers[solver]
+        self.operator = hypergrad.hessian(
+            self.problem.loss_fn,
+            self.problem.params,
+            self.problem.inputs,
+            self.problem.targets,
+            mode=mode,
+        )
+        generator = torch.Generator().manual_seed(1)
+        self.block = {
+            name: torch.randn(self.many, *leaf.shape, generator=generator)
+            for name, leaf in self.problem.params.items()
+        }
+
+    def together(self) -> Params:
+        solution = hypergrad.solve(
+            self.operator,
+            self.block,
+            self.solver,
+            damping=DAMPING,
+            batched=True,
+            on_failure="raise",
+        )
+        answer: Params = solution.value
+        return answer
+
+    def apart(self) -> list[Params]:
+        rows = [{name: leaf[i] for name, leaf in self.block.items()} for i in range(self.many)]
+        return [
+            hypergrad.solve(
+                self.operator, row, self.solver, damping=DAMPING, on_failure="raise"
+            ).value
+            for row in rows
+        ]
+
+    def track_block_over_separate(self, solver: str, mode: str) -> float:
+        return ratio(self.together, self.apart, repeats=2)
 
 
 class Seconds(_OnProblems):

@@ -24,9 +24,8 @@ from .krylov import (
     safe_norms,
     where_rows,
 )
+from .lanczos_step import Lanczos, lanczos_step
 
-#: A pivot of the tridiagonal matrix within this many eps of its norm is zero.
-_PIVOT = 10.0
 #: A step is checked at once when the rounding of its product may exceed this part of the residual.
 _RISK = 0.1
 #: Rounding of a product with x, at most, in eps |A| |x|.
@@ -110,157 +109,11 @@ class MINRES(Solver):
         return x, work.residual_norms(x)
 
 
-@dataclass
-class _Lanczos:
-    """One row's worth of scalars and vectors of the recurrence, for each of the rows.
-
-    With the preconditioner M, the Lanczos vectors are pairs p and z = M p with p'z = 1: those of
-    M^(1/2) A M^(1/2), seen from both sides.  T is their tridiagonal matrix.
-
-    Attributes:
-        p, z: the current pair, shape (m, n).
-        p_old: the previous p.
-        w, w_old: the last two search directions, columns of Z R^-1 with T = Q R.
-        gamma: the entry of T that couples the current pair to the previous one, shape (m,).
-        eta: the M-norm of the residual, signed.
-        c, s, c_old, s_old: the last two Givens rotations.
-        norm: the largest column of T so far, an estimate of its norm.
-        size: the largest |A z| / |z| so far, an estimate of |A|.
-        theta: the smallest e'M e of the unit vectors e so far; not positive where M is not.
-    """
-
-    p: Tensor
-    z: Tensor
-    p_old: Tensor
-    w: Tensor
-    w_old: Tensor
-    gamma: Tensor
-    eta: Tensor
-    c: Tensor
-    s: Tensor
-    c_old: Tensor
-    s_old: Tensor
-    norm: Tensor
-    size: Tensor
-    theta: Tensor
-
-    @classmethod
-    def begin(cls, precondition: Precondition | None, r: Tensor) -> _Lanczos:
-        p, z, theta, length = _pair(precondition, r)
-        zero, one = torch.zeros_like(theta), torch.ones_like(theta)
-        blank = torch.zeros_like(r)
-        return cls(
-            p=p, z=z, p_old=blank, w=blank, w_old=blank, gamma=zero, eta=length,
-            c=one, s=zero, c_old=one, s_old=zero, norm=zero, size=zero, theta=theta,
-        )  # fmt: skip
-
-    def select(self, rows: Tensor) -> _Lanczos:
-        """The state of some of the rows."""
-        return _Lanczos(**{name: value[rows] for name, value in vars(self).items()})
-
-    def where(self, mask: Tensor, other: _Lanczos) -> _Lanczos:
-        """This state at the rows of the mask, the other one elsewhere."""
-        return _Lanczos(
-            **{
-                name: where_rows(mask, value, vars(other)[name])
-                if value.ndim == 2
-                else torch.where(mask, value, vars(other)[name])
-                for name, value in vars(self).items()
-            }
-        )
-
-
-@dataclass
-class _Step:
-    """What one iteration would do.
-
-    Attributes:
-        state: after it.
-        image: (A + damping I) z, shape (m, n).
-        sizes: norms of the product and of the damped part, added.
-        delta: z'(A + damping I) z, the diagonal entry of T.
-        rayleigh: the same over z'z.
-        length: by how much x moves along ``state.w``, shape (m,).
-        move: the norm of that step.
-        null: |A r| / (|T| |r|) for the residual before the step, in the norms of M.
-        broken: rows at which the column of T vanishes under the rotations: A r = 0 then.
-    """
-
-    state: _Lanczos
-    image: Tensor
-    sizes: Tensor
-    delta: Tensor
-    rayleigh: Tensor
-    length: Tensor
-    move: Tensor
-    null: Tensor
-    broken: Tensor
-
-    def residual(self, r: Tensor) -> Tensor:
-        """The next residual, s^2 r + c eta p.
-
-        It is eta P Q'e, with P Q'e = -s (P Q'e)_old + c p and eta = -s eta_old.
-        """
-        state = self.state
-        return (state.s**2)[:, None] * r + (state.c * state.eta)[:, None] * state.p
-
-
-def _pair(precondition: Precondition | None, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A pair p, z = M p along u with p'z = 1; e'M e for e = u/|u|; and the M-norm of u."""
-    norms = safe_norms(u)
-    unit = u * over(torch.ones_like(norms), norms)[:, None]
-    if precondition is None:
-        return unit, unit, torch.ones_like(norms), norms
-    z = precondition(unit)
-    theta = torch.linalg.vecdot(unit, z)
-    root = theta.clamp(min=0.0).sqrt()
-    inverse = over(torch.ones_like(root), root)[:, None]
-    return unit * inverse, z * inverse, torch.where(norms > 0, theta, 1.0), norms * root
-
-
-def _advance(
-    state: _Lanczos, system: DampedSystem, damping: float, precondition: Precondition | None
-) -> _Step:
-    """One step of Lanczos, one Givens rotation, one search direction; no branch on values."""
-    product = system.product(state.z)
-    z_norms = safe_norms(state.z)
-    sizes = safe_norms(product) + damping * z_norms
-    image = torch.add(product, state.z, alpha=damping) if damping else product
-    # The previous vector first: the better order in floating point (Paige, 1972).
-    u = torch.addcmul(image, state.gamma[:, None], state.p_old, value=-1.0)
-    delta = torch.linalg.vecdot(state.z, u)
-    u = torch.addcmul(u, delta[:, None], state.p, value=-1.0)
-    p, z, theta, gamma = _pair(precondition, u)
-    # The column (gamma_old, delta, gamma) of T, through the last two rotations and a new one.
-    pivot = state.c * delta - state.c_old * state.s * state.gamma
-    above = state.s * delta + state.c_old * state.c * state.gamma
-    top = state.s_old * state.gamma
-    diagonal = torch.hypot(pivot, gamma)
-    norm = torch.maximum(state.norm, torch.hypot(torch.hypot(state.gamma, delta), gamma))
-    broken = diagonal <= _PIVOT * torch.finfo(norm.dtype).eps * norm
-    # A r = eta P (pivot e_k + c_old gamma e_(k+1)): Choi, Paige and Saunders (2011), section 3.3.
-    null = over(torch.hypot(pivot, state.c * gamma), norm)
-    c, s = over(pivot, diagonal), over(gamma, diagonal)
-    w = torch.addcmul(state.z, top[:, None], state.w_old, value=-1.0)
-    w = torch.addcmul(w, above[:, None], state.w, value=-1.0)
-    w = w * over(torch.ones_like(diagonal), diagonal)[:, None]
-    length = torch.where(broken, 0.0, c * state.eta)
-    new = _Lanczos(
-        p=p, z=z, p_old=state.p, w=w, w_old=state.w, gamma=gamma, eta=-s * state.eta,
-        c=c, s=s, c_old=state.c, s_old=state.s,
-        norm=norm, size=torch.maximum(state.size, over(sizes, z_norms)),
-        theta=torch.minimum(state.theta, theta),
-    )  # fmt: skip
-    rayleigh = torch.where(z_norms > 0, over(over(delta, z_norms), z_norms), torch.inf)
-    move = length.abs() * safe_norms(w)
-    return _Step(new, image, sizes, delta, rayleigh, length, move, null, broken)
-
-
 class _Recurrence(Recurrence):
     state = (*Recurrence.state, "norms", "origin", "null_x", "null")
 
     def _begin(self) -> None:
-        self.lanczos = _Lanczos.begin(self.precondition, self.r)
+        self.lanczos = Lanczos.begin(self.precondition, self.r)
         self.norms = self.best
         self.origin = self.true.clone()  # true residual norms at the last (re)start
         # The iterate whose residual was nearest to the null space, and |A r| / (|A| |r|) there,
@@ -277,14 +130,14 @@ class _Recurrence(Recurrence):
     def _restart(self, index: Tensor, residual: Tensor) -> None:
         self.r[index] = residual
         self.norms = row_norms(self.r)
-        fresh = _Lanczos.begin(self.precondition, self.r)
+        fresh = Lanczos.begin(self.precondition, self.r)
         fresh.size = self.lanczos.size
         chosen = torch.zeros_like(self.row, dtype=torch.bool)
         chosen[index] = True
         self.lanczos = fresh.where(chosen, self.lanczos)
 
     def _step(self, iteration: int) -> None:
-        step = _advance(self.lanczos, self.system, self.damping, self.precondition)
+        step = lanczos_step(self.lanczos, self.system, self.damping, self.precondition)
         self.symmetry(iteration, self.row, self.lanczos.z, step.image, step.sizes)
         self.entries.append((self.row, step.delta, self.lanczos.gamma))
         self.rayleigh = torch.minimum(self.rayleigh, step.rayleigh.min())
@@ -375,7 +228,7 @@ class _Recurrence(Recurrence):
         that of equals the iterate is taken whose residual r was nearest to it.  There A M r = 0,
         and x may lose its component along M r (r without a preconditioner): the residual stays
         what it is, and what remains is the least-squares solution of smallest norm (Liu, Milzarek
-        and Roosta, theorem 2).
+        and Roosta).
         """
         x, rows = self.null_x[index], self.row[index]
         residual = self.system.residual(x, self.damping, rows)
@@ -436,9 +289,9 @@ def _fixed(
     residual: past the least-squares solution of a singular system, steps have no meaning.
     """
     rounding = torch.finfo(work.system.operator.dtype).eps
-    lanczos = _Lanczos.begin(precondition, work.r)
+    lanczos = Lanczos.begin(precondition, work.r)
     for iteration in range(1, work.count + 1):
-        step = _advance(lanczos, work.system, work.damping, precondition)
+        step = lanczos_step(lanczos, work.system, work.damping, precondition)
         if symmetry is not None:
             symmetry(iteration, work.rows, lanczos.z, step.image, step.sizes)
         lanczos = step.state
@@ -448,5 +301,5 @@ def _fixed(
         work.advance(torch.addcmul(work.x, step.length[:, None], lanczos.w), step.residual(work.r))
         if iteration % REFRESH == 0 and iteration < work.count:
             drifted = work.refresh()
-            lanczos = _Lanczos.begin(precondition, work.r).where(drifted, lanczos)
+            lanczos = Lanczos.begin(precondition, work.r).where(drifted, lanczos)
     return work

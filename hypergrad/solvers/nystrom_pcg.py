@@ -19,10 +19,9 @@ from .sketch import NystromSketch, SketchKind, positive_damping
 class NystromPCG(Solver):
     """CG on (A + damping I) x = v with a sketch of A as preconditioner.
 
-    The sketch takes the large eigenvalues out of the condition number: with L its eigenvalues and
-    E = A - A_nys what it missed, the preconditioned system has condition number at most
-    (l + damping + |E|) (1 / (l + damping) + (|E| + 1) / damping), l the smallest of L, and about
-    (l + |E|) / damping + 1 in practice.  So a rank near the effective dimension
+    The sketch takes the large eigenvalues out of the condition number: with l its smallest
+    eigenvalue and E = A - A_nys what it missed, that of the preconditioned system is at most
+    (l + damping + |E|) / damping.  So a rank near the effective dimension
     sum_i lambda_i / (lambda_i + damping) makes the number of iterations a small constant, where
     plain CG needs the root of |A| / damping.  Everything else is as with :class:`hypergrad.CG`:
     tolerances on the true residual, negative curvature reported, many right-hand sides in one
@@ -43,7 +42,7 @@ class NystromPCG(Solver):
 
     Cost: the products of the sketch (see :func:`hypergrad.nystrom_sketch`), then one HVP an
     iteration, one a check of the true residual; O(n rank) operations an iteration besides.
-    Source: Frangella, Tropp and Udell, arXiv 2110.02820, algorithm 5.1.
+    Source: Frangella, Tropp and Udell, arXiv 2110.02820, section 5.
 
     Examples:
         >>> import torch, hypergrad

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -67,6 +68,35 @@ def test_own_seconds() -> None:
     suite.setup(30)
     for name in measurements(speed.OwnSeconds):
         getattr(suite, name)(30)
+
+
+class FewRightHandSides(speed.ManyRightHandSides):
+    problems = problems.SMALL_PROBLEMS
+    many = 3
+
+
+@pytest.mark.parametrize("mode", speed.ManyRightHandSides.modes)
+@pytest.mark.parametrize("solver", speed.ManyRightHandSides.solvers)
+def test_many_right_hand_sides_have_the_answers_of_separate_solves(
+    solver: str, mode: Literal["reverse_over_reverse"]
+) -> None:
+    suite = FewRightHandSides()
+    suite.setup(solver, mode)
+    together = suite.together()
+    for i, one in enumerate(suite.apart()):
+        gap = torch.cat([(together[name][i] - leaf).reshape(-1) for name, leaf in one.items()])
+        size = torch.cat([leaf.reshape(-1) for leaf in one.values()])
+        # The same iterations; but 20 of them amplify the rounding of float32 products.
+        assert float(gap.norm()) <= 0.03 * float(size.norm())
+    assert 0 < suite.track_block_over_separate(solver, mode) < math.inf
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", speed.ManyRightHandSides.solvers)
+def test_many_right_hand_sides_cost_a_third_of_separate_solves(solver: str) -> None:
+    suite = speed.ManyRightHandSides()
+    suite.setup(solver, "forward_over_reverse")  # type: ignore[arg-type]
+    assert suite.track_block_over_separate(solver, "forward_over_reverse") <= 0.35
 
 
 @pytest.mark.parametrize("spectrum", problems.SPECTRA)
