@@ -29,8 +29,8 @@ class SOBA(SingleLoop):
     the Hessian-vector and the cross product together.
     Source: Dagreou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables
     stochastic and global variance reduction algorithms", NeurIPS 2022, arXiv 2201.13409,
-    algorithm 1 with equations 10.  Version 1 proves that the squared norm of the hypergradient
-    falls as T^(-2/5) for rho = t^(-2/5), gamma = t^(-3/5) (theorem 2).
+    algorithm 1 with equations 10.  An early version proves that the squared norm of the
+    hypergradient falls as T^(-2/5) for rho = t^(-2/5), gamma = t^(-3/5) (theorem 2).
 
     Examples:
         >>> import torch, hypergrad
