@@ -36,7 +36,7 @@ def test_the_means_are_near_what_was_asked_for(example: dict[str, Any]) -> None:
 
 
 def test_it_runs_from_end_to_end(example: dict[str, Any], tmp_path: Path) -> None:
-    options = "--seeds 0 1 --budget 60 --samples 256 128".split()
+    options = ["--seeds", "0", "1", "--budget", "60", "--samples", "256", "128"]
     results = example["main"](["--run-dir", str(tmp_path), *options])
     saved = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert saved["final_norm"] == results["final_norm"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from ...errors import DeviceError, SolverOptionError, StateError
 from ...pytree import Tree, TreeLayout
 from ...solvers.base import check_option, is_count
-from .oracles import Batch, Loss, Oracle
-from .schedules import Schedule, check_schedule, value_at
+from .oracles import Batch, Oracle
+from .schedules import check_schedule, value_at
 from .state import SingleLoopState, master_dtype
 
 Vectors = dict[str, Tensor]
@@ -44,11 +44,11 @@ class SingleLoop(ABC):
         outer_lr: step size of y: likewise.
     """
 
-    inner_loss: Loss
-    outer_loss: Loss
+    inner_loss: Callable[..., Tensor]
+    outer_loss: Callable[..., Tensor]
     _: KW_ONLY
-    inner_lr: Schedule
-    outer_lr: Schedule
+    inner_lr: float | Callable[[int], float]
+    outer_lr: float | Callable[[int], float]
 
     def __post_init__(self) -> None:
         for name in ("inner_loss", "outer_loss"):

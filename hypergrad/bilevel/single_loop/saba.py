@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
@@ -11,7 +11,6 @@ from ...errors import SolverOptionError, StateError
 from ...pytree import Tree
 from .base import SingleLoop, Vectors
 from .oracles import Batch, Oracle
-from .schedules import Schedule
 from .state import BlockMemory, SingleLoopState
 
 #: The five remembered quantities: which problem's blocks they belong to, and their layout.
@@ -72,7 +71,7 @@ class SABA(SingleLoop):
     _: KW_ONLY
     num_inner_blocks: int
     num_outer_blocks: int
-    linear_lr: Schedule | None = None
+    linear_lr: float | Callable[[int], float] | None = None
 
     def init(
         self, inner_params: Tree, outer_params: Tree, *, ihvp: Tree | None = None

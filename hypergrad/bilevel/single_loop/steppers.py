@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 from .base import SingleLoop, Vectors
 from .oracles import Batch, Oracle
-from .schedules import Schedule
 from .state import SingleLoopState
 
 
@@ -45,7 +45,7 @@ class SOBA(SingleLoop):
     """
 
     _: KW_ONLY
-    linear_lr: Schedule | None = None
+    linear_lr: float | Callable[[int], float] | None = None
 
     def _update(
         self, oracle: Oracle, now: SingleLoopState, inner: list[Batch], outer: list[Batch]
@@ -96,13 +96,13 @@ class AmIGO(SingleLoop):
     """
 
     _: KW_ONLY
-    linear_lr: Schedule | None = None
+    linear_lr: float | Callable[[int], float] | None = None
     inner_steps: int = 10
     linear_steps: int = 10
 
     @property
     def num_inner_batches(self) -> int:
-        """Batches of the inner problem that a step takes: all its inner derivatives' own."""
+        """Batches of the inner problem that a step takes, one for each of its derivatives."""
         return self.inner_steps + self.linear_steps + 1
 
     def _update(
@@ -165,13 +165,13 @@ class StocBiO(SingleLoop):
     """
 
     _: KW_ONLY
-    linear_lr: Schedule | None = None
+    linear_lr: float | Callable[[int], float] | None = None
     inner_steps: int = 10
     linear_steps: int = 10
 
     @property
     def num_inner_batches(self) -> int:
-        """Batches of the inner problem that a step takes: all its inner derivatives' own."""
+        """Batches of the inner problem that a step takes, one for each of its derivatives."""
         return self.inner_steps + self.linear_steps + 1
 
     def _update(
