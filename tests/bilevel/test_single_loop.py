@@ -261,11 +261,20 @@ def test_saba_is_unbiased_whatever_it_remembers() -> None:
 
 @every_method
 def test_the_counts_are_the_derivatives_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, passes = [], []
+    calls: list[str] = []
+    passes: list[str] = []
+
+    def counting(loss: Callable[..., Tensor], letter: str) -> Callable[..., Tensor]:
+        def counted(*args: Any) -> Tensor:
+            calls.append(letter)
+            return loss(*args)
+
+        return counted
+
     counted = replace(
         METHODS[name],
-        inner_loss=lambda *a: calls.append("g") or inner_loss(*a),
-        outer_loss=lambda *a: calls.append("f") or outer_loss(*a),
+        inner_loss=counting(inner_loss, "g"),
+        outer_loss=counting(outer_loss, "f"),
     )
     true_grad = torch.autograd.grad
 
@@ -309,7 +318,8 @@ def test_a_step_draws_as_many_batches_as_it_says(name: str) -> None:
 
 @every_method
 def test_nothing_of_the_caller_is_changed(name: str) -> None:
-    w, y = {"a": W.clone().requires_grad_(), "b": [W[:1].clone()]}, (Y.clone(),)
+    w: Any = {"a": W.clone().requires_grad_(), "b": [W[:1].clone()]}
+    y = (Y.clone(),)
     before = [leaf.detach().clone() for leaf in (w["a"], w["b"][0], y[0])]
     method = METHODS[name]
     first = method.init(w, y)
@@ -433,6 +443,7 @@ def test_a_state_of_another_method_is_refused() -> None:
 
 def test_sabas_state_can_be_stepped_from_once_or_cloned() -> None:
     method = METHODS["SABA"]
+    assert isinstance(method, hypergrad.SABA)
     state = method.step(method.init(W, Y))
     branch = state.clone()
     first = method.step(state)
@@ -440,7 +451,7 @@ def test_sabas_state_can_be_stepped_from_once_or_cloned() -> None:
         method.step(state)
     second = method.step(branch)
     assert torch.equal(first.inner_params, second.inner_params)
-    more = replace(method, num_inner_blocks=2)  # type: ignore[call-arg]
+    more = replace(method, num_inner_blocks=2)
     with pytest.raises(hypergrad.StateError, match="remembers 1 inner blocks"):
         more.step(first, [batches(1, 0)[0]], [batches(1, 1)[0]], inner_index=1)
 

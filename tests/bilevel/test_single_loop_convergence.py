@@ -283,7 +283,8 @@ def test_the_others_come_close_on_benchopts_problem(
 
 @pytest.mark.slow
 def test_soba_falls_at_least_as_its_paper_states(small: Any, walk: Walk) -> None:
-    # O(T^(-2/5)) for rho = t^(-2/5), gamma = t^(-3/5): arXiv 2201.13409 version 1, theorem 2.
+    # O(T^(-2/5)) for rho = t^(-2/5), gamma = t^(-3/5): arXiv 2201.13409, an early version's
+    # theorem 2.
     method = hypergrad.SOBA(
         *LOSSES, inner_lr=PowerSchedule(0.3, 2 / 5), outer_lr=PowerSchedule(0.3, 3 / 5)
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
@@ -86,7 +88,7 @@ def test_a_power_schedule() -> None:
     assert hypergrad.PowerSchedule(2.0, -1 / 7)(127) == pytest.approx(4.0)
     for bad in ({"initial": 0.0}, {"exponent": "1"}, {"offset": 0}, {"exponent": float("nan")}):
         with pytest.raises(hypergrad.SolverOptionError, match=next(iter(bad))):
-            hypergrad.PowerSchedule(**({"initial": 1.0, "exponent": 0.5} | bad))  # type: ignore[arg-type]
+            hypergrad.PowerSchedule(**({"initial": 1.0, "exponent": 0.5} | bad))
 
 
 def test_a_multiplier_of_zero() -> None:
@@ -99,15 +101,23 @@ def test_a_multiplier_of_zero() -> None:
 # ---------------------------------------------------------------------------------------- batches
 
 
+class Endless:
+    """An iterable that begins anew each time, like a DataLoader, and never ends."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.repeat(W)
+
+
 @pytest.mark.parametrize(
     ("batches", "match"),
     [
         (torch.ones(2), "Wrap a single batch"),
         ({"x": 1}, "Wrap a single batch"),
         (3, "is a int"),
-        ((W, W), "has 2 batches left"),
-        ([], "has 0 batches left"),
-        (iter([]), "has 0 batches left"),
+        ((W, W), "holds more batches"),
+        (Endless(), "holds more batches"),
+        ([], "holds 0 batches"),
+        (iter([]), "holds 0 batches"),
     ],
 )
 def test_batches_that_are_not_one_batch(batches: Any, match: str) -> None:
@@ -200,8 +210,20 @@ def test_too_large_a_step_diverges_aloud(name: str) -> None:
 
     with pytest.raises(hypergrad.NonFiniteError, match=r"nan|inf"):
         go()
-    # What it had reached is still finite, and still there.
+    # What it had reached is still there.
     assert bool(torch.isfinite(state.inner_params).all())
+
+
+@pytest.mark.parametrize("name", ["SOBA", "SABA"])
+def test_a_step_that_overflowed_can_be_tried_anew(name: str) -> None:
+    blocks = {"inner_index": 0, "outer_index": 0} if name == "SABA" else {}
+    method = MAKERS[name](linear_lr=1e308)
+    state = method.init(100 * W, Y, ihvp=-100 * W)
+    with pytest.raises(hypergrad.NonFiniteError, match="ihvp after step 0"):
+        method.step(state, **blocks)
+    again = MAKERS[name]()
+    fresh = again.step(again.init(100 * W, Y, ihvp=-100 * W), **blocks)
+    assert torch.equal(again.step(state, **blocks).ihvp, fresh.ihvp)
 
 
 def test_unused_leaves_are_reported_once_and_stay() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from ...errors import DeviceError, SolverOptionError, StateError
 from ...pytree import Tree, TreeLayout
 from ...solvers.base import check_option, is_count
-from .oracles import Batch, Loss, Oracle
-from .schedules import Schedule, check_schedule, value_at
+from .oracles import Batch, Oracle
+from .schedules import check_schedule, value_at
 from .state import SingleLoopState, master_dtype
 
 Vectors = dict[str, Tensor]
@@ -43,11 +44,11 @@ class SingleLoop(ABC):
         outer_lr: step size of y: likewise.
     """
 
-    inner_loss: Loss
-    outer_loss: Loss
+    inner_loss: Callable[..., Tensor]
+    outer_loss: Callable[..., Tensor]
     _: KW_ONLY
-    inner_lr: Schedule
-    outer_lr: Schedule
+    inner_lr: float | Callable[[int], float]
+    outer_lr: float | Callable[[int], float]
 
     def __post_init__(self) -> None:
         for name in ("inner_loss", "outer_loss"):
@@ -177,8 +178,7 @@ class SingleLoop(ABC):
 
     def _advance(self, state: SingleLoopState, oracle: Oracle, vectors: Vectors) -> SingleLoopState:
         """The next state, from the variables after the step."""
-        for name, vector in vectors.items():
-            state._layout(name).check_finite(vector, f"{name} after step {state.step}")
+        self._check_finite(state, vectors)
         return replace(
             state,
             step=state.step + 1,
@@ -186,6 +186,10 @@ class SingleLoop(ABC):
             num_hvps=state.num_hvps + oracle.num_hvps,
             vectors=vectors,
         )
+
+    def _check_finite(self, state: SingleLoopState, vectors: Vectors) -> None:
+        for name, vector in vectors.items():
+            state._layout(name).check_finite(vector, f"{name} after step {state.step}")
 
     def _rate(self, name: str, step: int) -> float:
         """A step size's value; one that is None is the inner step size, as in the papers."""
@@ -209,10 +213,10 @@ def take(batches: Iterable[Any] | None, count: int, name: str) -> list[Batch]:
             f"{name} is a {type(batches).__name__}, expected batches; {advice}. Wrap a single "
             "batch: [batch]."
         )
-    if isinstance(batches, Iterator):
-        drawn = [batch for _, batch in zip(range(count), batches)]  # noqa: B905  may run out
-    else:
-        drawn = list(batches)
+    # A list is looked at one further than it is used; an iterator loses exactly what it gives.
+    most = count if isinstance(batches, Iterator) else count + 1
+    drawn = list(itertools.islice(batches, most))
     if len(drawn) != count:
-        raise SolverOptionError(f"{name} has {len(drawn)} batches left, but {advice}.")
+        got = "more" if len(drawn) > count else str(len(drawn))
+        raise SolverOptionError(f"{name} holds {got} batches, but {advice}.")
     return [tuple(batch) if isinstance(batch, tuple | list) else (batch,) for batch in drawn]

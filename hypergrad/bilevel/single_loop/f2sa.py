@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from ...errors import SolverOptionError, StateError
 from ...solvers.base import check_option
 from .base import SingleLoop, Vectors
 from .oracles import Batch, Oracle
-from .schedules import Schedule, check_schedule, value_at
+from .schedules import check_schedule, value_at
 from .state import SingleLoopState
 
 
@@ -64,8 +64,8 @@ class F2SA(SingleLoop):
     """
 
     _: KW_ONLY
-    penalty_lr: Schedule
-    multiplier: Schedule | None = None
+    penalty_lr: float | Callable[[int], float]
+    multiplier: float | Callable[[int], float] | None = None
     inner_steps: int = 10
     shared_batches: bool = False
 

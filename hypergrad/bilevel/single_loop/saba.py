@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
@@ -11,7 +11,6 @@ from ...errors import SolverOptionError, StateError
 from ...pytree import Tree
 from .base import SingleLoop, Vectors
 from .oracles import Batch, Oracle
-from .schedules import Schedule
 from .state import BlockMemory, SingleLoopState
 
 #: The five remembered quantities: which problem's blocks they belong to, and their layout.
@@ -50,7 +49,7 @@ class SABA(SingleLoop):
     Cost of a step: that of :class:`SOBA`.
     Source: Dagreou, Ablin, Vaiter and Moreau, NeurIPS 2022, arXiv 2201.13409, equations 11.  With
     constant step sizes the squared norm of the hypergradient falls as 1 / T, and linearly if the
-    outer problem satisfies the Polyak-Lojasiewicz inequality (version 1, theorems 3 and 4).
+    outer problem satisfies the Polyak-Lojasiewicz inequality (theorems 3 and 4).
 
     Examples:
         >>> import torch, hypergrad
@@ -72,7 +71,7 @@ class SABA(SingleLoop):
     _: KW_ONLY
     num_inner_blocks: int
     num_outer_blocks: int
-    linear_lr: Schedule | None = None
+    linear_lr: float | Callable[[int], float] | None = None
 
     def init(
         self, inner_params: Tree, outer_params: Tree, *, ihvp: Tree | None = None
@@ -107,8 +106,7 @@ class SABA(SingleLoop):
             SolverOptionError: an index that is missing or out of range; and as
                 :meth:`SingleLoop.step`.
             StateError: the state has been stepped from before.
-            HypergradError: see :meth:`SingleLoop.step`.  The memory is then as before, unless it is
-                the variables after the step that were not finite.
+            HypergradError: see :meth:`SingleLoop.step`; the memory is then as before.
         """
         blocks = (
             _checked_index(inner_index, self.num_inner_blocks, "inner_index"),
@@ -131,22 +129,23 @@ class SABA(SingleLoop):
         g = oracle.inner_products(w, y, v, inner[0], hvp=True, cross=True)
         f_inner, f_outer = oracle.outer_gradients(w, y, outer[0])
         values = (g.gradient, g.hvp, g.cross, f_inner, f_outer)
-        for (name, (_, on)), value in zip(_QUANTITIES.items(), values, strict=True):
-            layout = now.inner_layout if on == "inner" else now.outer_layout
-            layout.check_finite(value, f"{name} in step {now.step}")
         index = dict(zip(("inner", "outer"), blocks, strict=True))
-        mean = {  # from here on the memory belongs to the next state
-            name: memory.direction(name, index[of], value)
+        news = {
+            name: (index[of], value)
             for (name, (of, _)), value in zip(_QUANTITIES.items(), values, strict=True)
         }
-        memory.step += 1
+        mean = {name: memory.estimate(name, *new) for name, new in news.items()}
         direction = mean["outer_gradient_outer"] - mean["cross"]
-        return {
+        vectors = {
             "inner": w - rates[0] * mean["inner_gradient"],
             "ihvp": v - rates[1] * (mean["hvp"] - mean["outer_gradient_inner"]),
             "outer": y - rates[2] * direction,
             "outer_direction": direction,
         }
+        # Only what led to finite variables is remembered: a failed step can be tried anew.
+        self._check_finite(now, vectors)
+        memory.remember(news)
+        return vectors
 
     def _memory(self, state: SingleLoopState) -> BlockMemory:
         memory = state.memory

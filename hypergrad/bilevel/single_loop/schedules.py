@@ -29,7 +29,7 @@ class PowerSchedule:
 
     Examples:
         The two time scales of SOBA, rho^t = t^(-2/5) and gamma^t = t^(-3/5) (arXiv 2201.13409,
-        version 1, Theorem 2):
+        theorem 2 of an early version):
 
         >>> import hypergrad
         >>> rho, gamma = hypergrad.PowerSchedule(1.0, 2 / 5), hypergrad.PowerSchedule(1.0, 3 / 5)

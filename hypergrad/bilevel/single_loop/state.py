@@ -35,14 +35,19 @@ class BlockMemory:
         means = {name: like.new_zeros(size[1], dtype=wide) for name, size in sizes.items()}
         return cls(tables, means)
 
-    def direction(self, name: str, index: int, value: Tensor) -> Tensor:
-        """SAGA's estimate of the mean over blocks: value - remembered + mean; then remembers."""
+    def estimate(self, name: str, index: int, value: Tensor) -> Tensor:
+        """SAGA's estimate of a quantity's mean over all blocks: value - remembered + mean."""
         table, mean = self.tables[name], self.means[name]
-        change = value.to(mean.dtype) - table[index].to(mean.dtype)
-        estimate = (change + mean).to(value.dtype)
-        self.means[name] = mean + change / len(table)
-        table[index] = value
-        return estimate
+        return (value.to(mean.dtype) - table[index].to(mean.dtype) + mean).to(value.dtype)
+
+    def remember(self, news: Mapping[str, tuple[int, Tensor]]) -> None:
+        """Put the (block, value) of each quantity in place; the memory is then the next step's."""
+        for name, (index, value) in news.items():
+            table, mean = self.tables[name], self.means[name]
+            change = value.to(mean.dtype) - table[index].to(mean.dtype)
+            self.means[name] = mean + change / len(table)
+            table[index] = value
+        self.step += 1
 
     def clone(self) -> BlockMemory:
         """A copy that shares nothing."""

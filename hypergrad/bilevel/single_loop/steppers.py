@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 from .base import SingleLoop, Vectors
 from .oracles import Batch, Oracle
-from .schedules import Schedule
 from .state import SingleLoopState
 
 
@@ -29,8 +29,8 @@ class SOBA(SingleLoop):
     the Hessian-vector and the cross product together.
     Source: Dagreou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables
     stochastic and global variance reduction algorithms", NeurIPS 2022, arXiv 2201.13409,
-    algorithm 1 with equations 10.  Version 1 proves that the squared norm of the hypergradient
-    falls as T^(-2/5) for rho = t^(-2/5), gamma = t^(-3/5) (theorem 2).
+    algorithm 1 with equations 10.  An early version proves that the squared norm of the
+    hypergradient falls as T^(-2/5) for rho = t^(-2/5), gamma = t^(-3/5) (theorem 2).
 
     Examples:
         >>> import torch, hypergrad
@@ -45,7 +45,7 @@ class SOBA(SingleLoop):
     """
 
     _: KW_ONLY
-    linear_lr: Schedule | None = None
+    linear_lr: float | Callable[[int], float] | None = None
 
     def _update(
         self, oracle: Oracle, now: SingleLoopState, inner: list[Batch], outer: list[Batch]
@@ -96,13 +96,13 @@ class AmIGO(SingleLoop):
     """
 
     _: KW_ONLY
-    linear_lr: Schedule | None = None
+    linear_lr: float | Callable[[int], float] | None = None
     inner_steps: int = 10
     linear_steps: int = 10
 
     @property
     def num_inner_batches(self) -> int:
-        """Batches of the inner problem that a step takes: all its inner derivatives' own."""
+        """Batches of the inner problem that a step takes, one for each of its derivatives."""
         return self.inner_steps + self.linear_steps + 1
 
     def _update(
@@ -165,13 +165,13 @@ class StocBiO(SingleLoop):
     """
 
     _: KW_ONLY
-    linear_lr: Schedule | None = None
+    linear_lr: float | Callable[[int], float] | None = None
     inner_steps: int = 10
     linear_steps: int = 10
 
     @property
     def num_inner_batches(self) -> int:
-        """Batches of the inner problem that a step takes: all its inner derivatives' own."""
+        """Batches of the inner problem that a step takes, one for each of its derivatives."""
         return self.inner_steps + self.linear_steps + 1
 
     def _update(
