@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..errors import InnerProblemWarning, NonFiniteError, SolverOptionError, warn
-from ..pytree import Tree, row_norms, working_dtype
-from ..solvers import CG, Solution, Status, solve
+from ..errors import InnerProblemWarning, SolverOptionError, warn
+from ..pytree import Tree
 from ..solvers.base import check_option, is_count, is_tolerance
-from ..spectrum import extreme_eigenvalues, lanczos_extremes
-from .hypergradient import BilevelPoint, Hypergradient, Loss, filled
+from ..spectrum import extreme_eigenvalues
+from .corrections import InnerPoint, Newton, norm
+from .hypergradient import Hypergradient, Loss
 from .unroll import UnrolledHypergradient
 
-#: Lanczos steps for the ends of the inner curvature, and for the norm of the mixed derivative.
-_CURVATURE_STEPS, _MIXED_STEPS = 30, 10
+#: Lanczos steps for the ends of the inner curvature.
+_CURVATURE_STEPS = 30
 #: Relative error from the inner problem above which it is visibly not solved.
 _VISIBLE = 0.1
-#: What remains to be corrected may be this part of the error at most, before corrections end ...
-_REMAINDER = 0.1
-#: ... and the inner gradient must have fallen to this part.
-_SOLVED = 1e-5
-#: A Newton step near enough to a minimum leaves this part of the inner gradient at most.
-_SUPERLINEAR = 0.1
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by
@@ -120,10 +110,10 @@ def hypergradient_certificate(
     - ``linear_bound`` and ``inner_distance`` are bounds (for w in the whole segment to w*) if
       ``strong_convexity`` is given and true.  Without it the curvature is a Ritz value, which may
       be too large where curvatures are many and the smallest ones hide: then both are estimates.
-    - ``error`` rests on the comparison.  Its ``margin`` takes the changes of the hypergradient
-      along the Newton steps for its sensitivity to w, with a factor of two.  That is an estimate,
-      made to matter little: it multiplies the inner gradient that is left, 1e-5 of what it
-      was or less.
+    - ``error`` rests on the comparison.  Its ``margin`` takes the changes of the hypergradient's
+      terms along the Newton steps for its sensitivity to w, with a factor of ten.  That is an
+      estimate, made to matter little: it multiplies the inner gradient that is left, 1e-5 of
+      what it was or less.
     - Everything is about the minimum that Newton's method finds from ``inner_params``; that the
       inner problem has one minimum is the caller's knowledge.
 
@@ -168,7 +158,7 @@ def hypergradient_certificate(
     if strong_convexity is not None:
         good = is_tolerance(strong_convexity) and strong_convexity > 0
         check_option(good, "strong_convexity", strong_convexity, "None or a finite number > 0")
-    point = _Point(inner_loss, outer_loss, inner_params, outer_params)
+    point = InnerPoint(inner_loss, outer_loss, inner_params, outer_params)
     layout = point.derivatives.outer_layout
     tree = getattr(gradient, "grad", None) if _is_result(gradient) else gradient
     judged = point.widened(layout.flatten(tree, name="gradient"))
@@ -184,24 +174,24 @@ def hypergradient_certificate(
         linear_residual = residual / size if size > 0 else 0.0
         linear_bound = mixed_norm * residual / mu if mu > 0 else math.inf
 
-    newton = _Newton(point, judged, mixed_norm, mu, max_corrections).run()
+    newton = Newton(point, judged, mixed_norm, mu, max_corrections).run()
     start, corrected = newton.exact[0], newton.exact[-1]
     error, relative = math.inf, math.inf
     reason = newton.reason
     if reason is None:
-        error = _norm(judged - corrected) + newton.margin
-        least = _norm(corrected) - newton.margin
+        error = norm(judged - corrected) + newton.margin
+        least = norm(corrected) - newton.margin
         relative = error / least if least > 0 else math.inf
         if error == 0.0:
             relative = 0.0
         elif not math.isfinite(relative):
             reason = "the true hypergradient cannot be told from zero"
-    inner_error = _norm(start - corrected)
+    inner_error = norm(start - corrected)
     certificate = HypergradientCertificate(
         relative_error=relative,
         error=error,
         corrected=layout.unflatten(corrected.to(layout.dtype)),
-        linear_error=_norm(judged - start),
+        linear_error=norm(judged - start),
         inner_error=inner_error,
         margin=newton.margin,
         linear_bound=linear_bound,
@@ -217,9 +207,9 @@ def hypergradient_certificate(
     )
     if newton.reason is not None:
         warn(f"the inner problem is visibly not solved: {newton.reason}.", InnerProblemWarning)
-    elif inner_error > _VISIBLE * _norm(corrected) + newton.margin:
+    elif inner_error > _VISIBLE * norm(corrected) + newton.margin:
         # Few digits, so that Python shows the warning once a place and not at each outer step.
-        part = f"about {inner_error / _norm(corrected):.0e}" if certificate.certified else "most"
+        part = f"about {inner_error / norm(corrected):.0e}" if certificate.certified else "most"
         warn(
             f"the inner problem is visibly not solved: that alone moves the hypergradient by {part}"
             " of itself. Run the inner solver further.",
@@ -228,191 +218,11 @@ def hypergradient_certificate(
     return certificate
 
 
-class _Point:
-    """One inner point: its derivatives, and flat vectors in the working dtype."""
-
-    def __init__(
-        self, inner_loss: Loss, outer_loss: Loss, inner_params: Tree, outer_params: Tree
-    ) -> None:
-        self._at: Callable[[Tree], _Point] = lambda params: _Point(
-            inner_loss, outer_loss, params, outer_params
-        )
-        self.derivatives = BilevelPoint(inner_loss, outer_loss, inner_params, outer_params)
-        self.layout = self.derivatives.inner_layout
-        self.dtype = working_dtype(self.layout.dtype, self.layout.device)
-        self.eps = max(torch.finfo(dtype).eps for dtype in self.layout.dtypes)
-        self.params = self.widened(self.layout.flatten(inner_params))
-        self.stationarity = _norm(self.flat(self.derivatives.inner_gradient))
-
-    def widened(self, flat: Tensor) -> Tensor:
-        return flat.to(self.dtype)
-
-    def flat(self, inner: Tree) -> Tensor:
-        """An inner tree as a vector."""
-        return self.widened(self.layout.flatten(inner))
-
-    def moved(self, step: Tensor) -> _Point:
-        """The point at w - step, in the parameters' own dtypes."""
-        return self._at(self.layout.unflatten((self.params - step).to(self.layout.dtype)))
-
-    def residual(self, x: Tree) -> tuple[float, float]:
-        """|v - H x| without damping, and |v|.  Cost: one product."""
-        v = self.flat(self.derivatives.v)
-        return _norm(v - self.flat(self.derivatives.curvature @ x)), _norm(v)
-
-    def tight(self, v: Tree, x0: Tree | None = None) -> Solution:
-        """H^-1 v as closely as products in this dtype allow."""
-        solver = CG(rtol=max(1e-10, 10.0 * self.eps))
-        with torch.no_grad():  # only the value is of use
-            return solve(self.derivatives.curvature, v, solver, x0=x0, on_failure="ignore")
-
-    def mixed_norm(self) -> float:
-        """|M|, M = d2 g / dy dw, from above in practice: Lanczos on M M'."""
-        layout = self.derivatives.outer_layout
-
-        def product(u: Tensor) -> Tensor:
-            back = self.derivatives.mixed_transposed(layout.unflatten(u.to(layout.dtype)))
-            leaves = filled(self.derivatives.mixed(back), self.derivatives.outer)
-            return self.widened(layout.flatten(layout.unflatten_leaves(leaves)))
-
-        ends = lanczos_extremes(product, layout.dim, _MIXED_STEPS, self.dtype, layout.device)
-        return math.sqrt(max(ends.largest_bound, 0.0))
-
-
-class _Newton:
-    """Corrections of the inner point, and the hypergradient at each by tight solves.
-
-    Attributes:
-        exact: the hypergradients, that at the given point first.
-        margin: bound on what separates the last from the true one.
-        reason: why there is no such bound, or None.
-        num_corrections: steps done.
-        num_hvps: products done.
-    """
-
-    def __init__(
-        self, point: _Point, judged: Tensor, mixed_norm: float, mu: float, max_corrections: int
-    ) -> None:
-        self.point, self.judged = point, judged
-        self.mixed_norm, self.mu, self.max_corrections = mixed_norm, mu, max_corrections
-        self.reason: str | None = None
-        self.num_corrections = self.num_hvps = 0
-        self.x: Tree = None
-        self.floor = 0.0
-        self.sensitivity = 0.0
-        self.inner_margin = 0.0
-        self.exact = [self._exact(point)]
-
-    @property
-    def margin(self) -> float:
-        return math.inf if self.reason is not None else self.inner_margin + self.floor
-
-    def run(self) -> _Newton:
-        if self.reason is None and not self.mu > 0:
-            self.reason = f"the smallest curvature of the inner loss there is {self.mu:.1e}"
-        first = self.point.stationarity
-        while self.reason is None and self.point.stationarity > 0:
-            if self.num_corrections == self.max_corrections:
-                if self.inner_margin == math.inf:
-                    self.reason = (
-                        f"{self.max_corrections} Newton steps from the inner parameters leave an "
-                        f"inner gradient of {self.point.stationarity:.1e}"
-                    )
-                break
-            if self._correct():
-                break
-            enough = max(_REMAINDER * _norm(self.judged - self.exact[-1]), self.floor)
-            if self.point.stationarity <= _SOLVED * first and self.inner_margin <= enough:
-                break
-        return self
-
-    def _correct(self) -> bool:
-        """One Newton step; whether it met the rounding of the inner gradient."""
-        here = self.point
-        solution = here.tight(here.derivatives.inner_gradient)
-        self.num_hvps += solution.info.num_hvps
-        if self._indefinite(solution):
-            return True
-        step = here.flat(solution.value)
-        size = _norm(step)
-        there, scale = self._decreased(step)
-        tiny = size <= here.eps**0.25 * _norm(here.params)
-        if tiny and (there is None or there.stationarity > 0.5 * here.stationarity):
-            # As close as rounding lets Newton's method come: the full step is an error bar.
-            there = there or here.moved(step)
-            change = _norm(self._exact(there) - self.exact[-1])
-            self.inner_margin = 2.0 * change
-            return True
-        if there is None:
-            self.reason = "no part of a Newton step makes the inner gradient smaller"
-            return True
-        self.point = there
-        self.exact.append(self._exact(there))
-        self.num_corrections += 1
-        change = _norm(self.exact[-1] - self.exact[-2])
-        self.sensitivity = max(self.sensitivity, change / (scale * size))
-        ratio = there.stationarity / here.stationarity
-        self.inner_margin = math.inf
-        # Near a minimum of positive curvature the ratio itself goes to zero.  One that stays is
-        # that of a degenerate minimum, or of a loss that falls for ever: exp(w) has 1/e.
-        if ratio <= _SUPERLINEAR:
-            # The changes to come are a geometric series at worst; and they are those of a way of
-            # length |grad_w g| / mu.  Twice the larger.
-            series = change * ratio / (1.0 - ratio)
-            way = self.sensitivity * there.stationarity / self.mu
-            self.inner_margin = 2.0 * max(series, way)
-        return False
-
-    def _decreased(self, step: Tensor) -> tuple[_Point | None, float]:
-        """The first of the halved steps that makes the inner gradient smaller, and its scale."""
-        for halvings in range(7):
-            scale = 0.5**halvings
-            try:
-                there = self.point.moved(scale * step)
-            except NonFiniteError:  # outside of the losses' domain: a shorter step may be inside
-                continue
-            if there.stationarity < self.point.stationarity:
-                return there, scale
-        return None, 0.0
-
-    def _exact(self, point: _Point) -> Tensor:
-        solution = point.tight(point.derivatives.v, self.x)
-        self.num_hvps += solution.info.num_hvps
-        layout = point.derivatives.outer_layout
-        self.x = solution.value
-        if self._indefinite(solution):
-            return torch.full_like(self.judged, math.nan)
-        grad = point.widened(layout.flatten(point.derivatives.assemble(solution).grad))
-        direct = layout.unflatten_leaves(point.derivatives.direct)
-        residual = solution.info.residual_norm
-        slack = 2.0 * residual / self.mu if self.mu > 0 else math.inf
-        rounding = (
-            10.0
-            * point.eps
-            * (
-                _norm(point.widened(layout.flatten(direct)))
-                + self.mixed_norm * _norm(point.flat(solution.value))
-            )
-        )
-        self.floor = self.mixed_norm * slack + rounding
-        return grad
-
-    def _indefinite(self, solution: Solution) -> bool:
-        if solution.info.status is Status.NEGATIVE_CURVATURE:
-            self.reason = "the inner loss has a direction without positive curvature there"
-            return True
-        return False
-
-
 def _is_result(gradient: Any) -> bool:
     return isinstance(gradient, Hypergradient | UnrolledHypergradient)
 
 
-def _norm(vector: Tensor) -> float:
-    return float(row_norms(vector[None]))
-
-
-def _curvature(given: float | None, smallest: float, largest: float, point: _Point) -> float:
+def _curvature(given: float | None, smallest: float, largest: float, point: InnerPoint) -> float:
     """The strong convexity that was given, unless products contradict it; else the Ritz value."""
     if given is None:
         return smallest

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pytree import Tree, TreeLayout, row_norms, working_dtype
+from ..pytree import Tree, TreeLayout, working_dtype
 from ..solvers import Solver
 from ..solvers.base import Damping, check_option, is_count, is_tolerance
 from .certificate import HypergradientCertificate, hypergradient_certificate
+from .corrections import norm
 from .hypergradient import BilevelPoint, Hypergradient, Loss, hypergradient, layouts
 from .unroll import UnrolledHypergradient
 
@@ -183,13 +184,13 @@ def check_hypergradient(
     )
     grad = differences.layout.flatten(tree, name="gradient").to(differences.dtype)
     generator = generator or torch.Generator().manual_seed(0)
-    typical = _norm(grad) / math.sqrt(len(grad))
+    typical = norm(grad) / math.sqrt(len(grad))
 
     found, slopes, sizes = [], [], []
     for _ in range(num_directions):
         direction = torch.randn(len(grad), generator=generator, device=generator.device)
         direction = direction.to(grad)
-        direction = direction / _norm(direction)
+        direction = direction / norm(direction)
         slope = float(grad @ direction)
         difference = differences.along(direction, step_size, rtol * max(abs(slope), typical))
         found.append(difference)
@@ -279,9 +280,9 @@ class _Differences:
             self.inner_layout.flatten(tree).to(self.dtype)
             for tree in (params, point.inner_gradient, point.v)
         )
-        distance = _norm(gradient) / self.mu if self.mu > 0 else math.inf
+        distance = norm(gradient) / self.mu if self.mu > 0 else math.inf
         self.inner_error = max(self.inner_error, distance)
-        value, slope = float(point.outer_value), _norm(v)
+        value, slope = float(point.outer_value), norm(v)
         error = 0.0 if slope == 0 else slope * distance
         return _End(value, error, 10.0 * self.eps * abs(value), w, distance)
 
@@ -289,7 +290,7 @@ class _Differences:
         """The best central difference along a unit direction."""
         if step is not None:
             return self._central(direction, step)
-        scale = max(_norm(self.y), 1.0)
+        scale = max(norm(self.y), 1.0)
         end = self.solved(self.y)
         # Noise over h against h^2 third derivatives, with F of its own size over ``scale``.
         noise = end.error + end.rounding
@@ -313,7 +314,7 @@ class _Differences:
             up, down = (self.solved(self.y + sign * h * direction) for sign in (1.0, -1.0))
             slopes.append((up.value - down.value) / (2.0 * h))
             error = up.error + down.error
-            if error > 0 and up.distance + down.distance > _norm(up.w - down.w):
+            if error > 0 and up.distance + down.distance > norm(up.w - down.w):
                 error = math.inf  # the ends are nowhere near solutions: first order says nothing
             noises.append((error + up.rounding + down.rounding) / (2.0 * h))
         return _Difference(slopes[0], noises[0], abs(slopes[1] - slopes[0]), step)
@@ -327,7 +328,3 @@ def _over(part: float, size: float) -> float:
     if size == 0:
         return 0.0 if part == 0 else math.inf
     return part / size
-
-
-def _norm(vector: Tensor) -> float:
-    return float(row_norms(vector[None]))
