@@ -119,7 +119,9 @@ def measure_complement(
 
     start = outside(start)
     start = start / row_norms(start)
-    seen, diagonal, off_diagonal = start, [], []
+    seen = start
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
     for _ in range(min(STEPS, dim)):
         image = outside(product(seen[-1:]))
         along = float((seen[-1:] * image).sum())

@@ -101,10 +101,9 @@ class Embedding:
             )
         times = torch.empty_like(size).exponential_(generator=self.generator)
         largest = float(size.max())
-        # Of weight zero: after all others, in random order, and all of them if nothing else is.
-        last = times.clamp(max=torch.finfo(size.dtype).max / 4)
         keys = times.log() - (size / (largest or 1.0)).log()
-        order = torch.argsort(torch.where(size > 0, keys, last + 1e30))
+        # Of weight zero: after all others, in random order; all of them if there is nothing else.
+        order = torch.argsort(torch.where(size > 0, keys, 1e30 * (1.0 + times)))
         return order.to(self.device)
 
     def _gaussian(self, count: int) -> Tensor:

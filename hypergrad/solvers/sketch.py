@@ -291,10 +291,11 @@ class NystromSketch:
         return renewed_sketch(system, self.basis[largest], fresh, options)
 
     def preconditioner(self, damping: float) -> LinearOperator:
-        """P^-1 = (l + damping) U (L + damping)^-1 U' + (I - U U'), with l the last of L.
+        """P^-1 = (l + damping) U (L + damping)^-1 U' + (I - U U'), with l the :attr:`tail`.
 
-        Source: Frangella, Tropp, Udell, arXiv 2110.02820, equation (5.3).  Negative L enter by
-        their absolute value, so that it is always positive definite.
+        Source: Frangella, Tropp, Udell, arXiv 2110.02820, equation (5.3), where l is the last of
+        L: the tail, unless the sketch is complete, where A is zero outside and l must be, too.
+        Negative L enter by their absolute value, so that it is always positive definite.
 
         Examples:
             >>> import torch, hypergrad
@@ -314,8 +315,7 @@ class _Preconditioner(LinearOperator):
         super().__init__(sketch.layout)
         self.basis = sketch.basis
         size = sketch.eigenvalues.abs()
-        last = float(size.min()) if sketch.rank else 0.0
-        self.weights = (last + damping) / (size + damping) - 1.0
+        self.weights = (sketch.tail + damping) / (size + damping) - 1.0
 
     def _apply(self, block: Tensor) -> Tensor:
         wide = block.to(self.basis.dtype)
