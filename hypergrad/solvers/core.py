@@ -99,7 +99,7 @@ class Core:
         The mean over i, after Epperly, Tropp and Webber, arXiv 2301.07825, section 2.3.
         """
         total = float(eigenvalues.sum())
-        if not bool(self.kept.all()):  # complete: there is no more to see
+        if not bool(self.kept.all()):  # a direction without a product: W has no inverse
             return total
         n, k = self.products.shape[1], len(self.values)
         inverse = self.size / self.values

@@ -22,6 +22,8 @@ from .sketch import NegativeCurvature, NystromSketch
 _ABOVE = 1e-2
 #: Below this, relatively, what Ritz pairs miss is taken for amplified rounding.
 _NEARLY_COMPLETE = 1e-3
+#: Test matrices whose rows have, with probability one, a part along every eigenvector.
+_GENERIC = ("gaussian", "structured")
 #: Where an automatic rank starts, and its cap when none is given.
 FIRST_RANK = 8
 MAX_RANK = 256
@@ -105,7 +107,7 @@ def make_sketch(
         found, bound = _grown(system, source, options)
     else:
         omega = system.rounded(source.rows(options.rank))  # what the products really are of
-        found = _approximate(system, omega, system.product(omega), options.sketch != "diagonal")
+        found = _approximate(system, omega, system.product(omega), options.sketch)
     return _finish(system, found, options, before, bound)
 
 
@@ -120,7 +122,7 @@ def renewed_sketch(
         source = Embedding("gaussian", options.generator, n, known.device, known.dtype)
         omega = torch.cat([known, extension(known, source.rows(fresh))])
     omega = system.rounded(omega)
-    found = _approximate(system, omega, system.product(omega), False)
+    found = _approximate(system, omega, system.product(omega), None, generic=fresh > 0)
     return _finish(system, found, options, before, None)
 
 
@@ -160,9 +162,9 @@ def _grown(
         fresh = system.rounded(source.rows(more))
         omega, y = torch.cat([omega, fresh]), torch.cat([y, system.product(fresh)])
         last = len(omega) == cap
-        if not last and _too_small(system, omega, y, options.tol):
+        if not last and _too_small(system, omega, y, options):
             continue
-        found = _approximate(system, omega, y, options.sketch != "diagonal")
+        found = _approximate(system, omega, y, options.sketch)
         damping = _damping(system, found, tail=0.0)
         missed = found.tail
         if found.tail > 0 and (last or found.tail <= options.tol * damping):
@@ -171,13 +173,13 @@ def _grown(
             return found, 1.0 + missed / damping
 
 
-def _too_small(system: DampedSystem, omega: Tensor, y: Tensor, tol: float) -> bool:
+def _too_small(system: DampedSystem, omega: Tensor, y: Tensor, options: SketchOptions) -> bool:
     """Whether the last eigenvalue alone, at no further product, asks for a larger rank."""
     core = Core.of(omega, y, system.operator.dtype)
     if core.indefinite:
         return False
-    found = _truncated(*core.decompose(), len(y), None)
-    return found.tail > tol * _damping(system, found, tail=0.0)
+    found = _truncated(*core.decompose(), len(y), None, options.sketch in _GENERIC)
+    return found.tail > options.tol * _damping(system, found, tail=0.0)
 
 
 def _error(system: DampedSystem, found: _Approximation) -> float:
@@ -204,7 +206,12 @@ def _damping(system: DampedSystem, found: _Approximation, tail: float) -> float:
 
 
 def _approximate(
-    system: DampedSystem, omega: Tensor, y: Tensor, exchangeable: bool
+    system: DampedSystem,
+    omega: Tensor,
+    y: Tensor,
+    kind: SketchKind | None,
+    *,
+    generic: bool = False,
 ) -> _Approximation:
     """The approximation from the products ``y`` of ``omega``, in the form that is safe.
 
@@ -212,17 +219,21 @@ def _approximate(
         system: whose operator it is.
         omega: test matrix, orthonormal rows.
         y: its products.
-        exchangeable: whether each row of omega is, given the others, a uniformly random one.
+        kind: how omega was drawn; None for a basis that was chosen.
+        generic: whether a basis that was chosen holds random rows, too.
     """
+    generic = generic or kind in _GENERIC
     core = Core.of(omega, y, system.operator.dtype)
     eigenvalues, basis = core.decompose()
     if core.indefinite or not _vouched(system, core, eigenvalues, basis):
         return _rayleigh_ritz(system, omega, y)
-    trace = core.trace(eigenvalues) if exchangeable else None
-    found = _truncated(eigenvalues, basis, len(y), trace)
+    # Drawn uniformly, each row is a random one given the others; columns of zeros tell no more.
+    uniform = kind in _GENERIC or (kind == "columns" and bool(core.kept.all()))
+    trace = core.trace(eigenvalues) if uniform else None
+    found = _truncated(eigenvalues, basis, len(y), trace, generic)
     damping = _damping(system, found, tail=found.tail)
     if core.blurred(damping) or core.noisy(eigenvalues, damping):
-        return _second_pass(system, y, trace)
+        return _second_pass(system, y, trace, generic)
     return found
 
 
@@ -281,7 +292,9 @@ def _vouched(system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tenso
     return float((top * system.product(top)).sum()) >= largest * (1 - _ABOVE)
 
 
-def _second_pass(system: DampedSystem, y: Tensor, trace: float | None) -> _Approximation:
+def _second_pass(
+    system: DampedSystem, y: Tensor, trace: float | None, generic: bool
+) -> _Approximation:
     """Sketch once more, with the range Q of Y as test matrix; see :func:`_rayleigh_ritz`.
 
     Q leans towards the eigenvectors that matter, so its core is as well conditioned as A there.
@@ -293,7 +306,7 @@ def _second_pass(system: DampedSystem, y: Tensor, trace: float | None) -> _Appro
     eigenvalues, basis = core.decompose()
     if core.indefinite or not _vouched(system, core, eigenvalues, basis):
         return _ritz_pairs(q, image, len(q))
-    return _truncated(eigenvalues, basis, len(y), trace)
+    return _truncated(eigenvalues, basis, len(y), trace, generic)
 
 
 def _rayleigh_ritz(system: DampedSystem, omega: Tensor, y: Tensor) -> _Approximation:
@@ -340,10 +353,14 @@ def _ritz_pairs(q: Tensor, image: Tensor, rank: int) -> _Approximation:
 
 
 def _truncated(
-    eigenvalues: Tensor, basis: Tensor, rank: int, trace: float | None
+    eigenvalues: Tensor, basis: Tensor, rank: int, trace: float | None, generic: bool
 ) -> _Approximation:
-    """Eigenpairs of a core of size ``rank``; no tail where the operator had no more to show."""
-    complete = len(eigenvalues) < rank
+    """Eigenpairs of a core of size ``rank``; no tail where the operator had no more to show.
+
+    A product of zero shows that only for a vector with a part along everything (``generic``): a
+    column of zeros says nothing of the other columns.
+    """
+    complete = len(eigenvalues) == 0 or (generic and len(eigenvalues) < rank)
     tail = 0.0 if complete or rank == basis.shape[1] else float(eigenvalues[-1])
     return _Approximation(eigenvalues, basis, tail, complete=complete, trace=trace)
 
