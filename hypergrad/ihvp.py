@@ -172,7 +172,7 @@ def nystrom_ihvp(
     hvp_fn: HvpFn,
     v: Tree,
     *,
-    rank: int,
+    rank: int | Literal["auto"],
     damping: Damping = "auto",
     sketch: SketchKind = "gaussian",
     generator: torch.Generator | None = None,
@@ -186,11 +186,13 @@ def nystrom_ihvp(
     Args:
         hvp_fn: the product v -> A v.
         v: right-hand side, any tree of floating-point tensors.
-        rank: size of the sketch, from 1 to the dimension.
+        rank: size of the sketch, from 1 to the dimension; or ``"auto"``: see
+            :class:`hypergrad.Nystrom`.
         damping: the multiple of the identity that is added, > 0.  ``"auto"`` takes it from the
             sketch: the larger of three times its last eigenvalue and a thousandth of its largest,
             and more than the negative curvature, if any.
-        sketch: ``"gaussian"``, or ``"columns"`` for uniformly drawn columns of A.
+        sketch: ``"gaussian"``, ``"columns"`` for uniformly drawn columns of A, ``"diagonal"``
+            for columns drawn in proportion to its diagonal, or ``"structured"``.
         generator: source of the random sketch; None for torch's global one.
         return_info: also return a :class:`hypergrad.SolveInfo`, with the damping and residual.
 
@@ -200,8 +202,9 @@ def nystrom_ihvp(
         HypergradError: see :func:`hypergrad.solve`.
 
     Cost: ``rank`` HVPs, one to check the sketch and one to check the answer; ``rank`` more where
-    there is negative curvature or rounding asks for a second pass.  See
-    :class:`hypergrad.Nystrom`; to reuse a sketch, :func:`hypergrad.nystrom_sketch`.
+    there is negative curvature or rounding asks for a second pass, five where the sketch's last
+    eigenvalue exceeds half the damping.  See :class:`hypergrad.Nystrom`; to reuse a sketch,
+    :func:`hypergrad.nystrom_sketch`.
 
     Examples:
         >>> import torch, hypergrad

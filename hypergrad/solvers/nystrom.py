@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import RankError
+from ..errors import ConvergenceWarning, RankError, warn
 from ..operators import as_operator
-from ..pytree import Tree, row_norms, working_dtype
-from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count
-from .sketch import NegativeCurvature, NystromSketch, SketchKind, positive_damping
+from ..pytree import Tree, row_norms
+from .base import (
+    DampedSystem,
+    Damping,
+    Outcome,
+    Solver,
+    Status,
+    check_option,
+    is_count,
+    is_tolerance,
+)
+from .complement import ComplementKind
+from .embedding import SketchKind
+from .sketch import NegativeCurvature, NystromSketch, bare_system, positive_damping
 from .sketching import make_sketch
 
 
 def nystrom_sketch(
     operator: Any,
-    rank: int,
+    rank: int | Literal["auto"],
     like: Tree | None = None,
     *,
+    damping: Damping = "auto",
     sketch: SketchKind = "gaussian",
     generator: torch.Generator | None = None,
     negative_curvature: NegativeCurvature = "keep",
+    complement: ComplementKind = "quadrature",
+    diagonal: Tree | None = None,
+    tol: float = 9.0,
+    max_rank: int | None = None,
 ) -> NystromSketch:
     """Sketch a symmetric operator with ``rank`` products.
 
@@ -37,34 +53,72 @@ def nystrom_sketch(
 
     Args:
         operator: anything :func:`hypergrad.as_operator` takes.
-        rank: k, from 1 to the dimension n.
+        rank: k, from 1 to the dimension n; or ``"auto"``: doubled from 8, keeping all products,
+            until the condition number of the system preconditioned with the sketch is bounded by
+            1 + ``tol``, or to ``max_rank``.
         like: a tree of the structure of the operator's argument; callables need it.
-        sketch: ``"gaussian"`` (orthonormalised) or ``"columns"``: k columns of the identity,
-            drawn uniformly (Hataya and Yamada).
+        damping: the smallest one that the sketch will be used at.  It can be solved with at any
+            other, but what rounding, an automatic rank or the complement are worth depends on it.
+            With ``"auto"`` the first two go by that of :meth:`NystromSketch.auto_damping`, and
+            the complement is measured for any.
+        sketch: ``"gaussian"`` (orthonormalised); ``"columns"``: k columns of the identity, drawn
+            uniformly (Hataya and Yamada); ``"diagonal"``: columns drawn in proportion to the
+            diagonal of A, without replacement; ``"structured"``: rows of a cosine transform with
+            random signs.
         generator: source of the random test matrix; None for torch's global one.
         negative_curvature: what to make of negative eigenvalues: ``"keep"`` them (A + damping I
             as it is), ``"absolute"`` values (saddle-free), ``"clip"`` to zero (the positive
             part), or ``"raise"``.
+        complement: what A is taken for outside the sketch: ``"zero"``, or ``"quadrature"``: a
+            multiple of the identity from at most five Lanczos steps there
+            (:class:`hypergrad.solvers.complement.Complement`), spent only where the last
+            eigenvalue of the sketch exceeds half the damping, or the rank was used up and the
+            damping is ``"auto"``.
+        diagonal: for ``sketch="diagonal"``, the diagonal of A, a tree like its argument; entries
+            count by their size.  None to estimate it with 10 more products.
+        tol: for ``rank="auto"``; 9 bounds the condition number by 10.
+        max_rank: for ``rank="auto"``; None for 256.
 
     Raises:
         RankError: rank below 1 or above n.
-        SolverOptionError: an unknown ``sketch`` or policy.
+        SolverOptionError: an unknown ``sketch``, policy or ``complement``, or ``tol`` <= 0.
         NotSymmetricError: the products are not those of a symmetric operator.
-        NonFiniteError: a product holds nan or inf.
+        NonFiniteError: a product, or the diagonal, holds nan or inf.
         NegativeCurvatureError: there is negative curvature and the policy is ``"raise"``.
 
+    Warns:
+        ConvergenceWarning: ``rank="auto"`` ended at ``max_rank`` short of ``tol``.
+
     Cost: k HVPs in one block and one to vouch for the largest eigenvalue; k more if there is
-    negative curvature or rounding asks for a second pass (2 k more where both do); O(n k^2)
-    operations, three n x k blocks of memory.
+    negative curvature or rounding asks for a second pass (2 k more where both do); 5 for the
+    complement, 10 for a diagonal, 10 for each time an automatic rank looks at its error;
+    O(n k^2) operations, three n x k blocks of memory.
     Sources: Hataya and Yamada, AISTATS 2023 (columns); Frangella, Tropp, Udell, arXiv 2110.02820
-    (Gaussian, algorithm 2.1); Nakatsukasa and Park, arXiv 2212.01127 (indefinite A).
+    (Gaussian, algorithm 2.1; automatic rank, section 5.4); Nakatsukasa and Park, arXiv 2212.01127
+    (indefinite A).
+
+    Examples:
+        >>> import torch, hypergrad
+        >>> a = torch.diag(torch.logspace(0, -8, 200, dtype=torch.float64))
+        >>> sketch = hypergrad.nystrom_sketch(a, rank="auto", damping=1e-4)
+        >>> sketch.condition_bound <= 10.0, sketch.rank < 200
+        (True, True)
     """
+    config = Nystrom(
+        rank, sketch, generator, negative_curvature, complement, diagonal, tol, max_rank
+    )
     op = as_operator(operator, like=like)
-    config = Nystrom(rank, sketch, generator, negative_curvature)
-    dtype = working_dtype(op.dtype, op.device)
-    empty = torch.zeros(1, op.layout.dim, dtype=dtype, device=op.device)
-    system = DampedSystem(op, empty, torch.ones_like(empty[:, 0]), "auto")
-    return config._sketch_of(system)
+    if damping != "auto":
+        damping = positive_damping(damping)
+    made = config._sketch_of(bare_system(op, damping=damping), any_damping=damping == "auto")
+    if config._capped(made):
+        warn(
+            f"rank='auto' ended at its cap, rank {made.rank}: the condition number of the "
+            f"preconditioned system is bounded by {made.condition_bound:.2g}, more than the "
+            f"{1.0 + tol:.2g} asked for. Raise max_rank, tol or damping.",
+            ConvergenceWarning,
+        )
+    return made
 
 
 @dataclass(frozen=True)
@@ -73,54 +127,90 @@ class Nystrom(Solver):
 
     A direct method: its accuracy is that of the rank, there is no tolerance to reach, and the
     status is FIXED_ITERATIONS, with the true residual in the report.  It is STAGNATED when the
-    residual is no smaller than v itself, and NEGATIVE_CURVATURE when the damping does not exceed
-    the negative curvature that policy ``"keep"`` leaves in.
+    residual is no smaller than v itself, or when an automatic rank ended at its cap, and
+    NEGATIVE_CURVATURE when the damping does not exceed the negative curvature that policy
+    ``"keep"`` leaves in.
 
-    Outside the sketch's range the answer is v/damping.  So for one right-hand side of a
+    Outside the sketch's range the answer is a multiple of v: v/damping, or less where the
+    complement shows that A is not small there.  So for one right-hand side of a
     moderately conditioned system CG is more accurate at equal HVPs; a sketch earns its place
     through reuse, many right-hand sides, batched products and as a preconditioner.
 
     Attributes:
-        rank: k >= 1.
-        sketch: ``"gaussian"`` or ``"columns"``.
+        rank: k >= 1, or ``"auto"``.
+        sketch: ``"gaussian"``, ``"columns"``, ``"diagonal"`` or ``"structured"``.
         generator: source of the test matrix; None for torch's global one.
         negative_curvature: ``"keep"``, ``"absolute"``, ``"clip"`` or ``"raise"``.
+        complement: ``"quadrature"`` or ``"zero"``.
+        diagonal: of A, for ``"diagonal"`` draws; None to estimate it.
+        tol: for ``"auto"``: the preconditioned condition number is to be at most 1 + tol.
+        max_rank: cap of ``"auto"``; None for 256.
 
-    Cost: ``rank`` HVPs and one to check the sketch (see :func:`nystrom_sketch` for when ``rank``
-    more are spent), one a right-hand side to check the answer.
+    Cost: ``rank`` HVPs and one to check the sketch, 5 for the complement where the sketch's last
+    eigenvalue exceeds half the damping (see :func:`nystrom_sketch` for when more are spent), one
+    a right-hand side to check the answer.
 
     Examples:
         >>> import torch, hypergrad
         >>> a = torch.diag(torch.tensor([5.0, 1.0, 0.0, 0.0]))
-        >>> info = hypergrad.solve(a, torch.ones(4), hypergrad.Nystrom(rank=2), damping=0.1).info
+        >>> info = hypergrad.solve(a, torch.ones(4), hypergrad.Nystrom(rank=3), damping=0.1).info
         >>> info.relative_residual < 1e-5, info.rank, info.num_hvps
-        (True, 2, 4)
+        (True, 2, 5)
     """
 
-    rank: int
+    rank: int | Literal["auto"]
     sketch: SketchKind = "gaussian"
     generator: torch.Generator | None = None
     negative_curvature: NegativeCurvature = "keep"
+    complement: ComplementKind = "quadrature"
+    #: Tensors have no truth value to compare by.
+    diagonal: Tree | None = field(default=None, compare=False, repr=False)
+    tol: float = 9.0
+    max_rank: int | None = None
 
     default_damping = "auto"
 
     def __post_init__(self) -> None:
-        if not is_count(self.rank):
-            raise RankError(f"rank is {self.rank!r}, expected an integer >= 1.")
-        kinds, policies = get_args(SketchKind), get_args(NegativeCurvature)
-        check_option(self.sketch in kinds, "sketch", self.sketch, f"one of {kinds}")
-        check_option(
-            self.negative_curvature in policies,
-            "negative_curvature",
-            self.negative_curvature,
-            f"one of {policies}",
-        )
+        if self.rank != "auto" and not is_count(self.rank):
+            raise RankError(f"rank is {self.rank!r}, expected an integer >= 1 or 'auto'.")
+        for name, kinds in (
+            ("sketch", get_args(SketchKind)),
+            ("negative_curvature", get_args(NegativeCurvature)),
+            ("complement", get_args(ComplementKind)),
+        ):
+            value = getattr(self, name)
+            check_option(value in kinds, name, value, f"one of {kinds}")
         good = self.generator is None or isinstance(self.generator, torch.Generator)
         check_option(good, "generator", self.generator, "None or a torch.Generator")
+        unused = self.diagonal is not None and self.sketch != "diagonal"
+        check_option(not unused, "sketch", self.sketch, "'diagonal' where a diagonal is given")
+        check_option(
+            is_tolerance(self.tol) and self.tol > 0, "tol", self.tol, "a finite number > 0"
+        )
+        good = self.max_rank is None or is_count(self.max_rank)
+        check_option(good, "max_rank", self.max_rank, "None or an integer >= 1")
 
-    def _sketch_of(self, system: DampedSystem) -> NystromSketch:
-        """The sketch that this configuration makes of a system's operator."""
-        return make_sketch(system, self.rank, self.sketch, self.generator, self.negative_curvature)
+    def _sketch_of(self, system: DampedSystem, *, any_damping: bool = False) -> NystromSketch:
+        """The sketch that this configuration makes of a system's operator.
+
+        ``any_damping``: to be solved with at others than the system's, too.
+        """
+        return make_sketch(
+            system,
+            self.rank,
+            self.sketch,
+            self.generator,
+            self.negative_curvature,
+            complement=self.complement,
+            diagonal=self.diagonal,
+            tol=self.tol,
+            max_rank=self.max_rank,
+            any_damping=any_damping,
+        )
+
+    def _capped(self, sketch: NystromSketch) -> bool:
+        """Whether an automatic rank ended short of its tolerance."""
+        return sketch.condition_bound is not None and sketch.condition_bound > 1.0 + self.tol
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         if system.damping != "auto":
@@ -164,7 +254,8 @@ class Nystrom(Solver):
             elif indefinite or (keep and along <= 0):
                 statuses.append(Status.NEGATIVE_CURVATURE)
             else:
-                statuses.append(Status.FIXED_ITERATIONS if norm < size else Status.STAGNATED)
+                good = norm < size and not self._capped(sketch)
+                statuses.append(Status.FIXED_ITERATIONS if good else Status.STAGNATED)
         return statuses
 
 

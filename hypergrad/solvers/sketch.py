@@ -8,13 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import DampingError
-from ..operators import LinearOperator
-from ..pytree import Tree, TreeLayout
-from ..spectrum import damping_from_extremes
-from .base import Damping, check_damping
+from ..errors import DampingError, SolverOptionError
+from ..operators import LinearOperator, as_operator
+from ..pytree import Tree, TreeLayout, working_dtype
+from ..spectrum import ExtremeEigenvalues, damping_from_extremes, lanczos_extremes
+from .base import DampedSystem, Damping, check_damping, check_option, is_count
+from .complement import TAIL_THAT_MATTERS, Complement
+from .embedding import SketchKind
 
-SketchKind = Literal["gaussian", "columns"]
+#: Named here too, for those that take a sketch's options.
+__all__ = ["NegativeCurvature", "NystromSketch", "SketchKind"]
+
 NegativeCurvature = Literal["keep", "absolute", "clip", "raise"]
 
 
@@ -35,6 +39,13 @@ class NystromSketch:
             up; with negative curvature, the norm of A's coupling of the basis to the rest; 0
             when the operator had no more to show.
         num_hvps: products used.
+        negative_curvature: what was made of negative eigenvalues.
+        complement: the eigenvalue distribution of A outside the basis, where it was measured;
+            with None A counts as zero there.
+        condition_bound: of a sketch of ``rank="auto"``, the bound on the condition number of the
+            preconditioned system that it was grown for, 1 + (last eigenvalue + estimate of
+            |A - U diag(L) U'|) / damping; else None.
+        trace_estimate: leave-one-out estimate of A's trace; None where the sketch gives none.
 
     Examples:
         >>> import torch, hypergrad
@@ -56,6 +67,9 @@ class NystromSketch:
     tail: float
     num_hvps: int
     negative_curvature: NegativeCurvature
+    complement: Complement | None = None
+    condition_bound: float | None = None
+    trace_estimate: float | None = None
 
     @property
     def rank(self) -> int:
@@ -94,14 +108,18 @@ class NystromSketch:
     def solve_block(self, block: Tensor, damping: float) -> Tensor:
         """:meth:`solve` for rows of shape (m, n) in the dtype of :attr:`basis`.
 
-        x = (v + U [(damping / (L + damping) - 1) U'v]) / damping.  The Woodbury form is the same
-        in exact arithmetic, but subtracts numbers (L + damping)/damping times larger than the
-        answer.
+        x = (c v + U [(damping / (L + damping) - c) U'v]) / damping, with c = 1 where the
+        complement was not measured.  The Woodbury form is the same in exact arithmetic, but
+        subtracts numbers (L + damping)/damping times larger than the answer.
         """
         if self.rank == self.layout.dim:  # nothing lies outside, so nothing needs to cancel there
             return ((block @ self.basis.T) / self._damped(damping)) @ self.basis
-        shrink = damping / self._damped(damping) - 1.0
-        return (block + ((block @ self.basis.T) * shrink) @ self.basis) / damping
+        shrink = damping / self._damped(damping)
+        if self.complement is None or self.tail <= TAIL_THAT_MATTERS * damping:
+            return (block + ((block @ self.basis.T) * (shrink - 1.0)) @ self.basis) / damping
+        outside = damping * self.complement.inverse(damping)
+        inside = ((block @ self.basis.T) * (shrink - outside)) @ self.basis
+        return (outside * block + inside) / damping
 
     def _damped(self, damping: float) -> Tensor:
         """L + damping, kept away from zero by the rounding of the sum.
@@ -118,11 +136,166 @@ class NystromSketch:
         positive = self.eigenvalues.clamp(min=0.0)
         return float((positive / (positive + rho)).sum())
 
-    def preconditioner(self, damping: float) -> LinearOperator:
-        """P^-1 = (l + damping) U (L + damping)^-1 U' + (I - U U'), with l the last of L.
+    def error_estimate(
+        self,
+        operator: Any,
+        *,
+        num_steps: int = 10,
+        generator: torch.Generator | None = None,
+    ) -> ExtremeEigenvalues:
+        """How far the sketch is from A: the extreme eigenvalues of A - U diag(L) U' by Lanczos.
 
-        Source: Frangella, Tropp, Udell, arXiv 2110.02820, equation (5.3).  Negative L enter by
-        their absolute value, so that it is always positive definite.
+        ``max(largest, -smallest)`` is a lower estimate of the spectral norm of the difference,
+        ``largest_bound`` an upper one in practice, for positive semidefinite A.
+
+        Args:
+            operator: A, anything that :func:`hypergrad.as_operator` takes.
+            num_steps: Lanczos steps.
+            generator: of the random start; the default is seeded, so that the estimate is the same
+                every time.
+
+        Raises:
+            SolverOptionError: ``num_steps`` below one.
+            TreeStructureError, LeafTypeError, DeviceError: the operator acts on other trees.
+
+        Cost: ``num_steps`` HVPs, which are counted in the answer.  Source for its use: Frangella,
+        Tropp and Udell, arXiv 2110.02820, who take power iteration; Lanczos gives more for the
+        same products.
+
+        Examples:
+            >>> import torch, hypergrad
+            >>> a = torch.diag(1.0 / torch.arange(1.0, 101.0, dtype=torch.float64))
+            >>> sketch = hypergrad.nystrom_sketch(a, rank=20)
+            >>> ends = sketch.error_estimate(a)
+            >>> 0.0 < ends.largest <= ends.largest_bound < 1.0, ends.num_hvps
+            (True, 10)
+        """
+        check_option(is_count(num_steps), "num_steps", num_steps, "an integer >= 1")
+        system = bare_system(operator, self.layout)
+
+        def difference(vector: Tensor) -> Tensor:
+            return system.product(vector[None])[0] - self._image(vector[None])[0]
+
+        return lanczos_extremes(
+            difference, self.layout.dim, num_steps, self.basis.dtype, self.layout.device, generator
+        )
+
+    def trace(
+        self,
+        operator: Any = None,
+        *,
+        num_probes: int = 10,
+        generator: torch.Generator | None = None,
+    ) -> float:
+        """Estimate of the trace of A, without bias for positive semidefinite A.
+
+        Without ``operator``, from the sketch's own products by leaving out one row of the test
+        matrix at a time (XNysTrace: Epperly, Tropp and Webber, arXiv 2301.07825).  With it, the
+        trace of U diag(L) U' and the mean of z'(A - U diag(L) U')z over random signs z
+        (Nyström++: Persson, Cortinovis and Kressner, arXiv 2109.10659).
+
+        Args:
+            operator: A, anything that :func:`hypergrad.as_operator` takes, or None.
+            num_probes: how many z, with ``operator``.
+            generator: of the signs; None for torch's global one.
+
+        Raises:
+            SolverOptionError: the sketch has no estimate of its own (``"diagonal"`` draws,
+                negative curvature, or an update), or ``num_probes`` below one.
+
+        Cost: no HVP, or ``num_probes`` of them.
+
+        Examples:
+            >>> import torch, hypergrad
+            >>> a = torch.diag(torch.tensor([5.0, 1.0, 0.5, 0.0]))
+            >>> round(hypergrad.nystrom_sketch(a, rank=4).trace(), 4)
+            6.5
+        """
+        if operator is None:
+            if self.trace_estimate is None:
+                raise SolverOptionError(
+                    "this sketch gives no estimate of the trace by itself: its test matrix was "
+                    "not drawn uniformly, or the operator is not positive. Pass the operator."
+                )
+            return self.trace_estimate
+        check_option(is_count(num_probes), "num_probes", num_probes, "an integer >= 1")
+        system = bare_system(operator, self.layout)
+        place = self.layout.device if generator is None else generator.device
+        bits = torch.randint(0, 2, (num_probes, self.layout.dim), generator=generator, device=place)
+        signs = (2 * bits - 1).to(self.basis)
+        along = (signs * (system.product(signs) - self._image(signs))).sum(1)
+        return float(self.eigenvalues.sum() + along.mean())
+
+    def _image(self, rows: Tensor) -> Tensor:
+        """U diag(L) U' times each row."""
+        return ((rows @ self.basis.T) * self.eigenvalues) @ self.basis
+
+    def update(
+        self,
+        operator: Any,
+        *,
+        fresh: int | None = None,
+        damping: Damping = "auto",
+        generator: torch.Generator | None = None,
+    ) -> NystromSketch:
+        """A new sketch, of an operator that has moved a little, by one block of products.
+
+        The test matrix is the old basis with its last rows replaced by random ones: one step of
+        subspace iteration, whose error is far below that of a fresh random sketch as long as the
+        leading eigenvectors have turned by little.  The random rows find what is new.
+
+        Args:
+            operator: the new A, on the same trees.
+            fresh: how many random rows; None for a tenth of the rank, at least one.  A sketch that
+                was complete below its rank keeps all of its basis and gains them.
+            damping: what the sketch will be used at; see :func:`hypergrad.nystrom_sketch`.
+            generator: of the random rows; None for torch's global one.
+
+        Raises:
+            SolverOptionError: ``fresh`` is no integer >= 0, or would leave nothing to sketch with.
+            HypergradError: see :func:`hypergrad.nystrom_sketch`.
+
+        Cost: one HVP a row of the test matrix and one to vouch for the largest eigenvalue; as many
+        more as :func:`hypergrad.nystrom_sketch` says where there is negative curvature or rounding
+        asks for it.
+
+        Examples:
+            >>> import torch, hypergrad
+            >>> a = torch.diag(torch.logspace(0, -4, 50, dtype=torch.float64))
+            >>> old = hypergrad.nystrom_sketch(a, rank=10)
+            >>> new = old.update(1.01 * a)
+            >>> new.rank, new.error_estimate(1.01 * a).largest < old.error_estimate(a).largest
+            (10, True)
+        """
+        from .sketching import SketchOptions, renewed_sketch  # it makes sketches: of this class
+
+        n = self.layout.dim
+        if fresh is None:
+            fresh = max(1, self.rank // 10)
+        valid = not isinstance(fresh, bool) and isinstance(fresh, int) and fresh >= 0
+        check_option(valid, "fresh", fresh, "None or an integer >= 0")
+        keep = self.rank
+        if self.tail > 0:
+            keep = max(self.rank - fresh, (self.rank + 1) // 2)
+        fresh = min(fresh, n - keep)
+        check_option(keep + fresh > 0, "fresh", fresh, "at least 1, as the old sketch is empty")
+        largest = self.eigenvalues.abs().argsort(descending=True)[:keep]
+        system = bare_system(operator, self.layout, damping)
+        options = SketchOptions(
+            rank=keep + fresh,
+            generator=generator,
+            negative_curvature=self.negative_curvature,
+            complement="zero" if self.complement is None else "quadrature",
+            any_damping=damping == "auto",
+        )
+        return renewed_sketch(system, self.basis[largest], fresh, options)
+
+    def preconditioner(self, damping: float) -> LinearOperator:
+        """P^-1 = (l + damping) U (L + damping)^-1 U' + (I - U U'), with l the :attr:`tail`.
+
+        Source: Frangella, Tropp, Udell, arXiv 2110.02820, equation (5.3), where l is the last of
+        L: the tail, unless the sketch is complete, where A is zero outside and l must be, too.
+        Negative L enter by their absolute value, so that it is always positive definite.
 
         Examples:
             >>> import torch, hypergrad
@@ -142,12 +315,24 @@ class _Preconditioner(LinearOperator):
         super().__init__(sketch.layout)
         self.basis = sketch.basis
         size = sketch.eigenvalues.abs()
-        last = float(size.min()) if sketch.rank else 0.0
-        self.weights = (last + damping) / (size + damping) - 1.0
+        self.weights = (sketch.tail + damping) / (size + damping) - 1.0
 
     def _apply(self, block: Tensor) -> Tensor:
         wide = block.to(self.basis.dtype)
         return (wide + ((wide @ self.basis.T) * self.weights) @ self.basis).to(block.dtype)
+
+
+def bare_system(
+    operator: Any, layout: TreeLayout | None = None, damping: Damping = "auto"
+) -> DampedSystem:
+    """A system with no right-hand side: the operator's products, counted and in working dtype."""
+    like = None
+    if layout is not None:
+        like = layout.unflatten(torch.zeros(layout.dim, dtype=layout.dtype, device=layout.device))
+    op = as_operator(operator, like=like)
+    dtype = working_dtype(op.dtype, op.device)
+    empty = torch.zeros(1, op.layout.dim, dtype=dtype, device=op.device)
+    return DampedSystem(op, empty, torch.ones_like(empty[:, 0]), damping)
 
 
 def positive_damping(damping: Any) -> float:

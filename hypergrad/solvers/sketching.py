@@ -3,209 +3,279 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import NegativeCurvatureError, RankError
-from ..pytree import row_norms
-from ..spectrum import damping_from_extremes
-from .base import DampedSystem, check_skew
-from .sketch import NegativeCurvature, NystromSketch, SketchKind
+from ..pytree import Tree
+from ..spectrum import damping_from_extremes, lanczos_extremes
+from .base import DampedSystem
+from .complement import TAIL_THAT_MATTERS, Complement, ComplementKind, measure_complement
+from .core import Core
+from .embedding import DIAGONAL_PROBES, Embedding, SketchKind, extension
+from .sketch import NegativeCurvature, NystromSketch
 
-#: A core eigenvalue within this many times the core's rounding carries no information.
-_CORE_NOISE = 3.0
 #: By how much, relatively, the sketch's largest eigenvalue may exceed its Rayleigh quotient: more
 #: than the rounding of 16-bit products, less than what would matter.
 _ABOVE = 1e-2
 #: Below this, relatively, what Ritz pairs miss is taken for amplified rounding.
 _NEARLY_COMPLETE = 1e-3
-#: A product within this many eps of the largest is rounding itself.
-_PRODUCT_NOISE = 4.0
-#: Relative change of the answer by amplified rounding that is worth a second pass, as a power of
-#: eps: 7e-5 in float32, 4e-10 in float64.
-_WORTH_A_PASS = 0.6
+#: Test matrices whose rows have, with probability one, a part along every eigenvector.
+_GENERIC = ("gaussian", "structured")
+#: Where an automatic rank starts, and its cap when none is given.
+FIRST_RANK = 8
+MAX_RANK = 256
+#: Lanczos steps of the error estimate.
+ERROR_STEPS = 10
 
 
 @dataclass(frozen=True)
-class _Core:
-    """The core W = Omega' A Omega of one block of products Y = A Omega, diagonalised.
+class SketchOptions:
+    """How a sketch is to be made; see :class:`hypergrad.Nystrom` for each.
 
-    Attributes:
-        values: eigenvalues of W, smallest first, shape (k,).
-        products: rows (Y z)' for each eigenvector z, shape (k, n).
-        sizes: their norms.
-        noise: rounding of the eigenvalues: the larger of the antisymmetric part, which measures
-            it, and eps |Y| / sqrt(n), what independent errors of relative size eps project to.
-        gram: inner products of the rows of ``products``, over the square of ``size``.
-        silence: size below which a row of ``products`` is rounding.
-        size: |Y|, the spectral norm.
-        eps: of the products' dtype.
+    ``any_damping`` asks for the complement whatever the damping is now.
     """
 
-    values: Tensor
-    products: Tensor
-    sizes: Tensor
-    gram: Tensor
-    noise: float
-    silence: float
-    size: float
-    eps: float
+    rank: int | Literal["auto"]
+    sketch: SketchKind = "gaussian"
+    generator: torch.Generator | None = None
+    negative_curvature: NegativeCurvature = "keep"
+    complement: ComplementKind = "zero"
+    diagonal: Tree | None = None
+    tol: float = 9.0
+    max_rank: int | None = None
+    any_damping: bool = False
 
-    @classmethod
-    def of(cls, omega: Tensor, y: Tensor, dtype: torch.dtype) -> _Core:
-        k, n = y.shape
-        core = omega @ y.T
-        skew = torch.linalg.matrix_norm(core - core.T, ord=2) / 2
-        # The norm from the Gram matrix: as accurate for the largest as an SVD, at one pass.  The
-        # scale keeps the squares in range.
-        top = float(row_norms(y).max())
-        scaled = y / top if top > 0 else y
-        gram = scaled @ scaled.T
-        size = top * float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt())
-        # Against what products with unrelated vectors would leave in the core.
-        check_skew(skew, skew.new_tensor(size * (k / n) ** 0.5), dtype)
-        values, vectors = torch.linalg.eigh(0.5 * (core + core.T))
-        products = vectors.T @ y
-        eps = torch.finfo(dtype).eps
-        return cls(
-            values=values,
-            products=products,
-            sizes=row_norms(products),
-            gram=vectors.T @ gram @ vectors * ((top / size) ** 2 if size > 0 else 1.0),
-            noise=max(float(skew), eps * size / n**0.5),
-            silence=_PRODUCT_NOISE * eps * size,
-            size=size,
-            eps=eps,
-        )
 
-    @property
-    def kept(self) -> Tensor:
-        """Directions with positive curvature and a product, both above their rounding."""
-        return (self.values > _CORE_NOISE * self.noise) & (self.sizes > self.silence)
+@dataclass(frozen=True)
+class _Approximation:
+    """U diag(L) U' as it comes out of one of the ways to make it.
 
-    @property
-    def indefinite(self) -> bool:
-        """Whether there is negative curvature beyond rounding."""
-        return bool((self.values < -_CORE_NOISE * self.noise).any())
+    Attributes:
+        eigenvalues: L, largest first.
+        basis: U'.
+        tail: see :class:`NystromSketch`.
+        lowest: smallest Ritz value; 0 where none was computed.
+        complete: whether directions were dropped as rounding: A had no more to show.
+        trace: leave-one-out estimate of A's trace; None where there is none.
+    """
 
-    def decompose(self) -> tuple[Tensor, Tensor]:
-        """Eigenpairs (largest first) of Y W^+ Y' on the directions kept."""
-        kept = self.kept
-        return _squared_svd(self.products[kept] / self.values[kept].sqrt()[:, None])
-
-    def noisy(self, eigenvalues: Tensor, damping: float) -> bool:
-        """Whether the products' rounding, amplified by Y W^+, could be felt at this damping.
-
-        To first order an error E in Y changes Y W^+ Y' by E W^+ Y' and its transpose, and the
-        answer by that over the damping.  |Y W^+| is large where the test matrix, by bad luck, is
-        nearly orthogonal to an eigenvector, which happens when the rank just covers that of A.
-        (Measured in both dtypes: the error in the answer is at most 0.8 of this prediction, and
-        sketches of operators with more eigenvalues than the rank amplify by less than four.)
-        """
-        kept = self.kept
-        if not bool(kept.any()):
-            return False
-        inverse = self.size / self.values[kept]
-        squared = self.gram[kept][:, kept] * inverse[:, None] * inverse
-        lift = float(torch.linalg.eigvalsh(squared)[-1].clamp(min=0.0).sqrt())  # |Y W^+|
-        largest, n = float(eigenvalues[0]), self.products.shape[1]
-        # A test matrix that nearly misses A makes small products, but no smaller errors.
-        error: float = self.eps * max(self.size, largest / n**0.5) * lift
-        worth: float = self.eps**_WORTH_A_PASS * damping
-        return error > 3.0 * self.eps * largest + worth  # the first is what rounding A costs
-
-    def blurred(self, damping: float) -> bool:
-        """Whether the rounding of the core's eigenvalues could be felt at this damping.
-
-        Along a direction with eigenvalue b = |Y z|^2 / w of the sketch, an error e in w changes
-        the answer, relative to |v|/damping, by (e / w) b damping / (b + damping)^2.
-        """
-        heard = self.sizes > self.silence
-        w = self.values[heard].clamp(min=self.noise)
-        b = self.sizes[heard] * (self.sizes[heard] / w)
-        lost = self.values[heard] <= _CORE_NOISE * self.noise
-        change = self.noise / w * b * damping / (b + damping) ** 2
-        # A direction that would be dropped changes the answer by all that it would contribute.
-        change = torch.where(lost, b / (b + damping), change)
-        return bool((change > self.eps**_WORTH_A_PASS).any())
+    eigenvalues: Tensor
+    basis: Tensor
+    tail: float
+    lowest: float = 0.0
+    complete: bool = False
+    trace: float | None = None
 
 
 def make_sketch(
     system: DampedSystem,
-    rank: int,
+    rank: int | Literal["auto"],
     kind: SketchKind,
     generator: torch.Generator | None,
     policy: NegativeCurvature,
+    *,
+    complement: ComplementKind = "zero",
+    diagonal: Tree | None = None,
+    tol: float = 9.0,
+    max_rank: int | None = None,
+    any_damping: bool = False,
 ) -> NystromSketch:
     """Sketch the system's operator; see :func:`hypergrad.nystrom_sketch`."""
-    operator, layout = system.operator, system.operator.layout
-    n = layout.dim
-    if rank > n:
+    options = SketchOptions(
+        rank, kind, generator, policy, complement, diagonal, tol, max_rank, any_damping
+    )
+    n = system.operator.layout.dim
+    if options.rank != "auto" and options.rank > n:
         raise RankError(
-            f"rank is {rank}, but the operator has dimension {n}; expected 1 <= rank <= {n}."
+            f"rank is {options.rank}, but the operator has dimension {n}; expected "
+            f"1 <= rank <= {n}."
         )
     before = system.num_hvps
-    omega = _test_matrix(rank, kind, generator, n, system)
-    omega = system.rounded(omega)  # what the products really are of
-    y = system.product(omega)
-    core = _Core.of(omega, y, operator.dtype)
-    eigenvalues, basis = core.decompose()
-    tail = _tail(eigenvalues, rank, n)
-    lowest = 0.0
-    if core.indefinite or not _vouched(system, core, eigenvalues, basis):
-        eigenvalues, basis, tail, lowest = _rayleigh_ritz(system, omega, y)
+    source = Embedding(
+        options.sketch,
+        options.generator,
+        n,
+        system.b.device,
+        system.b.dtype,
+        _diagonal(system, options) if options.sketch == "diagonal" else None,
+    )
+    bound = None
+    if options.rank == "auto":
+        found, bound = _grown(system, source, options)
     else:
-        damping = system.damping
-        if damping == "auto":
-            largest = float(eigenvalues[0]) if len(eigenvalues) else 0.0
-            damping = damping_from_extremes(0.0, largest, rounding=0.0, tail=tail)
-        assert not isinstance(damping, str)
-        if core.blurred(damping) or core.noisy(eigenvalues, damping):
-            eigenvalues, basis, tail, lowest = _second_pass(system, y)
-    smallest = _smallest(eigenvalues, lowest, rank, torch.finfo(operator.dtype).eps)
+        omega = system.rounded(source.rows(options.rank))  # what the products really are of
+        found = _approximate(system, omega, system.product(omega), options.sketch)
+    return _finish(system, found, options, before, bound)
+
+
+def renewed_sketch(
+    system: DampedSystem, known: Tensor, fresh: int, options: SketchOptions
+) -> NystromSketch:
+    """Sketch with the orthonormal rows ``known`` and ``fresh`` random ones as test matrix."""
+    before = system.num_hvps
+    omega = known
+    if fresh:
+        n = system.operator.layout.dim
+        source = Embedding("gaussian", options.generator, n, known.device, known.dtype)
+        omega = torch.cat([known, extension(known, source.rows(fresh))])
+    omega = system.rounded(omega)
+    found = _approximate(system, omega, system.product(omega), None, generic=fresh > 0)
+    return _finish(system, found, options, before, None)
+
+
+def _diagonal(system: DampedSystem, options: SketchOptions) -> Tensor:
+    """The diagonal that columns are drawn by: as given, or estimated by random signs.
+
+    E[z * A z] is the diagonal for independent random signs z (Bekas, Kokiopoulou and Saad, Appl.
+    Numer. Math. 57, 2007); the error of an entry is the size of the rest of its row over the root
+    of the number of products.  A row of zeros has the estimate zero.
+    """
+    layout = system.operator.layout
+    if options.diagonal is not None:
+        given = layout.flatten(options.diagonal, name="diagonal")
+        layout.check_finite(given, "diagonal")
+        return given.to(system.b.dtype)
+    generator = options.generator
+    place = system.b.device if generator is None else generator.device
+    bits = torch.randint(0, 2, (DIAGONAL_PROBES, layout.dim), generator=generator, device=place)
+    signs = (2 * bits - 1).to(system.b)
+    return (signs * system.product(signs)).mean(dim=0)
+
+
+def _grown(
+    system: DampedSystem, source: Embedding, options: SketchOptions
+) -> tuple[_Approximation, float]:
+    """Double the rank until the preconditioned condition number is bounded by 1 + tol, or the cap.
+
+    The bound is 1 + (last eigenvalue + |A - A_nys|) / damping (Frangella, Tropp and Udell, arXiv
+    2110.02820, proposition 5.3; their section 5.4 adapts the rank so).  The test matrix grows by
+    new rows, so that no product is spent twice on a positive operator.
+    """
+    n = system.operator.layout.dim
+    cap = min(n, MAX_RANK if options.max_rank is None else options.max_rank)
+    omega = y = system.b.new_zeros(0, n)
+    while True:
+        more = min(cap, max(FIRST_RANK, 2 * len(omega))) - len(omega)
+        fresh = system.rounded(source.rows(more))
+        omega, y = torch.cat([omega, fresh]), torch.cat([y, system.product(fresh)])
+        last = len(omega) == cap
+        if not last and _too_small(system, omega, y, options):
+            continue
+        found = _approximate(system, omega, y, options.sketch)
+        damping = _damping(system, found, tail=0.0)
+        missed = found.tail
+        if found.tail > 0 and (last or found.tail <= options.tol * damping):
+            missed += _error(system, found)
+        if last or missed <= options.tol * damping:
+            return found, 1.0 + missed / damping
+
+
+def _too_small(system: DampedSystem, omega: Tensor, y: Tensor, options: SketchOptions) -> bool:
+    """Whether the last eigenvalue alone, at no further product, asks for a larger rank."""
+    core = Core.of(omega, y, system.operator.dtype)
+    if core.indefinite:
+        return False
+    found = _truncated(*core.decompose(), len(y), None, options.sketch in _GENERIC)
+    return found.tail > options.tol * _damping(system, found, tail=0.0)
+
+
+def _error(system: DampedSystem, found: _Approximation) -> float:
+    """An upper estimate of |A - A_nys|; see :meth:`NystromSketch.error_estimate`."""
+
+    def difference(vector: Tensor) -> Tensor:
+        approximate = ((found.basis @ vector) * found.eigenvalues) @ found.basis
+        return system.product(vector[None])[0] - approximate
+
+    dim, b = system.operator.layout.dim, system.b
+    ends = lanczos_extremes(difference, dim, ERROR_STEPS, b.dtype, b.device)
+    return max(ends.largest_bound, -ends.smallest)
+
+
+def _damping(system: DampedSystem, found: _Approximation, tail: float) -> float:
+    """The system's damping, or what ``"auto"`` would make of it."""
+    if system.damping != "auto":
+        return float(system.damping)
+    values = found.eigenvalues
+    largest = float(values.abs().max()) if len(values) else 0.0
+    return damping_from_extremes(
+        min(found.lowest, 0.0), largest, rounding=system.rounding, tail=tail
+    )
+
+
+def _approximate(
+    system: DampedSystem,
+    omega: Tensor,
+    y: Tensor,
+    kind: SketchKind | None,
+    *,
+    generic: bool = False,
+) -> _Approximation:
+    """The approximation from the products ``y`` of ``omega``, in the form that is safe.
+
+    Args:
+        system: whose operator it is.
+        omega: test matrix, orthonormal rows.
+        y: its products.
+        kind: how omega was drawn; None for a basis that was chosen.
+        generic: whether a basis that was chosen holds random rows, too.
+    """
+    generic = generic or kind in _GENERIC
+    core = Core.of(omega, y, system.operator.dtype)
+    eigenvalues, basis = core.decompose()
+    if core.indefinite or not _vouched(system, core, eigenvalues, basis):
+        return _rayleigh_ritz(system, omega, y)
+    # Drawn uniformly, each row is a random one given the others; columns of zeros tell no more.
+    uniform = kind in _GENERIC or (kind == "columns" and bool(core.kept.all()))
+    trace = core.trace(eigenvalues) if uniform else None
+    found = _truncated(eigenvalues, basis, len(y), trace, generic)
+    damping = _damping(system, found, tail=found.tail)
+    if core.blurred(damping) or core.noisy(eigenvalues, damping):
+        return _second_pass(system, y, trace, generic)
+    return found
+
+
+def _finish(
+    system: DampedSystem,
+    found: _Approximation,
+    options: SketchOptions,
+    before: int,
+    condition_bound: float | None,
+) -> NystromSketch:
+    """Look at the signs and at what lies outside, and hand over."""
+    operator, eigenvalues = system.operator, found.eigenvalues
+    smallest = _smallest(found, torch.finfo(operator.dtype).eps)
+    complement: Complement | None = None
+    least = TAIL_THAT_MATTERS * _damping(system, found, tail=found.tail)
+    matters = found.tail > (0.0 if options.any_damping else least)
+    if options.complement == "quadrature" and smallest >= 0 and matters:
+        size = float(eigenvalues.abs().max())
+        complement, lowest = measure_complement(
+            system.product, found.basis, size, system.rounding, options.generator
+        )
+        smallest = min(smallest, lowest)
     if smallest < 0:
-        eigenvalues = _apply_policy(eigenvalues, smallest, policy)
+        eigenvalues = _apply_policy(eigenvalues, smallest, options.negative_curvature)
     else:  # a Ritz value below zero by rounding is zero
         eigenvalues = eigenvalues.clamp(min=0.0)
     return NystromSketch(
         eigenvalues=eigenvalues,
-        basis=basis,
-        layout=layout,
+        basis=found.basis,
+        layout=operator.layout,
         operator_dtype=operator.dtype,
         smallest_eigenvalue=smallest,
-        tail=tail,
+        tail=found.tail,
         num_hvps=system.num_hvps - before,
-        negative_curvature=policy,
+        negative_curvature=options.negative_curvature,
+        complement=complement,
+        condition_bound=condition_bound,
+        trace_estimate=found.trace,
     )
 
 
-def _test_matrix(
-    rank: int, kind: SketchKind, generator: torch.Generator | None, n: int, system: DampedSystem
-) -> Tensor:
-    """Orthonormal rows, shape (k, n)."""
-    device, dtype = system.b.device, system.b.dtype
-    place = device if generator is None else generator.device
-    if kind == "columns":
-        chosen = torch.randperm(n, generator=generator, device=place)[:rank].to(device)
-        omega = torch.zeros(rank, n, dtype=dtype, device=device)
-        omega[torch.arange(rank, device=device), chosen] = 1.0
-        return omega
-    # Random directions need no more digits than float32 has, and those cost a fifth.
-    gaussian = torch.randn(rank, n, generator=generator, device=place, dtype=torch.float32)
-    gaussian = gaussian.to(device=device, dtype=dtype)
-    if 4 * rank > n:
-        q: Tensor = torch.linalg.qr(gaussian.T)[0]
-        return q.T.contiguous()
-    # Cholesky QR.  The rows are nearly orthogonal already (condition at most about 3: Davidson and
-    # Szarek 2001, theorem II.13), so it is as accurate as Householder's and a few times as fast.
-    factor = torch.linalg.cholesky(gaussian @ gaussian.T)
-    eye = torch.eye(rank, dtype=dtype, device=device)
-    inverse: Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
-    return inverse @ gaussian
-
-
-def _vouched(system: DampedSystem, core: _Core, eigenvalues: Tensor, basis: Tensor) -> bool:
+def _vouched(system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tensor) -> bool:
     """Whether the largest eigenvalue of the sketch can be one of a positive operator.
 
     For positive A, A_nys <= A, so that l = u'A_nys u <= u'A u for the first eigenpair.  For an
@@ -222,7 +292,9 @@ def _vouched(system: DampedSystem, core: _Core, eigenvalues: Tensor, basis: Tens
     return float((top * system.product(top)).sum()) >= largest * (1 - _ABOVE)
 
 
-def _second_pass(system: DampedSystem, y: Tensor) -> tuple[Tensor, Tensor, float, float]:
+def _second_pass(
+    system: DampedSystem, y: Tensor, trace: float | None, generic: bool
+) -> _Approximation:
     """Sketch once more, with the range Q of Y as test matrix; see :func:`_rayleigh_ritz`.
 
     Q leans towards the eigenvectors that matter, so its core is as well conditioned as A there.
@@ -230,17 +302,15 @@ def _second_pass(system: DampedSystem, y: Tensor) -> tuple[Tensor, Tensor, float
     q: Tensor = torch.linalg.qr(y.T)[0]
     q = system.rounded(q.T.contiguous())
     image = system.product(q)
-    core = _Core.of(q, image, system.operator.dtype)
+    core = Core.of(q, image, system.operator.dtype)
     eigenvalues, basis = core.decompose()
     if core.indefinite or not _vouched(system, core, eigenvalues, basis):
         return _ritz_pairs(q, image, len(q))
-    return eigenvalues, basis, _tail(eigenvalues, len(y), y.shape[1]), 0.0
+    return _truncated(eigenvalues, basis, len(y), trace, generic)
 
 
-def _rayleigh_ritz(
-    system: DampedSystem, omega: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, float, float]:
-    """Ritz pairs on the span of Omega and A Omega: eigenvalues, basis, tail, smallest value.
+def _rayleigh_ritz(system: DampedSystem, omega: Tensor, y: Tensor) -> _Approximation:
+    """Ritz pairs on the span of Omega and A Omega.
 
     Ritz values never leave the spectrum.  Omega belongs to the space because the range of A Omega
     alone may show nothing: of [[0, B], [B', 0]] and columns of one block its Ritz values are zero.
@@ -253,9 +323,9 @@ def _rayleigh_ritz(
     if len(q) > k:
         image = torch.cat([image, system.product(q[k:])])
     found = _ritz_pairs(q, image, k)
-    values, _, missed, _ = found
-    rounding = torch.finfo(system.operator.dtype).eps * float(values.abs().max())
-    if 3.0 * rounding < missed < _NEARLY_COMPLETE * float(values.abs().max()):
+    largest = float(found.eigenvalues.abs().max())
+    rounding = torch.finfo(system.operator.dtype).eps * largest
+    if 3.0 * rounding < found.tail < _NEARLY_COMPLETE * largest:
         # All but complete: what is missed is rounding that an unlucky Omega amplified, and the
         # span leans away from the range of A by it.  The image of the span does not.
         kept = torch.linalg.svd(image, full_matrices=False)[2][:k]
@@ -264,7 +334,7 @@ def _rayleigh_ritz(
     return found
 
 
-def _ritz_pairs(q: Tensor, image: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+def _ritz_pairs(q: Tensor, image: Tensor, rank: int) -> _Approximation:
     """The ``rank`` pairs of largest size on the span of q, given its image under A.
 
     The tail is the size of what is left out: Ritz values not kept, and the coupling (I - QQ')AQ
@@ -279,31 +349,30 @@ def _ritz_pairs(q: Tensor, image: Tensor, rank: int) -> tuple[Tensor, Tensor, fl
         missed = max(missed, float(values[by_size[rank]].abs()))
     kept = by_size[:rank]
     kept = kept[values[kept].argsort(descending=True)]
-    return values[kept], vectors[:, kept].T @ q, missed, float(values[0])
+    return _Approximation(values[kept], vectors[:, kept].T @ q, missed, float(values[0]))
 
 
-def _squared_svd(half: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of half' half, for half of shape (r, n), without squaring its condition."""
-    if len(half) == 0:
-        return half.new_zeros(0), half
-    q, r = torch.linalg.qr(half.T)
-    left, singular, _ = torch.linalg.svd(r)
-    return singular**2, left.T @ q.T
+def _truncated(
+    eigenvalues: Tensor, basis: Tensor, rank: int, trace: float | None, generic: bool
+) -> _Approximation:
+    """Eigenpairs of a core of size ``rank``; no tail where the operator had no more to show.
+
+    A product of zero shows that only for a vector with a part along everything (``generic``): a
+    column of zeros says nothing of the other columns.
+    """
+    complete = len(eigenvalues) == 0 or (generic and len(eigenvalues) < rank)
+    tail = 0.0 if complete or rank == basis.shape[1] else float(eigenvalues[-1])
+    return _Approximation(eigenvalues, basis, tail, complete=complete, trace=trace)
 
 
-def _tail(eigenvalues: Tensor, rank: int, n: int) -> float:
-    """The last eigenvalue, unless the operator had no more to show."""
-    complete = len(eigenvalues) < rank or rank == n
-    return 0.0 if complete else float(eigenvalues[-1])
-
-
-def _smallest(eigenvalues: Tensor, lowest: float, rank: int, eps: float) -> float:
+def _smallest(found: _Approximation, eps: float) -> float:
     """Smallest eigenvalue seen; 0 when that is rounding, or when the sketch met a null space."""
-    if len(eigenvalues) == 0:
+    values = found.eigenvalues
+    if len(values) == 0:
         return 0.0
-    if lowest < -10.0 * eps * float(eigenvalues.abs().max()):
-        return lowest
-    return max(float(eigenvalues.min()), 0.0) if len(eigenvalues) == rank else 0.0
+    if found.lowest < -10.0 * eps * float(values.abs().max()):
+        return found.lowest
+    return 0.0 if found.complete else max(float(values.min()), 0.0)
 
 
 def _apply_policy(eigenvalues: Tensor, smallest: float, policy: NegativeCurvature) -> Tensor:

@@ -351,7 +351,7 @@ def test_a_reused_sketch_gives_the_same_answers_for_no_product() -> None:
     matrix = symmetric(POSITIVE["inverse"](20), seed=1).matrix
     v = gaussian(20, seed=2)
     made = hypergrad.nystrom_sketch(hvp, 6, like=v, generator=generator(1))
-    assert made.num_hvps == calls <= 7  # one to check the sketch
+    assert made.num_hvps == calls <= 12  # one to check the sketch, five for the complement
     for damping in (1e-2, 1.0, "auto"):
         reused = made.solve(v, damping)
         assert calls == made.num_hvps
