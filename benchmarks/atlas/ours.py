@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,10 +22,6 @@ TIGHT = {"float32": 1e-9, "float64": 1e-16}
 OWNER = "hypergrad"
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(2)
-
-
 @dataclass(frozen=True)
 class Entry:
     """A solver of the atlas.
@@ -32,72 +29,59 @@ class Entry:
     Attributes:
         name: as it is shown.
         family: what it is compared with, like with like.
-        default: its configuration at the defaults.
-        budgeted: (work, tolerance) -> configuration; ``work`` is near the products to be spent.
+        configuration: its name in the library.
+        defaults: what its defaults lack: a rank, a seed.
+        budgeted: (work, rtol) -> options; ``work`` is near the products to be spent.
         least: no configuration spends fewer products.
     """
 
     name: str
     family: str
-    default: Callable[[], hypergrad.Solver]
-    budgeted: Callable[[int, float], hypergrad.Solver]
+    configuration: str
+    defaults: Callable[[], dict[str, Any]]
+    budgeted: Callable[[int, float], dict[str, Any]]
     least: int = 1
 
+    def make(self, options: dict[str, Any]) -> hypergrad.Solver:
+        """The configuration; AttributeError where the library has none of its name."""
+        solver: hypergrad.Solver = getattr(hypergrad, self.configuration)(**options)
+        return solver
 
-def _rank(work: int) -> int:
-    return min(work, DIM)
+
+def _seeded(**options: Any) -> dict[str, Any]:
+    return {**options, "generator": torch.Generator().manual_seed(2)}
 
 
-def _sketched_cg(work: int, rtol: float) -> hypergrad.Solver:
+def _krylov(work: int, rtol: float) -> dict[str, Any]:
+    return {"rtol": rtol, "max_iters": work}
+
+
+def _sketched_cg(work: int, rtol: float) -> dict[str, Any]:
     """A third of the products for the sketch, the rest for iterations."""
     rank = max(1, min(work // 3, DIM // 2))
-    return hypergrad.NystromPCG(
-        rank, rtol=rtol, max_iters=max(1, work - rank), generator=_generator()
-    )
+    return _seeded(rank=rank, rtol=rtol, max_iters=max(1, work - rank))
 
+
+#: The rank of a sketch at its "defaults": it has none, and 20 is what the pages use.
+RANK = 20
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry("Exact", "dense", lambda: hypergrad.Exact(), lambda k, rtol: hypergrad.Exact(), DIM + 1),
-    Entry("CG", "cg", lambda: hypergrad.CG(), lambda k, r: hypergrad.CG(rtol=r, max_iters=k)),
+    Entry("Exact", "dense", "Exact", dict, lambda k, rtol: {}, DIM + 1),
+    Entry("CG", "cg", "CG", dict, _krylov),
+    Entry("MINRES", "minres", "MINRES", dict, _krylov),
+    Entry("GMRES", "gmres", "GMRES", dict, _krylov),
     Entry(
-        "MINRES",
-        "minres",
-        lambda: hypergrad.MINRES(),
-        lambda k, r: hypergrad.MINRES(rtol=r, max_iters=k),
+        "Nyström-PCG", "cg", "NystromPCG", lambda: _seeded(rank=RANK), _sketched_cg, least=3,
     ),
     Entry(
-        "GMRES",
-        "gmres",
-        lambda: hypergrad.GMRES(),
-        lambda k, r: hypergrad.GMRES(rtol=r, max_iters=k),
+        "Nyström", "nystrom", "Nystrom", lambda: _seeded(rank=RANK),
+        lambda k, rtol: _seeded(rank=min(k, DIM)),
     ),
     Entry(
-        "Neumann",
-        "neumann",
-        lambda: hypergrad.Neumann(),
-        lambda k, rtol: hypergrad.Neumann(num_terms=k),
+        "Nyström, columns", "nystrom", "Nystrom", lambda: _seeded(rank=RANK, sketch="columns"),
+        lambda k, rtol: _seeded(rank=min(k, DIM), sketch="columns"),
     ),
-    Entry(
-        "Nyström",
-        "nystrom",
-        lambda: hypergrad.Nystrom(rank=20, generator=_generator()),
-        lambda k, rtol: hypergrad.Nystrom(rank=_rank(k), generator=_generator()),
-    ),
-    Entry(
-        "Nyström, columns",
-        "nystrom",
-        lambda: hypergrad.Nystrom(rank=20, sketch="columns", generator=_generator()),
-        lambda k, rtol: hypergrad.Nystrom(
-            rank=_rank(k), sketch="columns", generator=_generator()
-        ),
-    ),
-    Entry(
-        "Nyström-PCG",
-        "cg",
-        lambda: hypergrad.NystromPCG(20, generator=_generator()),
-        _sketched_cg,
-        3,
-    ),
+    Entry("Neumann", "neumann", "Neumann", dict, lambda k, rtol: {"num_terms": k}),
 )  # fmt: skip
 
 
@@ -146,10 +130,14 @@ def attempt(system: System, solver: hypergrad.Solver) -> tuple[Answer, int]:
 def record(system: System, entry: Entry, mode: Mode, budget: int) -> Record:
     """One row: at the defaults, or within a budget of products."""
     if mode == "default":
-        answer, spent = attempt(system, entry.default())
+        answer, spent = attempt(system, entry.make(entry.defaults()))
     else:
         rtol = TIGHT[system.case.dtype]
-        answer, spent = within(budget, lambda k: attempt(system, entry.budgeted(k, rtol)))
+
+        def solve(work: int) -> tuple[Answer, int]:
+            return attempt(system, entry.make(entry.budgeted(work, rtol)))
+
+        answer, spent = within(budget, solve)
     return judge(system, answer, spent, OWNER, entry.name, entry.family, mode, budget)
 
 

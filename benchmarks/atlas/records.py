@@ -19,7 +19,7 @@ Mode = Literal["default", "budget"]
 #: figure: no claim, but its report holds the residual; nothing; error: an exception.
 Said = Literal["converged", "failed", "figure", "nothing", "error"]
 
-#: A claim may be off by this much: residuals are measured in products that round.
+#: A claim may be off by this factor, and by the square root of the rounding however small it is.
 CLAIM_SLACK = 10.0
 #: An answer that comes without a word should solve the system at least this far.
 WORDLESS = 0.1
@@ -87,9 +87,9 @@ class Record:
 def is_silent_failure(answer: Answer, residual: float, dtype: str) -> bool:
     """Whether the caller was left to believe in an answer that is wrong.
 
-    Judged by the true residual, which a solver can know, and not by the error, which it cannot:
-    a claim of convergence must hold within a factor of ten (and ten roundings), a reported
-    residual too, and an answer without a word must at least solve the system to one digit.
+    Judged by the true residual, which a solver can know, and not by the error, which it cannot.  A
+    claim of convergence, or a residual reported, must hold within a factor of ten or to half the
+    digits of the dtype; an answer without a word must at least solve the system to one digit.
     """
     if answer.said in ("failed", "error"):
         return False
@@ -97,8 +97,8 @@ def is_silent_failure(answer: Answer, residual: float, dtype: str) -> bool:
         return True
     if answer.said == "nothing":
         return residual > WORDLESS
-    rounding = float(np.finfo(dtype).eps)
-    return residual > CLAIM_SLACK * (answer.figure + rounding)
+    half_the_digits = float(np.finfo(dtype).eps) ** 0.5
+    return residual > max(CLAIM_SLACK * answer.figure, half_the_digits)
 
 
 def judge(
@@ -128,7 +128,7 @@ def within(budget: int, solve: Callable[[int], tuple[Answer, int]]) -> tuple[Ans
     amount = budget
     answer, spent = solve(amount)
     while spent > budget and amount > 1:
-        amount = max(1, min(amount - 1, amount - (spent - budget)))
+        amount = max(1, min(amount - 1, amount * budget // spent))
         answer, spent = solve(amount)
     return answer, spent
 

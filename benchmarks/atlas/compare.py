@@ -1,0 +1,125 @@
+"""Where another package is more accurate than the library at no more products of its own.
+
+Every answer of a peer is set against the library's at a budget of exactly the products that the
+peer spent: the best of all its solvers, and the best of the peer's own kind (CG against CG).  The
+library's checks of its answers are products like any other and count against it.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from .records import Record
+
+#: Errors within this factor of each other are a tie: two roundings of one answer.
+TIE = 2.0
+#: Runs the library at a budget: (cell, solver's name, products) -> record, None if it cannot.
+Rerun = Callable[[tuple[object, ...], str, int], "Record | None"]
+
+
+@dataclass(frozen=True)
+class Win:
+    """A cell where a peer is more accurate than the library.
+
+    Attributes:
+        against: "any" for the best of all the library's solvers, "kind" for the best of one kind.
+        ours: the library's best error at no more than ``hvps`` products, inf if none can run.
+        factor: ours over theirs.
+    """
+
+    against: str
+    owner: str
+    solver: str
+    mode: str
+    slice: str
+    spectrum: str
+    condition: float | None
+    damping: float
+    dtype: str
+    size: float
+    hvps: int
+    error: float
+    ours: float
+    ours_by: str
+    factor: float
+    peer_said: str
+    peer_silent: bool
+
+
+def wins(
+    ours: Sequence[Record], peers: Iterable[Record], solvers: dict[str, str], rerun: Rerun
+) -> list[Win]:
+    """All cells where a peer wins, worst first.
+
+    Args:
+        ours: what is known already; only runs at no more products than the peer's are used.
+        peers: the records of the peers.
+        solvers: the library's solvers by name, with their family.
+        rerun: called for what is not known; what it gives is remembered.
+    """
+    known: dict[tuple[tuple[object, ...], str], dict[int, Record | None]] = {}
+    for record in ours:
+        if record.mode == "budget":
+            known.setdefault((record.cell, record.solver), {})[record.hvps] = record
+
+    def best(cell: tuple[object, ...], names: Sequence[str], target: float, hvps: int) -> Record | None:
+        """The most accurate at no more than ``hvps`` products; stops at one that is good enough."""
+        found: Record | None = None
+
+        def consider(record: Record | None) -> bool:
+            nonlocal found
+            if record is None or record.hvps > hvps or not math.isfinite(record.error):
+                return False
+            if found is None or record.error < found.error:
+                found = record
+            return found.error <= target
+
+        for name in names:
+            for record in known.get((cell, name), {}).values():
+                consider(record)
+        if found is not None and found.error <= target:
+            return found
+        for name in names:
+            runs = known.setdefault((cell, name), {})
+            if hvps not in runs:
+                runs[hvps] = rerun(cell, name, hvps)
+            if consider(runs[hvps]):
+                return found
+        return found
+
+    result = []
+    for peer in peers:
+        if not math.isfinite(peer.error) or peer.error >= 1.0:
+            continue  # no answer, or none better than x = 0: nothing to beat
+        same = [name for name, family in solvers.items() if family == peer.family]
+        for against, names in (("any", list(solvers)), ("kind", same)):
+            if not names:
+                continue
+            mine = best(peer.cell, names, TIE * peer.error, peer.hvps)
+            error = math.inf if mine is None else mine.error
+            if error > TIE * peer.error:
+                result.append(_win(peer, against, error, "" if mine is None else mine.solver))
+    return sorted(result, key=lambda win: (win.against, -win.factor))
+
+
+def _win(peer: Record, against: str, error: float, by: str) -> Win:
+    factor = error / max(peer.error, 1e-17)
+    return Win(
+        against=against, owner=peer.owner, solver=peer.solver, mode=peer.mode, slice=peer.slice,
+        spectrum=peer.spectrum, condition=peer.condition, damping=peer.damping, dtype=peer.dtype,
+        size=peer.size, hvps=peer.hvps, error=peer.error, ours=error, ours_by=by,
+        factor=float(f"{factor:.3g}"), peer_said=peer.said, peer_silent=peer.silent,
+    )  # fmt: skip
+
+
+def write(found: Sequence[Win], path: Path) -> None:
+    """Write a CSV, one line a win; only the header where there is none."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Win)])
+        writer.writeheader()
+        for win in found:
+            writer.writerow(asdict(win) | {"peer_silent": int(win.peer_silent)})
