@@ -3,7 +3,7 @@
 ``python -m benchmarks.atlas --help`` says how to run it.  The modules, in the order of the data:
 
 - ``cases``: which systems are solved, as data, and the file that carries them to other processes;
-- ``records``: one solve judged: its error, the products it spent, what it said, whether that is true;
+- ``records``: one solve judged: its error, its products, what it said, whether that holds;
 - ``ours``: the library's solvers, as data;
 - ``compare``: where somebody else is more accurate at no more products;
 - ``pictures``: the heat maps and curves.

@@ -3,8 +3,8 @@
     python -m benchmarks.atlas [--output runs/atlas] [--solvers CG ...] [--slices damping ...]
     python -m benchmarks.atlas --draw-only
 
-Writes ``cases.npz`` (the systems, for other packages' solvers), ``ours.csv``, and the pictures; with
-the peers' CSV files beside them (``make peers``) also the comparison, ``wins.csv``.
+Writes ``cases.npz`` (the systems, for other packages' solvers), ``ours.csv``, and the pictures;
+with the peers' CSV files beside them (``make peers``) also the comparison, ``wins.csv``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def solve(output: Path, solvers: Sequence[str] | None, slices: Sequence[str] | N
     start = time.perf_counter()
     entries, systems = ours.chosen(solvers), ours.make_systems(slices)
     save(systems, output / "cases.npz")
-    records = []
+    records: list[Record] = []
     for number, system in enumerate(systems, 1):
         records += ours.run([system], entries)
         if number % 10 == 0 or number == len(systems):
@@ -60,7 +60,7 @@ def compare_with(output: Path, solvers: Sequence[str] | None) -> None:
 def read_peers(output: Path) -> list[Record]:
     """Every record of every package that was run."""
     files = sorted((output / "peers").glob("*.csv"))
-    return [record for file in files for record in read(file)]
+    return [record for file in files if file.stem != "versions" for record in read(file)]
 
 
 def _cell(system: System) -> tuple[object, ...]:

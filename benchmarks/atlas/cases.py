@@ -1,6 +1,7 @@
 """The systems of the atlas: slices through spectrum, condition, damping, dtype and size of v.
 
-A full product would be a hundred thousand solves a solver, most of them alike.  Four slices cover it:
+A full product would be a hundred thousand solves a solver, most of them alike.  Instead, four
+slices:
 
 - ``condition``: five spectra x condition 1 to 1e12, next to no damping (1e-13 |A|: the methods that
   need a positive one stay in);
@@ -73,8 +74,8 @@ def all_cases() -> Iterator[Case]:
     """Every case, slice by slice."""
     for dtype in DTYPES:
         for spectrum in CONDITIONED:
-            for condition in CONDITIONS:
-                yield Case("condition", spectrum, condition, NEXT_TO_NOTHING, dtype)
+            for number in CONDITIONS:
+                yield Case("condition", spectrum, number, NEXT_TO_NOTHING, dtype)
         for spectrum in SPECTRA:
             for damping in DAMPINGS:
                 yield Case("damping", spectrum, None, damping, dtype)

@@ -66,7 +66,9 @@ def wins(
         if record.mode == "budget":
             known.setdefault((record.cell, record.solver), {})[record.hvps] = record
 
-    def best(cell: tuple[object, ...], names: Sequence[str], target: float, hvps: int) -> Record | None:
+    def best(
+        cell: tuple[object, ...], names: Sequence[str], target: float, hvps: int
+    ) -> Record | None:
         """The most accurate at no more than ``hvps`` products; stops at one that is good enough."""
         found: Record | None = None
 

@@ -19,11 +19,12 @@ from matplotlib.patches import Polygon
 from .cases import BUDGET, CONDITIONED, CONDITIONS, DAMPINGS, DTYPES, SIZES, SPECTRA
 from .records import Record
 
-#: One scale for every heat map: dark is accurate, bright is wrong.  Cividis reads the same with and
-#: without red-green vision, and in grey.
-ERRORS = plt.get_cmap("cividis")
+#: One scale for every heat map: dark is accurate, bright is wrong, also without red-green vision
+#: and in grey.
+ERRORS = plt.get_cmap("viridis")
 SCALE = Normalize(-16, 0)
 NO_ANSWER = "0.85"
+MINUS = "\N{MINUS SIGN}"
 #: Okabe and Ito's colours, told apart with any colour vision; markers tell them apart in print.
 LINES = (
     ("#000000", "s"), ("#0072B2", "o"), ("#D55E00", "v"), ("#E69F00", "^"), ("#009E73", "D"),
@@ -39,6 +40,11 @@ def power(value: float) -> str:
     return rf"$10^{{{exponent}}}$"
 
 
+def _signed(number: str) -> str:
+    """With a proper minus, and without one on zero."""
+    return number.lstrip("+-") if float(number) == 0 else number.replace("-", MINUS)
+
+
 def _paint(axis: Axes, row: int, column: int, record: Record) -> None:
     """One cell: its colour, its exponent, and a black corner on a silent failure."""
     corners = [(column - 0.5, row - 0.5), (column + 0.5, row - 0.5),
@@ -46,8 +52,7 @@ def _paint(axis: Axes, row: int, column: int, record: Record) -> None:
     if math.isfinite(record.error):
         exponent = math.log10(max(record.error, 1e-17))
         red, green, blue, _ = ERRORS(SCALE(exponent))
-        text = f"{exponent:.0f}".replace("-", "−") if exponent < 99.5 else ">99"
-        text = "0" if text == "−0" else text
+        text = _signed(f"{exponent:.0f}") if exponent < 99.5 else ">99"
         face: Any = (red, green, blue)
         ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
     else:
@@ -88,7 +93,7 @@ def _colour_bar(figure: Figure, axes: Any) -> None:
         ScalarMappable(SCALE, ERRORS), ax=axes, extend="max", shrink=0.7, aspect=30, pad=0.01
     )
     bar.set_ticks([-16, -12, -8, -4, 0])
-    bar.set_label(r"$\log_{10}$ of the relative error (the number in the cell)", fontsize=8)
+    bar.set_label(r"cell: $\log_{10}$ of the relative error", fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
 
@@ -98,9 +103,7 @@ NOTE = (
 )
 
 
-def panels(
-    records: Sequence[Record], path: Path, title: str, across: str, wide: int = 4
-) -> None:
+def panels(records: Sequence[Record], path: Path, title: str, across: str, wide: int = 4) -> None:
     """One panel a solver: spectra against condition or damping."""
     rows = list(CONDITIONED if across == "condition" else SPECTRA)
     columns = list(CONDITIONS if across == "condition" else DAMPINGS)
@@ -146,9 +149,14 @@ def rows_of_solvers(
     for axis, dtype in zip(axes, DTYPES, strict=True):
         mine = [record for record in records if record.dtype == dtype]
         heat_map(
-            axis, mine, names, list(columns), lambda record: (record.owner, record.solver), column_of
+            axis,
+            mine,
+            names,
+            list(columns),
+            lambda record: (record.owner, record.solver),
+            column_of,
         )
-        axis.set_xticks(range(len(columns)), labels, rotation=0 if len(labels[0]) > 8 else 0)
+        axis.set_xticks(range(len(columns)), labels)
         if any(len(label) > 9 and "$" not in label for label in labels):
             axis.tick_params(axis="x", rotation=45)
             plt.setp(axis.get_xticklabels(), ha="right", rotation_mode="anchor")
@@ -236,8 +244,9 @@ def advantage(ours: Sequence[Record], peers: Sequence[Record], path: Path) -> No
             axis.imshow(table, cmap=colours, norm=scale, aspect="auto")
             for (i, j), value in np.ndenumerate(table):
                 ink = "white" if abs(value) > 4 else "black"
-                shown = f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0"
-                axis.text(j, i, shown, ha="center", va="center", fontsize=7, color=ink)
+                axis.text(
+                    j, i, _signed(f"{value:+.1f}"), ha="center", va="center", fontsize=7, color=ink
+                )
             axis.set_xticks(range(len(columns)), [power(column) for column in columns])
             axis.set_yticks(range(len(rows)), rows)
             axis.tick_params(length=0, labelsize=8)
@@ -246,16 +255,14 @@ def advantage(ours: Sequence[Record], peers: Sequence[Record], path: Path) -> No
             axis.set_xlabel(label, fontsize=8)
             axis.set_title(dtype, fontsize=9)
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=grid, extend="both", shrink=0.7)
-    bar.set_label("correct digits more (+) or fewer (−) than the best peer", fontsize=8)
+    bar.set_label("correct digits beyond those of the best peer", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.suptitle(f"The library's best against the best peer, {BUDGET} HVPs each", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _best(
-    records: Sequence[Record], what: str, dtype: str, spectrum: str, column: float
-) -> float:
+def _best(records: Sequence[Record], what: str, dtype: str, spectrum: str, column: float) -> float:
     """The log of the smallest error within the budget, 0 (x = 0) if there is none below one."""
     errors = [
         record.error
@@ -299,7 +306,7 @@ def draw_all(ours: Sequence[Record], peers: Sequence[Record], output: Path) -> N
     if defaults:
         rows_of_solvers(
             defaults, output / "defaults.png",
-            r"Relative error at each solver's own defaults (damping $10^{-4}$ |A|, HVPs as it likes)",
+            r"Relative error at the defaults (damping $10^{-4}$ |A|; HVPs as many as they take)",
             SPECTRA, SPECTRA, lambda record: record.spectrum, "",
         )  # fmt: skip
     if any(record.slice == "curve" for record in ours):

@@ -1,4 +1,4 @@
-"""One solve judged, the same way for everyone: error, products, what was said, whether it is true."""
+"""One solve judged, the same way for everyone: error, products, what was said, whether it holds."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def is_silent_failure(answer: Answer, residual: float, dtype: str) -> bool:
     if answer.said == "nothing":
         return residual > WORDLESS
     half_the_digits = float(np.finfo(dtype).eps) ** 0.5
-    return residual > max(CLAIM_SLACK * answer.figure, half_the_digits)
+    return bool(residual > max(CLAIM_SLACK * answer.figure, half_the_digits))
 
 
 def judge(

@@ -41,7 +41,8 @@ class Task:
 
     def damped(self, x: Array) -> Array:
         """(A + damping I) x."""
-        return self.product(x) + x.dtype.type(self.damping) * x
+        result: Array = self.product(x) + x.dtype.type(self.damping) * x
+        return result
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Run one adapter on a file of systems; called in the package's own environment.
 
-    python -m benchmarks.peers.run scipy cases.npz scipy.csv
+python -m benchmarks.peers.run scipy cases.npz scipy.csv
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from importlib import import_module
 from pathlib import Path
 
 from ..atlas.cases import load
-from ..atlas.records import write
+from ..atlas.records import Record, write
 from .protocol import run
 
 
 def main(adapter: str, cases: Path, output: Path) -> None:
     module = import_module(f"{__package__}.adapters.{adapter}")
-    records = []
+    records: list[Record] = []
     systems = load(cases)
     for number, system in enumerate(systems, 1):
         records += run(module.OWNER, module.PEERS, [system])

@@ -26,23 +26,23 @@ def _inner_loss(task: Task) -> Any:
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, p: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx: Any, p: Tensor) -> Tensor:
             return torch.zeros_like(p)
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
             result: Tensor = product(grad)
             return result
 
     class Loss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, p: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx: Any, p: Tensor) -> Tensor:
             ctx.save_for_backward(p)
             return p.new_zeros(())
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-            result: Tensor = grad * Gradient.apply(ctx.saved_tensors[0])
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            result: Tensor = grad * Gradient.apply(ctx.saved_tensors[0])  # type: ignore[no-untyped-call]
             return result
 
     return Loss.apply

@@ -30,7 +30,7 @@ class _Damped(PyTorchLinearOperator):  # type: ignore[misc]  # the package is no
         self.product, self.damping = torch_product(task.product), task.damping
         self.like = torch.from_numpy(task.v)
 
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:  # noqa: N803  # the package's name
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return [self.product(x) + self.damping * x for x in X]
 
     @property

@@ -21,7 +21,7 @@ def _matvec(task: Task) -> Callable[[Tensor], Tensor]:
 
     class Product(torch.autograd.Function):
         @staticmethod
-        def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(x: Tensor) -> Tensor:
             result: Tensor = product(x)
             return result
 
@@ -30,11 +30,15 @@ def _matvec(task: Task) -> Callable[[Tensor], Tensor]:
             pass
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-            result: Tensor = Product.apply(grad)
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            result: Tensor = Product.apply(grad)  # type: ignore[no-untyped-call]
             return result
 
-    return lambda x: Product.apply(x) + task.damping * x
+    def damped(x: Tensor) -> Tensor:
+        result: Tensor = Product.apply(x)  # type: ignore[no-untyped-call]
+        return result + task.damping * x
+
+    return damped
 
 
 def _run(task: Task, solver: Any) -> Answer:
