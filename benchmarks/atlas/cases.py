@@ -64,6 +64,11 @@ class Case:
     budgets: tuple[int, ...] = (BUDGET,)
 
     @property
+    def has_defaults(self) -> bool:
+        """Whether solvers are also run at their defaults, at whatever number of products."""
+        return self.slice in ("damping", "size")
+
+    @property
     def matrix(self) -> str:
         """Names A; cases that differ in damping or in v share it."""
         condition = "own" if self.condition is None else f"{self.condition:.0e}"

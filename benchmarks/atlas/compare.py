@@ -17,6 +17,8 @@ from .records import Record
 
 #: Errors within this factor of each other are a tie: two roundings of one answer.
 TIE = 2.0
+#: A peer that spent more is set against the library at this many products first.
+ENOUGH = 1000
 #: Runs the library at a budget: (cell, solver's name, products) -> record, None if it cannot.
 Rerun = Callable[[tuple[object, ...], str, int], "Record | None"]
 
@@ -87,10 +89,11 @@ def wins(
             return found
         for name in names:
             runs = known.setdefault((cell, name), {})
-            if hvps not in runs:
-                runs[hvps] = rerun(cell, name, hvps)
-            if consider(runs[hvps]):
-                return found
+            for budget in sorted({min(hvps, ENOUGH), hvps}):
+                if budget not in runs:
+                    runs[budget] = rerun(cell, name, budget)
+                if consider(runs[budget]):
+                    return found
         return found
 
     result = []

@@ -163,5 +163,5 @@ def run(systems: Sequence[System], entries: Sequence[Entry]) -> Iterator[Record]
                 allowed = budget if len(system.case.budgets) > 1 else max(budget, entry.least)
                 if allowed >= entry.least:
                     yield record(system, entry, "budget", allowed)
-            if system.case.slice != "curve":
+            if system.case.has_defaults:
                 yield record(system, entry, "default", 0)

@@ -15,6 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
+from PIL import Image
 
 from .cases import BUDGET, CONDITIONED, CONDITIONS, DAMPINGS, DTYPES, SIZES, SPECTRA
 from .records import Record
@@ -97,6 +98,15 @@ def _colour_bar(figure: Figure, axes: Any) -> None:
     bar.ax.tick_params(labelsize=8)
 
 
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    # Few colours, so a palette is a third of the size and looks the same.
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(128)
+    small.save(path, optimize=True)
+
+
 NOTE = (
     "black corner: silent failure, wrong and not said so        "
     "none: an exception, or no finite answer"
@@ -123,7 +133,10 @@ def panels(records: Sequence[Record], path: Path, title: str, across: str, wide:
         )  # fmt: skip
         spent = {record.hvps for record in mine}
         above = "" if max(spent) <= BUDGET else f" ({max(spent)} HVPs)"
-        axis.set_title((name if owner == "hypergrad" else f"{owner} {name}") + above, fontsize=9)
+        axis.set_title(
+            (name if owner == "hypergrad" else f"{owner} {name}") + above,
+            fontsize=9 if owner == "hypergrad" else 7.5,
+        )
         if place % wide == 0:
             axis.set_yticks(range(len(rows)), rows)
         if place + wide >= len(names):
@@ -134,8 +147,7 @@ def panels(records: Sequence[Record], path: Path, title: str, across: str, wide:
     _colour_bar(figure, grid)
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(NOTE, fontsize=8, color="0.3")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def rows_of_solvers(
@@ -172,8 +184,7 @@ def rows_of_solvers(
     _colour_bar(figure, axes)
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(NOTE, fontsize=8, color="0.3")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def curves(ours: Sequence[Record], peers: Sequence[Record], path: Path) -> None:
@@ -221,8 +232,7 @@ def curves(ours: Sequence[Record], peers: Sequence[Record], path: Path) -> None:
         handles.append(Line2D([], [], color="0.6", linewidth=0.7, label="peers, each a line"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.suptitle("Error against HVPs, n = 200, float64 (dotted: as wrong as x = 0)", fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def advantage(ours: Sequence[Record], peers: Sequence[Record], path: Path) -> None:
@@ -258,8 +268,7 @@ def advantage(ours: Sequence[Record], peers: Sequence[Record], path: Path) -> No
     bar.set_label("correct digits beyond those of the best peer", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.suptitle(f"The library's best against the best peer, {BUDGET} HVPs each", fontsize=11)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def _best(records: Sequence[Record], what: str, dtype: str, spectrum: str, column: float) -> float:

@@ -92,7 +92,7 @@ def listen(solve: Callable[[], Answer]) -> Answer:
     noise = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
     said += [str(item.message) for item in caught if not issubclass(item.category, noise)]
     if said and answer.said in ("nothing", "converged"):
-        first = " ".join(said[0].split())[:60]
+        first = " ".join(said[0].split())[:24]
         return replace(answer, said="failed", figure=math.nan, detail=f"warning: {first}")
     return answer
 
@@ -121,7 +121,7 @@ def run(owner: str, peers: Sequence[Peer], systems: Sequence[System]) -> Iterato
             for budget in system.case.budgets:
                 answer, spent = within(budget, lambda k: attempt(system, peer, k))  # noqa: B023
                 yield _row(system, answer, spent, owner, peer, "budget", budget)
-            if system.case.slice != "curve":
+            if system.case.has_defaults:
                 answer, spent = attempt(system, peer, None)
                 yield _row(system, answer, spent, owner, peer, "default", 0)
 

@@ -17,6 +17,7 @@ import hypergrad
 from benchmarks.atlas import __main__ as atlas
 from benchmarks.atlas import cases, compare, ours, records
 from benchmarks.atlas.records import Answer, Record
+from benchmarks.benchmarks import stability
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers.adapters import scipy as scipy_adapter
 from benchmarks.peers.protocol import Peer, Task, attempt, listen, run
@@ -180,6 +181,15 @@ def test_the_library_keeps_to_a_budget_and_is_not_silent() -> None:
     # (1 - sqrt(1/k)) / (1 + sqrt(1/k)) to the 28th for condition 100, in the energy norm, twice:
     # the residual of CG's best iterate is within sqrt(k) of it.
     assert ours.record(system, entry("CG"), "budget", 30).error < 2 * 0.82**28 * 10
+
+
+@pytest.mark.parametrize("cell", list(stability.CELLS))
+def test_a_cell_of_the_atlas_is_tracked(cell: str) -> None:
+    suite = stability.Atlas()
+    suite.setup("CG", cell)
+    value = suite.track_error_at_100("CG", cell)
+    # CG stops at negative curvature, with an error of at most about that of x = 0.
+    assert value <= 0.1 if cell == "indefinite" else value < -1
 
 
 def test_a_solver_that_the_library_lacks_is_an_error() -> None:
