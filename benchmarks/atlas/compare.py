@@ -3,6 +3,15 @@
 Every answer of a peer is set against the library's at a budget of exactly the products that the
 peer spent: the best of all its solvers, and the best of the peer's own kind (CG against CG).  The
 library's checks of its answers are products like any other and count against it.
+
+A win is explained by the first of these that holds, by measurement:
+
+- ``checks``: with the few products more that the library's own checks and probes cost, the win is
+  gone;
+- ``residual``: the library's answer has the smaller true residual.  It returns the iterate that
+  solves the system best, which is all that a solver can see; the error can say otherwise;
+- ``rounding``: the library's error is within ten roundings times the condition number;
+- ``unexplained`` otherwise.
 """
 
 from __future__ import annotations
@@ -12,6 +21,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+import numpy as np
 
 from .records import Record
 
@@ -48,6 +59,9 @@ class Win:
     ours: float
     ours_by: str
     factor: float
+    residual: float
+    ours_residual: float
+    why: str
     peer_said: str
     peer_silent: bool
 
@@ -107,17 +121,48 @@ def wins(
             mine = best(peer.cell, names, TIE * peer.error, peer.hvps)
             error = math.inf if mine is None else mine.error
             if error > TIE * peer.error:
-                result.append(_win(peer, against, error, "" if mine is None else mine.solver))
+                more = best(peer.cell, names, TIE * peer.error, peer.hvps + allowance(peer))
+                result.append(_win(peer, against, mine, more))
     return sorted(result, key=lambda win: (win.against, -win.factor))
 
 
-def _win(peer: Record, against: str, error: float, by: str) -> Win:
+def allowance(peer: Record) -> int:
+    """Products that the library's solvers spend on checks and probes where the peer has none."""
+    if peer.family == "neumann":
+        return 13  # ten Lanczos steps for the step size that the peer was given
+    if peer.family == "nystrom":
+        return 8  # the check of the sketch, five for the complement, the check of the answer
+    # One at the end, one in fifty, one for each claim of the recurrence to have converged.
+    return 3 + peer.hvps // 50
+
+
+def condition_of(peer: Record) -> float:
+    """About the condition number of A + damping I."""
+    own = {"flat": 2.0, "clustered": 1e4, "exponential": 4.4e8, "1/i": 2e2, "indefinite": 1e4}
+    condition = own.get(peer.spectrum, math.inf) if peer.condition is None else peer.condition
+    return min(condition, 1.0 + 1.0 / peer.damping)
+
+
+def explain(peer: Record, mine: Record | None, more: Record | None) -> str:
+    """Why the peer wins; see the module."""
+    if more is not None and more.error <= TIE * peer.error:
+        return "checks"
+    if mine is not None and mine.residual <= peer.residual:
+        return "residual"
+    rounding = float(np.finfo(peer.dtype).eps) * condition_of(peer)
+    return "rounding" if mine is not None and mine.error <= 10.0 * rounding else "unexplained"
+
+
+def _win(peer: Record, against: str, mine: Record | None, more: Record | None) -> Win:
+    error = math.inf if mine is None else mine.error
     factor = error / max(peer.error, 1e-17)
     return Win(
         against=against, owner=peer.owner, solver=peer.solver, mode=peer.mode, slice=peer.slice,
         spectrum=peer.spectrum, condition=peer.condition, damping=peer.damping, dtype=peer.dtype,
-        size=peer.size, hvps=peer.hvps, error=peer.error, ours=error, ours_by=by,
-        factor=float(f"{factor:.3g}"), peer_said=peer.said, peer_silent=peer.silent,
+        size=peer.size, hvps=peer.hvps, error=peer.error, ours=error,
+        ours_by="" if mine is None else mine.solver, factor=float(f"{factor:.3g}"),
+        residual=peer.residual, ours_residual=math.inf if mine is None else mine.residual,
+        why=explain(peer, mine, more), peer_said=peer.said, peer_silent=peer.silent,
     )  # fmt: skip
 
 

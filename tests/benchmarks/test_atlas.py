@@ -285,6 +285,29 @@ def test_a_peer_that_wins_is_found() -> None:
     assert found[0].ours_by == "CG"
 
 
+@pytest.mark.parametrize(
+    ("more", "residual", "error", "why"),
+    [
+        (1e-6, 1e-3, 1e-3, "checks"),
+        (1e-3, 1e-9, 1e-3, "residual"),
+        (1e-3, 1e-1, 4e-15, "rounding"),  # less than ten times eps times a condition of two
+        (1e-3, 1e-1, 1e-3, "unexplained"),
+    ],
+)
+def test_a_win_is_explained_by_measurement(
+    more: float, residual: float, error: float, why: str
+) -> None:
+    peer = replace(of("peer", "its cg", "cg", 10, min(1e-6, error / 3)), residual=1e-4)
+    mine = replace(of("hypergrad", "CG", "cg", 10, error), residual=residual)
+
+    def rerun(cell: tuple[object, ...], name: str, hvps: int) -> Record:
+        assert 10 < hvps <= 13
+        return of("hypergrad", "CG", "cg", hvps, more)
+
+    found = compare.wins([mine], [peer], {"CG": "cg"}, rerun)
+    assert [win.why for win in found] == [why, why]
+
+
 def test_no_answer_is_no_win_and_rounding_is_a_tie() -> None:
     mine = [of("hypergrad", "CG", "cg", 10, 3e-15)]
     theirs = [
@@ -308,6 +331,7 @@ def test_the_library_is_run_at_the_products_that_the_peer_spent() -> None:
     (win, _) = compare.wins(mine, [peer], {"CG": "cg"}, rerun)
     assert win.ours == 1e-2
     assert asked == [("CG", 7)]  # once, though compared twice
+    assert win.why == "checks"  # at ten products, which is known, the library is ahead
     assert compare.wins([], [peer], {"CG": "cg"}, lambda c, n, h: of("", n, "cg", h, 1e-4)) == []
 
 
