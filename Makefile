@@ -2,7 +2,7 @@
 #
 #   PYTHON   the interpreter the environment is made from        (make test PYTHON=python3.12)
 #   WORKERS  processes the tests run in                          (make test WORKERS=8)
-#   ARGS     passed on to pytest or asv                          (make test ARGS='-k nystrom')
+#   ARGS     passed on to pytest, asv or the atlas               (make test ARGS='-k nystrom')
 
 PYTHON  ?= python3
 WORKERS ?= 2
@@ -10,6 +10,9 @@ VENV    ?= .venv
 ARGS    ?=
 # Each `make run` writes into a directory of its own, so that nothing is overwritten.
 RUN     ?= runs/$(shell date +%Y%m%d-%H%M%S)
+# The atlas, and the environments of the packages that it is compared with.
+ATLAS   ?= runs/atlas
+PEERS   ?= .peers
 
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
@@ -26,7 +29,7 @@ export MPLBACKEND           ?= Agg
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow lint format types docs bench clean
+.PHONY: help run test test-slow lint format types docs bench atlas peers clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,9 +64,18 @@ bench: $(STAMP) ## Benchmarks of this checkout: asv into benchmarks/.asv, pictur
 	cd benchmarks && $(abspath $(PY)) -m asv run --python=same --set-commit-hash $$(git rev-parse HEAD) $(or $(ARGS),--quick)
 	$(PY) -m benchmarks.report
 
+# `make atlas ATLAS=docs/_static/atlas` renews the tables and pictures of the page.
+atlas: $(STAMP) ## Stability atlas: error against products, tables and heat maps into runs/atlas (minutes)
+	$(PY) -m benchmarks.atlas --output $(ATLAS) $(ARGS)
+
+peers: $(STAMP) ## Other packages on the atlas, each in an environment of its own in .peers (minutes)
+	$(if $(wildcard $(ATLAS)/cases.npz),,$(PY) -m benchmarks.atlas --output $(ATLAS))
+	$(PY) -m benchmarks.peers --output $(ATLAS) --environments $(PEERS) $(ARGS)
+	$(PY) -m benchmarks.atlas --output $(ATLAS) --draw-only
+
 clean: ## Remove caches and build outputs (the environment and runs/ stay)
 	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(PEERS)/*' -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \

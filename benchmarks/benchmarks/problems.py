@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -167,22 +168,32 @@ DIM = 200
 LOW_RANK = 20
 
 
-def _eigenvalues(spectrum: str, dim: int) -> Tensor:
+def _eigenvalues(spectrum: str, dim: int, condition: float | None = None) -> Tensor:
+    """Eigenvalues of largest size 1; ``condition`` is that of the full-rank spectra, if not None.
+
+    A spectrum keeps its shape: evenly spaced, three clusters, a geometric sequence, a power of i.
+    """
     index = torch.arange(dim, dtype=torch.float64)
+    low = None if condition is None else 1.0 / condition
     if spectrum == "flat":
-        return torch.linspace(1.0, 0.5, dim, dtype=torch.float64)
+        return torch.linspace(1.0, 0.5 if low is None else low, dim, dtype=torch.float64)
     if spectrum == "clustered":  # three clusters, four decades apart from end to end
-        return torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)[(index * 3 // dim).long()]
+        ends = 1e-4 if low is None else low
+        return torch.tensor([1.0, ends**0.5, ends], dtype=torch.float64)[(index * 3 // dim).long()]
     if spectrum == "exponential":
-        return torch.exp(-index / 10.0)
+        return torch.exp(-index / 10.0) if low is None else low ** (index / (dim - 1))
     if spectrum == "1/i":
-        return 1.0 / (index + 1.0)
+        power = 1.0 if low is None else -math.log(low) / math.log(dim)
+        return (index + 1.0) ** -power
+    if spectrum == "indefinite":  # like 1/i, the sign of every fourth turned; none is -damping
+        power = 1.0 if low is None else -math.log(low) / math.log((dim + 0.5) / 1.5)
+        return torch.where(index % 4 == 3, -1.0, 1.0) * ((index + 1.5) / 1.5) ** -power
     if spectrum in ("rank-deficient", "dead rows"):
+        if condition is not None:
+            raise ValueError(f"{spectrum} has no condition number to choose, got {condition}.")
         rank = min(LOW_RANK, dim)
         kept = torch.logspace(0, -2, rank, dtype=torch.float64)
         return torch.cat([kept, torch.zeros(dim - rank, dtype=torch.float64)])
-    if spectrum == "indefinite":  # like 1/i, the sign of every fourth turned; none is -damping
-        return torch.where(index % 4 == 3, -1.5, 1.5) / (index + 1.5)
     raise ValueError(f"spectrum is {spectrum!r}, expected one of {SPECTRA}")
 
 
@@ -215,14 +226,20 @@ class Spectral:
         return (basis * self.values.double()) @ basis.T
 
 
-def spectral(spectrum: str, dtype: torch.dtype, dim: int = DIM, seed: int = 0) -> Spectral:
-    """A symmetric operator of norm 1 with the named spectrum.
+def spectral(
+    spectrum: str,
+    dtype: torch.dtype,
+    dim: int = DIM,
+    seed: int = 0,
+    condition: float | None = None,
+) -> Spectral:
+    """A symmetric operator of norm 1 with the named spectrum, at its own condition or a given one.
 
     The eigenvectors are random and dense, but for "dead rows": there they live on 20 coordinates
     and all other rows of A are zero, as in the Hessian of a network with dead units.
     """
     generator = torch.Generator().manual_seed(seed)
-    values = _eigenvalues(spectrum, dim)
+    values = _eigenvalues(spectrum, dim, condition)
     values = values[values != 0]
     rows = len(values) if spectrum == "dead rows" else dim
     gaussian = torch.randn(rows, len(values), generator=generator, dtype=torch.float64)

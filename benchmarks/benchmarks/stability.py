@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -121,6 +121,51 @@ class Errors:
 
     def track_error(self, solver: str, spectrum: str, dtype: str, damping: float) -> float:
         return log10_error(solver, spectrum, dtype, damping)
+
+
+#: A few cells of the atlas (``benchmarks/atlas``): spectrum, condition, damping.
+CELLS: dict[str, tuple[str, float | None, float]] = {
+    "flat 1e4": ("flat", 1e4, 1e-13),
+    "exponential": ("exponential", None, 1e-4),
+    "1/i": ("1/i", None, 1e-4),
+    "rank-deficient": ("rank-deficient", None, 1e-4),
+    "indefinite": ("indefinite", None, 1e-4),
+}
+#: Solvers at about a hundred products, half the dimension: name in the library, options.
+AT_100: dict[str, dict[str, Any]] = {
+    "CG": {"rtol": 1e-15, "max_iters": 97},
+    "MINRES": {"rtol": 1e-15, "max_iters": 97},
+    "NystromPCG": {"rank": 33, "rtol": 1e-15, "max_iters": 60},
+    "Nystrom": {"rank": 98},
+}
+
+
+def log10_error_at_100(solver: str, cell: str, dim: int = DIM) -> float:
+    spectrum, condition, damping = CELLS[cell]
+    a = spectral(spectrum, torch.float64, dim, condition=condition)
+    v = torch.randn(dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    truth = torch.linalg.solve(a.dense() + damping * torch.eye(dim, dtype=torch.float64), v)
+    options = dict(AT_100[solver])
+    if "rank" in options:
+        generator = torch.Generator().manual_seed(2)
+        options |= {"rank": min(options["rank"], dim), "generator": generator}
+    x = _value(a, v, getattr(hypergrad, solver)(**options), damping)
+    error = float(torch.linalg.vector_norm(x - truth) / torch.linalg.vector_norm(truth))
+    return round(math.log10(max(error, 1e-17)), 2) if math.isfinite(error) else math.inf
+
+
+class Atlas:
+    """A few cells of the stability atlas: the error after about a hundred products."""
+
+    params: ClassVar[tuple[list[str], list[str]]] = (list(AT_100), list(CELLS))
+    param_names: ClassVar[list[str]] = ["solver", "cell"]
+    unit = "log10 relative error"
+
+    def setup(self, solver: str, cell: str) -> None:
+        single_threaded()
+
+    def track_error_at_100(self, solver: str, cell: str) -> float:
+        return log10_error_at_100(solver, cell)
 
 
 class Scales:
