@@ -69,10 +69,10 @@ class LinearOperator(ABC):
         product: Tensor = _ConstantProduct.apply(self, block)
         return product
 
-    def _depends_on_more(self) -> bool:
+    def _depends_on_more(self) -> bool | None:
         """Whether A depends on a tensor that is being differentiated, yet is not listed.
 
-        Such as one in a closure.  A callable tells only after a product.
+        Such as one in a closure.  None where only a product can tell, and there was none yet.
         """
         return False
 
@@ -290,7 +290,7 @@ class _Affine(LinearOperator):
     def _attached(self, block: Tensor) -> Tensor:
         return self._combined(self.base._attached(block), block, self.scale, self.offset)
 
-    def _depends_on_more(self) -> bool:
+    def _depends_on_more(self) -> bool | None:
         return self.base._depends_on_more()
 
     def _transposed(self) -> LinearOperator:
@@ -320,8 +320,9 @@ class _Sum(LinearOperator):
     def _attached(self, block: Tensor) -> Tensor:
         return self.left._attached(block) + self.right._attached(block)
 
-    def _depends_on_more(self) -> bool:
-        return self.left._depends_on_more() or self.right._depends_on_more()
+    def _depends_on_more(self) -> bool | None:
+        parts = (self.left._depends_on_more(), self.right._depends_on_more())
+        return True if any(parts) else (None if None in parts else False)
 
     def _transposed(self) -> LinearOperator:
         return _Sum(self.left._transposed(), self.right._transposed())

@@ -57,7 +57,14 @@ def answer(call: BlockSolve, block: Tensor, start: Tensor | None, damping: Tenso
         x = _solved(call, block, start, damping, tensors)
     else:
         x = call.run(block, start, damping, tensors)
-    if recording() and operator._depends_on_more():
+    if not recording():
+        return x
+    depends = operator._depends_on_more()
+    if depends is None:  # v = 0 is answered without a product
+        operator._apply(torch.ones_like(block[:1]))
+        call.hvps.append(1)
+        depends = operator._depends_on_more()
+    if depends:
         if tangents():
             raise DifferentiationError(
                 f"the operator's products carry forward-mode tangents through a closure. {_REMEDY}."
