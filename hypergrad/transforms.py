@@ -114,6 +114,12 @@ def plain(value: T) -> T:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    """``function.apply(*inputs)``, typed."""
+    output: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    return output
+
+
 def pullback(
     function: Callable[[list[Tensor]], Tensor],
     inputs: Sequence[Tensor],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DifferentiationError, TreeStructureError
 from ..pytree import Tree, TreeLayout
-from ..transforms import differentiable, plain
+from ..transforms import apply, differentiable, plain
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -66,8 +66,7 @@ class LinearOperator(ABC):
 
         It also runs under the transforms of ``torch.func``.
         """
-        product: Tensor = _ConstantProduct.apply(self, block)
-        return product
+        return apply(_ConstantProduct, self, block)
 
     def _depends_on_more(self) -> bool | None:
         """Whether A depends on a tensor that is being differentiated, yet is not listed.
@@ -223,8 +222,6 @@ class LinearOperator(ABC):
 class _ConstantProduct(torch.autograd.Function):
     """A times a block, for an operator that is a constant: its own derivative and adjoint."""
 
-    generate_vmap_rule = False
-
     @staticmethod
     def forward(operator: LinearOperator, block: Tensor) -> Tensor:
         return operator._apply(block.detach())
@@ -235,12 +232,11 @@ class _ConstantProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, _ConstantProduct.apply(ctx.operator, grad)
+        return None, apply(_ConstantProduct, ctx.operator, grad)
 
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
-        product: Tensor = _ConstantProduct.apply(ctx.operator, tangent)
-        return product
+        return apply(_ConstantProduct, ctx.operator, tangent)
 
     @staticmethod
     def vmap(
@@ -248,7 +244,7 @@ class _ConstantProduct(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         stacked = block.movedim(in_dims[1], 0)
         rows = stacked.reshape(-1, stacked.shape[-1])
-        return _ConstantProduct.apply(operator, rows).reshape(stacked.shape), 0
+        return apply(_ConstantProduct, operator, rows).reshape(stacked.shape), 0
 
 
 class _Affine(LinearOperator):

@@ -125,7 +125,7 @@ class HessianOperator(LinearOperator):
         """Reverse-over-reverse products by ``torch.func``, where plain autograd may not run."""
         point = self.layout.unflatten_leaves(self._point.params)
         gradient = torch.func.grad(lambda params: self.loss_fn(params, *self.batch).reshape(()))
-        _, pull = torch.func.vjp(gradient, point)
+        pull = torch.func.vjp(gradient, point)[1]
         rows = []
         for row in block.unbind():
             (product,) = pull(self.layout.unflatten(row))
