@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import (
+    retrieve_current_functorch_interpreter,
+    temporarily_clear_interpreter_stack,
+)
+from torch.overrides import TorchFunctionMode
+
+from .errors import HypergradError
 
 _functorch = torch._C._functorch
 T = TypeVar("T")
@@ -43,6 +50,41 @@ def differentiable(tensor: Tensor) -> bool:
         return differentiable(tensor)
 
 
+def carries_derivatives(compute: Callable[[], Tensor]) -> bool:
+    """Whether what ``compute`` makes of constants is :func:`differentiable` after all.
+
+    Code that calls plain autograd does not run under a transform; it runs beside it then, watched
+    for tensors that belong to one.
+    """
+    try:
+        output = compute()
+        return differentiable(output) if transforming() else has_tangent(output)
+    except RuntimeError as error:
+        if isinstance(error, HypergradError):
+            raise
+    try:
+        with temporarily_clear_interpreter_stack(), _Watch():
+            return compute().requires_grad
+    except _TransformedTensorError:
+        return True
+
+
+class _TransformedTensorError(Exception):
+    """A tensor of a transform takes part in a computation."""
+
+
+class _Watch(TorchFunctionMode):
+    """Stops a computation at the first tensor of a transform."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        for leaf in torch_pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and _functorch.is_functorch_wrapped_tensor(leaf):
+                raise _TransformedTensorError
+        return func(*args, **(kwargs or {}))
+
+
 def unwrapped(tensor: Tensor) -> Tensor:
     """One plain, detached value of a tensor that transforms of ``torch.func`` run over."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
@@ -70,6 +112,12 @@ def has_tangent(tensor: Tensor) -> bool:
 def plain(value: T) -> T:
     """A tensor detached; anything else as it is."""
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    """``function.apply(*inputs)``, typed."""
+    output: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    return output
 
 
 def pullback(

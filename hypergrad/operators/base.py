@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DifferentiationError, TreeStructureError
 from ..pytree import Tree, TreeLayout
-from ..transforms import differentiable, plain
+from ..transforms import apply, differentiable, plain
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -66,13 +66,12 @@ class LinearOperator(ABC):
 
         It also runs under the transforms of ``torch.func``.
         """
-        product: Tensor = _ConstantProduct.apply(self, block)
-        return product
+        return apply(_ConstantProduct, self, block)
 
-    def _depends_on_more(self) -> bool:
+    def _depends_on_more(self) -> bool | None:
         """Whether A depends on a tensor that is being differentiated, yet is not listed.
 
-        Such as one in a closure.  A callable tells only after a product.
+        Such as one in a closure.  None where only a product can tell, and there was none yet.
         """
         return False
 
@@ -226,8 +225,6 @@ class LinearOperator(ABC):
 class _ConstantProduct(torch.autograd.Function):
     """A times a block, for an operator that is a constant: its own derivative and adjoint."""
 
-    generate_vmap_rule = False
-
     @staticmethod
     def forward(operator: LinearOperator, block: Tensor) -> Tensor:
         return operator._apply(block.detach())
@@ -238,12 +235,11 @@ class _ConstantProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, _ConstantProduct.apply(ctx.operator, grad)
+        return None, apply(_ConstantProduct, ctx.operator, grad)
 
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
-        product: Tensor = _ConstantProduct.apply(ctx.operator, tangent)
-        return product
+        return apply(_ConstantProduct, ctx.operator, tangent)
 
     @staticmethod
     def vmap(
@@ -251,7 +247,7 @@ class _ConstantProduct(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         stacked = block.movedim(in_dims[1], 0)
         rows = stacked.reshape(-1, stacked.shape[-1])
-        return _ConstantProduct.apply(operator, rows).reshape(stacked.shape), 0
+        return apply(_ConstantProduct, operator, rows).reshape(stacked.shape), 0
 
 
 class _Affine(LinearOperator):
@@ -293,7 +289,7 @@ class _Affine(LinearOperator):
     def _attached(self, block: Tensor) -> Tensor:
         return self._combined(self.base._attached(block), block, self.scale, self.offset)
 
-    def _depends_on_more(self) -> bool:
+    def _depends_on_more(self) -> bool | None:
         return self.base._depends_on_more()
 
     def _transposed(self) -> LinearOperator:
@@ -323,8 +319,9 @@ class _Sum(LinearOperator):
     def _attached(self, block: Tensor) -> Tensor:
         return self.left._attached(block) + self.right._attached(block)
 
-    def _depends_on_more(self) -> bool:
-        return self.left._depends_on_more() or self.right._depends_on_more()
+    def _depends_on_more(self) -> bool | None:
+        parts = (self.left._depends_on_more(), self.right._depends_on_more())
+        return True if any(parts) else (None if None in parts else False)
 
     def _transposed(self) -> LinearOperator:
         return _Sum(self.left._transposed(), self.right._transposed())

@@ -22,8 +22,7 @@ from ..errors import (
 from ..pytree import Tree, TreeLayout
 from ..transforms import (
     building_no_graph,
-    differentiable,
-    has_tangent,
+    carries_derivatives,
     reaches_beyond,
     tangents,
     transforming,
@@ -108,7 +107,7 @@ class HessianOperator(LinearOperator):
 
     def _attached(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)
-        if building_no_graph():
+        if building_no_graph() or tangents():
             return self._functional(block)
         # Each leaf by itself: what else depends on it, such as the batch, stands still.
         leaves = [
@@ -126,7 +125,7 @@ class HessianOperator(LinearOperator):
         """Reverse-over-reverse products by ``torch.func``, where plain autograd may not run."""
         point = self.layout.unflatten_leaves(self._point.params)
         gradient = torch.func.grad(lambda params: self.loss_fn(params, *self.batch).reshape(()))
-        _, pull = torch.func.vjp(gradient, point)
+        pull = torch.func.vjp(gradient, point)[1]
         rows = []
         for row in block.unbind():
             (product,) = pull(self.layout.unflatten(row))
@@ -136,10 +135,10 @@ class HessianOperator(LinearOperator):
 
     def _apply(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)
-        if building_no_graph():
-            return self._functional(block).detach()
         if self.mode == "forward_over_reverse":
             return self._forward_over_reverse(block)
+        if building_no_graph():
+            return self._functional(block).detach()
         return torch.stack([self._reverse_over_reverse(row) for row in block])
 
     def _reverse_over_reverse(self, vector: Tensor) -> Tensor:
@@ -249,8 +248,7 @@ class Point:
         """Whether products are being differentiated though all listed tensors are constants."""
         constants = operator._with_tensors([unwrapped(x) for x in self.tensors])
         probe = torch.ones(1, operator.layout.dim, dtype=operator.dtype, device=operator.device)
-        product = constants._attached(probe)
-        return differentiable(product) if transforming() else has_tangent(product)
+        return carries_derivatives(lambda: constants._attached(probe))
 
 
 def hessian(

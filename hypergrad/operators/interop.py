@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import DeviceError, LeafTypeError, TreeStructureError
 from ..pytree import Tree, TreeLayout
-from ..transforms import differentiable, transforming
+from ..transforms import carries_derivatives, differentiable, tangents, transforming
 from .base import LinearOperator
 
 
@@ -29,7 +29,7 @@ class CallableOperator(LinearOperator):
         super().__init__(layout)
         self.hvp_fn, self.batchable = hvp_fn, batchable
         #: Whether a product so far came with a graph: of tensors that cannot be listed.
-        self._carries_graph = False
+        self._carries_graph: bool | None = None
 
     def _apply(self, block: Tensor) -> Tensor:
         return self._products(block.detach(), self._cut)
@@ -38,7 +38,7 @@ class CallableOperator(LinearOperator):
         return self._products(block, lambda product: product)
 
     def _cut(self, product: Tensor) -> Tensor:
-        self._carries_graph |= differentiable(product)
+        self._carries_graph = self._carries_graph or differentiable(product)
         return product.detach()
 
     def _products(self, block: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
@@ -55,12 +55,12 @@ class CallableOperator(LinearOperator):
             ]
         )
 
-    def _depends_on_more(self) -> bool:
-        if not transforming():
+    def _depends_on_more(self) -> bool | None:
+        if not transforming() and not tangents():
             return self._carries_graph
         # Tensors under a transform would enter the solve as constants without a word.
         probe = torch.ones(1, self.layout.dim, dtype=self.dtype, device=self.device)
-        return differentiable(self._attached(probe))
+        return carries_derivatives(lambda: self._attached(probe))
 
 
 class DenseOperator(LinearOperator):

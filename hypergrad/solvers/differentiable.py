@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import DifferentiationError
 from ..transforms import (
+    apply,
     below_tangents,
     differentiable,
     pullback,
@@ -57,7 +58,14 @@ def answer(call: BlockSolve, block: Tensor, start: Tensor | None, damping: Tenso
         x = _solved(call, block, start, damping, tensors)
     else:
         x = call.run(block, start, damping, tensors)
-    if recording() and operator._depends_on_more():
+    if not recording():
+        return x
+    depends = operator._depends_on_more()
+    if depends is None:  # v = 0 is answered without a product
+        operator._apply(torch.ones_like(block[:1]))
+        call.hvps.append(1)
+        depends = operator._depends_on_more()
+    if depends:
         if tangents():
             raise DifferentiationError(
                 f"the operator's products carry forward-mode tangents through a closure. {_REMEDY}."
@@ -73,8 +81,7 @@ def _solved(
     damping: Tensor | None,
     tensors: list[Tensor],
 ) -> Tensor:
-    x: Tensor = _Solve.apply(call, block, start, damping, *tensors)
-    return x
+    return apply(_Solve, call, block, start, damping, *tensors)
 
 
 class _Solve(torch.autograd.Function):
@@ -124,7 +131,8 @@ class _Solve(torch.autograd.Function):
         count = len(tensors)
 
         def tangent(*values: Any) -> Tensor:
-            return _tangent(call, *values[:4], values[4 : 4 + count], values[4 + count :])
+            x, damping, in_block, in_damping, *rest = values
+            return _tangent(call, x, damping, in_block, in_damping, rest[:count], rest[count:])
 
         return below_tangents(tangent, x, damping, in_block, in_damping, *tensors, *in_tensors)
 
@@ -158,7 +166,7 @@ class _Solve(torch.autograd.Function):
                 value if dim is None or value is None else value.select(dim, i)
                 for value, dim in zip(values, dims, strict=True)
             ]
-            answers.append(_Solve.apply(call.part(i), *one))
+            answers.append(apply(_Solve, call.part(i), *one))
         return torch.stack(answers), 0
 
 
@@ -171,7 +179,7 @@ def _tangent(
     tensors: Sequence[Tensor],
     in_tensors: Sequence[Tensor | None],
 ) -> Tensor:
-    """The tangent of the answer, dx = S (dv - dA x - d(damping) x)."""
+    """The tangent dx = S (dv - dA x - d(damping) x)."""
     target = torch.zeros_like(x) if in_block is None else in_block
     if in_damping is not None:
         target = target - in_damping.to(x.dtype) * x
@@ -185,7 +193,8 @@ def _tangent(
             return call.operator_of(values)._attached(x)
 
         primals = tuple(tensors[i] for i in moving)
-        target = target - pushforward(product, primals, tuple(in_tensors[i] for i in moving))
+        directions = tuple(tangent for tangent in in_tensors if tangent is not None)
+        target = target - pushforward(product, primals, directions)
     return _solved(call.following(adjoint=False), target, None, damping, list(tensors))
 
 
@@ -202,10 +211,10 @@ def _attached_to_closure(
     products = call.operator._attached
     call.hvps.append(orders * len(x))
     first = products(x)
-    attached: Tensor = _Closure.apply(call, x, block, first, None, damping)
+    attached = apply(_Closure, call, x, block, first, None, damping)
     if orders == 2:
-        second = products(_SecondOrder.apply(attached))
-        attached = _Closure.apply(call, x, block, first, second, damping)
+        second = products(apply(_SecondOrder, attached))
+        attached = apply(_Closure, call, x, block, first, second, damping)
     return attached
 
 

@@ -165,7 +165,7 @@ def traced(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         raise DifferentiationError(
             "a compiled solve has no derivative, but v or a tensor of the operator requires grad. "
-            "Solve under torch.no_grad() or with detached tensors, or outside the compiled function."
+            "Solve under torch.no_grad(), with detached tensors, or outside the compiled function."
         )
     dtype = working_dtype(operator.dtype, operator.device)
     rows = block.detach().to(dtype)

@@ -84,9 +84,10 @@ def solve(
         )
     layout = TreeLayout.of(v, name="v", batched=batched)
     op = as_operator(operator, like=_one_tree(layout, v, batched))
-    moving = isinstance(damping, Tensor) and damping.numel() == 1 and differentiable(damping)
-    rho = damping.reshape(()) if moving else None
-    number = solver.default_damping if damping is None or moving else check_damping(damping)
+    rho = None
+    if isinstance(damping, Tensor) and damping.numel() == 1 and differentiable(damping):
+        rho, damping = damping.reshape(()), None
+    number = solver.default_damping if damping is None else check_damping(damping)
     block = op.layout.rows(v, batched=batched)
     start = None if x0 is None else op.layout.rows(x0, name="x0", batched=batched)
     if start is not None and start.shape != block.shape:
