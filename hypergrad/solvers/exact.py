@@ -161,8 +161,9 @@ class Exact(Solver):
         matrix = system.b.new_empty(n, n)
         for first in range(0, n, chunk):
             last = min(first + chunk, n)
-            rows = system.b.new_zeros(last - first, n)
-            rows[:, first:last].fill_diagonal_(1.0)
+            # Not filled in place: torch.compile functionalises no fill of a view's diagonal.
+            eye = torch.eye(last - first, dtype=system.b.dtype, device=system.b.device)
+            rows = torch.nn.functional.pad(eye, (first, n - last))
             matrix[first:last] = system.product(rows)
         return matrix
 
