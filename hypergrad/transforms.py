@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from .errors import HypergradError
 
 _functorch = torch._C._functorch
-T = TypeVar("T")
 
 
 def transforming() -> bool:
@@ -91,7 +90,7 @@ def unwrapped(tensor: Tensor) -> Tensor:
         dim = _functorch.maybe_get_bdim(tensor) if _functorch.is_batchedtensor(tensor) else None
         tensor = _functorch.get_unwrapped(tensor)
         tensor = tensor if dim is None else tensor.select(dim, 0)
-    return (forward_ad.unpack_dual(tensor).primal if tangents() else tensor).detach()
+    return (split_dual(tensor)[0] if tangents() else tensor).detach()
 
 
 def recording() -> bool:
@@ -106,12 +105,18 @@ def tangents() -> bool:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Whether a tensor is a dual number of forward-mode differentiation."""
-    return tangents() and forward_ad.unpack_dual(tensor).tangent is not None
+    return tangents() and split_dual(tensor)[1] is not None
 
 
-def plain(value: T) -> T:
-    """A tensor detached; anything else as it is."""
+def plain(value: float | Tensor) -> float | Tensor:
+    """A tensor detached; a number as it is."""
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def split_dual(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The value of a dual number, and its tangent."""
+    primal, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    return primal, tangent
 
 
 def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
@@ -142,7 +147,7 @@ def pullback(
         return function(every)
 
     if transforming():
-        _, pull = torch.func.vjp(of_wanted, *(inputs[i] for i in index))
+        pull = torch.func.vjp(of_wanted, *(inputs[i] for i in index))[1]
         grads: Sequence[Tensor] = pull(cotangent)
     else:
         create = torch.is_grad_enabled()
@@ -177,9 +182,7 @@ def below_tangents(function: Callable[..., Tensor], *values: Tensor | None) -> T
     """
     with forward_ad._set_fwd_grad_enabled(True):
         if not transforming():  # dual numbers do not nest: without their tangents
-            primals = [
-                forward_ad.unpack_dual(x).primal if isinstance(x, Tensor) else x for x in values
-            ]
+            primals = [split_dual(x)[0] if isinstance(x, Tensor) else x for x in values]
             return function(*primals)
         interpreter = retrieve_current_functorch_interpreter()
         level = interpreter.level()
@@ -200,7 +203,7 @@ def pushforward(
         moved: Tensor = torch.func.jvp(function, primals, tangents)[1]
         return moved
     output = function(*map(forward_ad.make_dual, primals, tangents))
-    tangent = forward_ad.unpack_dual(output).tangent
+    tangent = split_dual(output)[1]
     return torch.zeros_like(output) if tangent is None else tangent
 
 

@@ -40,16 +40,32 @@ def solve(
             ``"auto"`` for :class:`hypergrad.Auto`, which chooses.
         damping: the multiple of the identity that is added, or ``"auto"``: see
             :func:`hypergrad.spectrum.damping_from_extremes`.  None is the solver's own default: 0,
-            or ``"auto"`` for Nyström, which needs a positive one.
+            or ``"auto"`` for Nyström, which needs a positive one.  A 0-d tensor that requires grad
+            gets a gradient; what ``"auto"`` came to is a constant.
         x0: a warm start of v's structure; the direct solvers solve for the correction to it.
         batched: whether v stacks m right-hand sides.
         on_failure: what a status that ``failed`` does: ``"raise"`` :class:`ConvergenceError` (it
             carries the solution), ``"warn"`` :class:`ConvergenceWarning`, or ``"ignore"``.
 
     Returns:
-        A :class:`Solution`: ``value`` with the structure, dtypes and device of v, detached from
-        any graph, and ``info``.  v = 0 gives x = 0.  The answer scales with v,
-        exactly so by powers of two (short of under- and overflow).
+        A :class:`Solution`: ``value`` with the structure, dtypes and device of v, and ``info``.
+        v = 0 gives x = 0.  The answer scales with v, exactly so by powers of two (short of under-
+        and overflow).
+
+        As with ``torch.linalg.solve``, ``value`` is attached where grad mode is on and v, the
+        damping or a tensor that the operator depends on requires grad, and detached otherwise.
+        Its derivatives are the implicit ones, x = (A + damping I)^-1 v being what the solver
+        approximates: not those of the iteration, nor of ``x0``.  For Nyström, v goes through the
+        same sketch once more, and A's tensors get -d(u'A x) with u and x from the sketch.  Each
+        backward pass is one solve by the same solver with the same damping (and the same sketch),
+        reported in ``Solution.backward``, and one product.  All of ``torch.func`` applies; under
+        ``torch.func.vmap`` there is one batched solve and ``info`` describes all of it.  See
+        "Differentiating through a solve" in the documentation, also for closures.
+
+        Under ``torch.compile`` solvers with a fixed amount of work run as one graph, detached.
+        What looks at values is left out: the checks for nan and inf, for symmetry, for a positive
+        definite preconditioner, for params modified in place, and the warning of a failure.
+        ``info`` then has status FIXED_ITERATIONS, and 0-d tensors for the two residuals.
 
     Raises:
         NonFiniteError: nan or inf in v, x0 or a product, or an answer too large for the dtype.
@@ -59,6 +75,8 @@ def solve(
         LeafTypeError: a leaf is no real floating-point tensor, or has another dtype.
         DeviceError: tensors on different devices.
         EmptyTreeError: v has no entries.
+        DifferentiationError: a derivative was asked for, in tensors that a callable reaches
+            through a closure, that would not come out right.
 
     Cost: the solver's products, one to check the answer, and up to 20 for ``damping="auto"``
     (none with Nyström, which takes it from its sketch); ``info.num_hvps`` counts them all.
@@ -71,6 +89,16 @@ def solve(
         tensor([0.0909, 0.6364])
         >>> solution.info.status
         <Status.CONVERGED: 'the true residual is within the tolerance'>
+
+        The gradient in v is one more solve, here with the cotangent (1, 1):
+
+        >>> v = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> solution = hypergrad.solve(a, v)
+        >>> solution.value.sum().backward()
+        >>> v.grad
+        tensor([0.1818, 0.2727])
+        >>> solution.backward[0].converged
+        True
     """
     if solver is None or solver == "auto":
         solver = CG() if solver is None else Auto()
