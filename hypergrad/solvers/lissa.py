@@ -21,7 +21,7 @@ _GROWTH = 1e3
 #: Products that the residual of a callable is averaged over, at least.
 _LEAST_DRAWS = 4
 #: Standard errors by which that must exceed v before the answer counts as no better than zero.
-_SIGNIFICANT = 5.0
+_SIGNIFICANT = 10.0
 
 
 def run_lissa(

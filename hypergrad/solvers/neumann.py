@@ -173,12 +173,14 @@ class _Series:
         self.reference = self.norms
         self.watched = torch.full_like(self.fresh, self.auto)
         self.negative, self.abandoned = torch.zeros_like(self.fresh), torch.zeros_like(self.fresh)
+        self.lost = self.abandoned
         self.curvature = torch.ones_like(self.norms)
         self._first_bounds()
 
     def run(self) -> Outcome:
         system, damping, num_terms = self.system, self.damping, self.config.num_terms
-        hopeless = _GROWTH * torch.maximum(self.norms, system.b_norms)
+        start = torch.maximum(self.norms, system.b_norms)
+        hopeless = min(_GROWTH, torch.finfo(system.operator.dtype).max ** 0.5) * start
         for term in range(1, num_terms + 1):
             self._direct()
             self.x = self.x + self.direction
@@ -186,12 +188,17 @@ class _Series:
             if not last:
                 image = system.apply(self.direction, damping)
                 following = self.residual - image
-            else:  # the recurrence drifts and does not know the answer's rounding: look at x itself
+            else:
+                # |r_k|^2 is a sum of powers with exponent k, hence convex: above its start it only
+                # grows, and the sum may be too large for its dtype.  The best one is judged.
+                self.lost = self.norms > (1.0 + system.rounding) * start
+                self.x = torch.where(self.lost[:, None], self.best_x, self.x)
+                # The recurrence drifts and does not know the answer's rounding: look at x itself.
                 following = system.residual(self.x, damping)
                 image = self.residual - following
             # Curvature along a residual that has grown tells why it grows.
             along = torch.linalg.vecdot(self.direction, image)
-            still = self.abandoned | (self.norms == 0)
+            still = self.abandoned | self.lost | (self.norms == 0)
             self.curvature = torch.where(still, self.curvature, along)
             norms = torch.where(self.abandoned, self.norms, row_norms(following))
             grew = (norms > (1.0 + system.rounding) * self.reference) & self.watched
@@ -304,7 +311,7 @@ class _Series:
     def _outcome(self, terms: int) -> Outcome:
         system = self.system
         x, norms = self.x, self.norms
-        diverged = ~(norms < system.b_norms) & (system.b_norms > 0)
+        diverged = (self.lost | ~(norms < system.b_norms)) & (system.b_norms > 0)
         if bool(diverged.any()):
             x = torch.where(diverged[:, None], self.best_x, x)
             fresh = row_norms(system.residual(x[diverged], self.damping, diverged))

@@ -100,6 +100,20 @@ def test_negative_curvature_is_reported_never_amplified(
     assert solution.info.relative_residual <= 1.0 + 1e-6
 
 
+@pytest.mark.parametrize("acceleration", ["none", "chebyshev"])
+@pytest.mark.parametrize("step_size", ["auto", 0.3])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_negative_curvature_does_not_overflow_a_narrow_dtype(
+    acceleration: Any, step_size: Any, size: float
+) -> None:
+    matrix, v = -torch.eye(3, dtype=torch.float16), size * torch.ones(3, dtype=torch.float16)
+    for num_terms in (2, 15, 100):
+        solver = Neumann(num_terms=num_terms, step_size=step_size, acceleration=acceleration)
+        info = hypergrad.solve(matrix, v, solver, on_failure="ignore").info
+        assert info.status is Status.NEGATIVE_CURVATURE
+        assert info.relative_residual <= 1.0
+
+
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_a_step_that_is_too_long_is_reported(dtype: torch.dtype) -> None:
     problem = symmetric(torch.linspace(1.0, 0.5, 10, dtype=F64), seed=1)
