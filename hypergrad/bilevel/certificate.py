@@ -80,7 +80,8 @@ class HypergradientCertificate:
         if self.reason is not None:
             return f"No bound on the hypergradient's error: {self.reason} ({figures})."
         inner, linear = self.inner_error, self.linear_error
-        most = "the inner problem" if inner > linear else "the linear solve"
+        own = "the gradient's own steps" if self.linear_residual is None else "the linear solve"
+        most = "the inner problem" if inner > linear else own
         return (
             f"The hypergradient is within {100 * self.relative_error:.2g}% of the true one; most "
             f"of the error comes from {most} (inner {inner:.1e}, linear {linear:.1e}, margin "

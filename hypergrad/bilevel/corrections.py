@@ -43,6 +43,7 @@ class InnerPoint:
         self.stationarity = norm(self.flat(self.derivatives.inner_gradient))
 
     def widened(self, flat: Tensor) -> Tensor:
+        """A vector in the working dtype."""
         return flat.to(self.dtype)
 
     def flat(self, inner: Tree) -> Tensor:
@@ -108,9 +109,11 @@ class Newton:
 
     @property
     def margin(self) -> float:
+        """See the class."""
         return math.inf if self.reason is not None else self.inner_margin + self.floor
 
     def run(self) -> Newton:
+        """Correct until the hypergradient has stopped changing, or cannot be corrected."""
         if self.reason is None and not self.mu > 0:
             self.reason = f"the smallest curvature of the inner loss there is {self.mu:.1e}"
         first = self.point.stationarity

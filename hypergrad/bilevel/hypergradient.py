@@ -59,6 +59,8 @@ def hypergradient(
         outer_loss: f, called as ``outer_loss(inner_params, outer_params)``; a real scalar.
         inner_params: w*, any tree: what your own loop found.  Not modified, no flag changed.
             (Losses are called as they are: a BatchNorm in training mode advances its statistics.)
+            For a stochastic inner loss, fix the batch (or the seed) for the call: the products
+            of one solve must be those of one matrix.
         outer_params: y, any tree.
         solver: how the linear system is solved: ``CG()`` (if None), ``Nystrom(rank=20)``, ...
         damping: see :func:`hypergrad.solve`.
@@ -78,7 +80,7 @@ def hypergradient(
     Warns:
         ConvergenceWarning: the linear solve failed; ``info`` says how.
         UnusedParameterWarning: a loss ignores the argument that would make the implicit part
-            other than zero.
+            other than zero, or neither uses some leaves of ``outer_params``.
 
     Cost: a gradient of each loss, one more gradient-sized pass for the mixed derivative, and the
     solver's HVPs.
