@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
@@ -13,32 +12,8 @@ from hypothesis import given
 from torch import Tensor
 
 import hypergrad
+from tests.bilevel.steppers import METHODS, W, Y, batches, every_method, inner_loss, outer_loss
 from tests.strategies import F64, flat, gaussian, seeds, tree_like, trees
-
-W, Y = gaussian(4, seed=1), gaussian(3, seed=2)
-
-
-def inner_loss(w: Any, y: Any, *batch: Tensor) -> Tensor:
-    """Strongly convex, not quadratic, everything meets everything; a batch: a shift, a pull."""
-    shift, pull = batch if batch else (0.0, 1.0)
-    x, z = flat(w), flat(y)
-    mix = torch.cos(torch.arange(len(x) * len(z), dtype=x.dtype)).reshape(len(x), len(z))
-    scale = 1.0 + 0.3 * torch.sigmoid(z).mean()
-    return (
-        0.5 * scale * ((x - shift) ** 2).sum()
-        - pull * (mix @ torch.tanh(z)) @ x
-        + torch.logsumexp(x, 0)
-    )
-
-
-def outer_loss(w: Any, y: Any, *batch: Tensor) -> Tensor:
-    shift = batch[0] if batch else 0.0
-    x, z = flat(w), flat(y)
-    return torch.sin(x - shift).sum() + 0.5 * (x**2).mean() + (z**2).mean() * (1.0 + x.mean())
-
-
-def batches(count: int, seed: int) -> list[tuple[Tensor, ...]]:
-    return [tuple(0.5 + 0.1 * gaussian(2, seed=seed + i)) for i in range(count)]
 
 
 class Dense:
@@ -99,27 +74,10 @@ def dense_f2sa(at: Dense, x: Tensor, z: Tensor, v: Tensor, inner: Any, outer: An
     return x, u, z - 0.1 * (at.gradients(at.f, u, z, outer[2])[1] + multiplier * gap)
 
 
-RATES: dict[str, Any] = {"inner_lr": 0.3, "outer_lr": 0.1}
-METHODS: dict[str, hypergrad.SingleLoop] = {
-    "SOBA": hypergrad.SOBA(inner_loss, outer_loss, linear_lr=0.2, **RATES),
-    "SABA": hypergrad.SABA(
-        inner_loss, outer_loss, linear_lr=0.2, num_inner_blocks=1, num_outer_blocks=1, **RATES
-    ),
-    "AmIGO": hypergrad.AmIGO(
-        inner_loss, outer_loss, linear_lr=0.2, inner_steps=3, linear_steps=2, **RATES
-    ),
-    "StocBiO": hypergrad.StocBiO(
-        inner_loss, outer_loss, linear_lr=0.2, inner_steps=3, linear_steps=2, **RATES
-    ),
-    "F2SA": hypergrad.F2SA(
-        inner_loss, outer_loss, penalty_lr=0.05, multiplier=3.0, inner_steps=2, **RATES
-    ),
-}
 DENSE = {
     "SOBA": dense_soba, "SABA": dense_soba, "AmIGO": dense_amigo, "StocBiO": dense_stocbio,
     "F2SA": dense_f2sa,
 }  # fmt: skip
-every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def start(name: str, w: Any, y: Any, v: Any = None) -> hypergrad.SingleLoopState:
@@ -381,99 +339,3 @@ def test_leaves_of_different_dtypes() -> None:
     assert {key: leaf.dtype for key, leaf in state.inner_params.items()} == {
         "a": torch.float32, "b": F64,
     }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------- saving, branching
-
-
-@every_method
-def test_a_saved_state_goes_on_to_the_bit(name: str) -> None:
-    method = METHODS[name]
-
-    def advance(state: hypergrad.SingleLoopState, steps: range) -> hypergrad.SingleLoopState:
-        for k in steps:
-            inner = batches(method.num_inner_batches, 100 * k)
-            state = method.step(state, inner, batches(method.num_outer_batches, 100 * k + 50))
-        return state
-
-    half = advance(method.init({"w": W}, [Y]), range(3))
-    file = io.BytesIO()
-    torch.save(half.state_dict(), file)
-    through = advance(half, range(3, 6))
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    anew = method.init({"w": torch.zeros_like(W)}, [torch.zeros_like(Y)]).load_state_dict(saved)
-    assert (anew.step, anew.num_gradients, anew.num_hvps) == (
-        half.step, half.num_gradients, half.num_hvps,
-    )  # fmt: skip
-    resumed = advance(anew, range(3, 6))
-    assert resumed.step == 6
-    for key, value in through.vectors.items():
-        assert torch.equal(resumed.vectors[key], value), key
-
-
-def test_a_state_dict_does_not_move_on_with_the_memory() -> None:
-    method = METHODS["SABA"]
-    state = method.step(method.init(W, Y))
-    saved = state.state_dict()
-    before = {key: value.clone() for key, value in saved["tables"].items()}
-    method.step(state)
-    assert all(torch.equal(saved["tables"][key], value) for key, value in before.items())
-
-
-@pytest.mark.parametrize("other", [{"w": W, "b": W}, {"v": W}, {"w": W[:2]}, {"w": W.float()}])
-def test_a_saved_state_of_other_trees_is_refused(other: Any) -> None:
-    method = METHODS["SOBA"]
-    saved = method.init({"w": W}, Y).state_dict()
-    with pytest.raises(hypergrad.StateError, match="same method from trees of the same structure"):
-        method.init(other, Y).load_state_dict(saved)
-
-
-def test_a_state_of_another_method_is_refused() -> None:
-    state = METHODS["SOBA"].init(W, Y)
-    with pytest.raises(hypergrad.StateError, match="state of SOBA, expected one of AmIGO"):
-        METHODS["AmIGO"].step(state)
-    with pytest.raises(hypergrad.StateError, match="method = 'SOBA', expected 'AmIGO'"):
-        METHODS["AmIGO"].init(W, Y).load_state_dict(state.state_dict())
-    with pytest.raises(hypergrad.StateError, match="no ihvp"):
-        _ = METHODS["F2SA"].init(W, Y).ihvp
-    with pytest.raises(hypergrad.StateError, match="no ihvp"):
-        METHODS["F2SA"].init(W, Y, ihvp=W)
-
-
-def test_sabas_state_can_be_stepped_from_once_or_cloned() -> None:
-    method = METHODS["SABA"]
-    assert isinstance(method, hypergrad.SABA)
-    state = method.step(method.init(W, Y))
-    branch = state.clone()
-    first = method.step(state)
-    with pytest.raises(hypergrad.StateError, match="stepped from before"):
-        method.step(state)
-    second = method.step(branch)
-    assert torch.equal(first.inner_params, second.inner_params)
-    more = replace(method, num_inner_blocks=2)
-    with pytest.raises(hypergrad.StateError, match="remembers 1 inner blocks"):
-        more.step(first, [batches(1, 0)[0]], [batches(1, 1)[0]], inner_index=1)
-
-
-def test_a_failed_step_of_saba_leaves_the_memory_as_it_was() -> None:
-    method = METHODS["SABA"]
-    state = method.step(method.init(W, Y))
-    saved = state.state_dict()
-    bad = (torch.tensor(float("nan"), dtype=F64),) * 2
-    with pytest.raises(hypergrad.NonFiniteError):
-        method.step(state, None, [bad])
-    assert all(torch.equal(state.memory.tables[k], v) for k, v in saved["tables"].items())  # type: ignore[union-attr]
-    assert method.step(state).step == 2
-
-
-def test_replace_projects_and_checks() -> None:
-    state = METHODS["SOBA"].init(W, Y)
-    clamped = state.replace(outer_params=state.outer_params.clamp(min=0.0))
-    assert torch.equal(clamped.outer_params, Y.clamp(min=0.0))
-    assert torch.equal(clamped.inner_params, W)
-    assert torch.equal(state.replace(inner_params=W + 1).inner_params, W + 1)
-    with pytest.raises(hypergrad.TreeStructureError, match="outer_params has shape"):
-        state.replace(outer_params=Y[:2])
-    with pytest.raises(hypergrad.NonFiniteError, match="inner_params"):
-        state.replace(inner_params=W * float("nan"))
