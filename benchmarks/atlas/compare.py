@@ -8,8 +8,11 @@ A win is explained by the first of these that holds, by measurement:
 
 - ``checks``: with the few products more that the library's own checks and probes cost, the win is
   gone;
-- ``residual``: the library's answer has the smaller true residual.  It returns the iterate that
-  solves the system best, which is all that a solver can see; the error can say otherwise;
+- ``curvature``: the library's solver met negative curvature and stopped, as it said; the peer
+  stepped through it;
+- ``residual``: the library's answer has the smaller true residual, or one within ten percent.  It
+  returns the iterate that solves the system best, which is all that a solver can see; the error
+  can say otherwise;
 - ``rounding``: the library's error is within ten roundings times the condition number;
 - ``unexplained`` otherwise.
 """
@@ -28,6 +31,8 @@ from .records import Record
 
 #: Errors within this factor of each other are a tie: two roundings of one answer.
 TIE = 2.0
+#: Above this error, 1 being that of x = 0, there is no answer to beat.
+NO_DIGIT = 0.5
 #: A peer that spent more is set against the library at this many products first.
 ENOUGH = 1000
 #: Runs the library at a budget: (cell, solver's name, products) -> record, None if it cannot.
@@ -112,8 +117,8 @@ def wins(
 
     result = []
     for peer in peers:
-        if not math.isfinite(peer.error) or peer.error >= 1.0:
-            continue  # no answer, or none better than x = 0: nothing to beat
+        if not peer.error < NO_DIGIT:
+            continue
         same = [name for name, family in solvers.items() if family == peer.family]
         for against, names in (("any", list(solvers)), ("kind", same)):
             if not names:
@@ -147,7 +152,9 @@ def explain(peer: Record, mine: Record | None, more: Record | None) -> str:
     """Why the peer wins; see the module."""
     if more is not None and more.error <= TIE * peer.error:
         return "checks"
-    if mine is not None and mine.residual <= peer.residual:
+    if mine is not None and mine.detail == "NEGATIVE_CURVATURE":
+        return "curvature"
+    if mine is not None and mine.residual <= 1.1 * peer.residual:
         return "residual"
     rounding = float(np.finfo(peer.dtype).eps) * condition_of(peer)
     return "rounding" if mine is not None and mine.error <= 10.0 * rounding else "unexplained"

@@ -306,6 +306,9 @@ def test_a_win_is_explained_by_measurement(
 
     found = compare.wins([mine], [peer], {"CG": "cg"}, rerun)
     assert [win.why for win in found] == [why, why]
+    stopped = replace(mine, detail="NEGATIVE_CURVATURE")
+    found = compare.wins([stopped], [peer], {"CG": "cg"}, rerun)
+    assert {win.why for win in found} == {"checks" if why == "checks" else "curvature"}
 
 
 def test_no_answer_is_no_win_and_rounding_is_a_tie() -> None:
