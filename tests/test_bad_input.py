@@ -450,7 +450,7 @@ def test_numpy_numbers_are_numbers() -> None:
     solver = hg.CG(rtol=np.float32(1e-3), max_iters=np.int64(7))  # type: ignore[arg-type]
     assert hg.solve(EYE, ONES, solver, damping=np.float64(1.0)).info.converged
     assert hg.Nystrom(np.int64(2)).rank == 2  # type: ignore[arg-type]
-    assert hg.solve(EYE, ONES, damping=torch.tensor(1.0)).info.damping == 1.0  # type: ignore[arg-type]
+    assert hg.solve(EYE, ONES, damping=torch.tensor(1.0)).info.damping == 1.0
 
 
 def test_every_error_is_also_the_builtin_that_a_reader_expects() -> None:

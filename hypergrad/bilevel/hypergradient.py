@@ -170,7 +170,7 @@ class BilevelPoint:
             images: Gradients = ()
             if any(used):
                 images = torch.autograd.grad(
-                    [g for g, yes in zip(self.curvature.gradients, used, strict=True) if yes],
+                    [g for g in self.curvature.gradients if g is not None and g.requires_grad],
                     self.outer,
                     grad_outputs=[d for d, yes in zip(directions, used, strict=True) if yes],
                     create_graph=True,

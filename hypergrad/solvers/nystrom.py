@@ -265,6 +265,6 @@ class _Sketched(Nystrom):
 
     made: NystromSketch | None = None
 
-    def _sketch_of(self, system: DampedSystem) -> NystromSketch:
+    def _sketch_of(self, system: DampedSystem, *, any_damping: bool = False) -> NystromSketch:
         assert self.made is not None
         return self.made

@@ -70,7 +70,7 @@ class NystromPCG(Solver):
 
     def _nystrom(self) -> Nystrom:
         """The sketch's own configuration, which checks its part of the options."""
-        return Nystrom(self.rank, self.sketch, self.generator)  # type: ignore[arg-type]
+        return Nystrom(self.rank, self.sketch, self.generator, complement="zero")
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         if system.damping != "auto":
