@@ -38,7 +38,8 @@ class CG(Solver):
     recurrence restarts from the true one, and three restarts without gain end the solve as
     STAGNATED.  A direction p with p'(A + damping I)p <= 0 (to rounding) ends it as
     NEGATIVE_CURVATURE with the direction in the report; CG never steps along it.  On any failure
-    the iterate with the smallest residual is returned.
+    the iterate with the smallest residual is returned (of a fixed number of iterations that met
+    negative curvature, the last one before it, or the start if that is better).
 
     Attributes:
         rtol: tolerance relative to |v|.
@@ -164,15 +165,15 @@ def _fixed(
     p, rz = torch.zeros_like(work.r), torch.zeros_like(work.norms)
     unit = torch.zeros_like(work.norms)
     for iteration in range(1, work.count + 1):
-        live = work.live
         z, unit = _preconditioned(precondition, work.r, unit)
         last, rz = rz, torch.linalg.vecdot(work.r, z)
-        work.refuse(live & (rz <= 0), rz)
+        work.refuse(work.live & (rz <= 0), rz)
+        live = work.live
         p = torch.addcmul(z, over(rz, last)[:, None], p)
         product = system.product(p)
         p_norms = _plain_norms(p)
-        sizes = safe_norms(product) + damping * p_norms
-        image = torch.add(product, p, alpha=damping)
+        sizes = work.norms_of(product) + damping * p_norms
+        image = torch.add(product, p, alpha=damping) if damping else product
         if symmetry is not None:
             symmetry(iteration, work.rows, p, image, sizes)
         curvature = torch.linalg.vecdot(p, image)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverOptionError
+from ..pytree import row_norms
 from .base import DampedSystem, Outcome, Status
 from .krylov import indefinite_preconditioner, safe_norms, where_rows
 
@@ -32,7 +33,7 @@ class FixedWork:
         stuck: shape (m,), rows that met negative curvature.
         direction: shape (m, n), where they met it.
         iterations: shape (m,), steps taken.
-        best_x: shape (m, n), iterates of the smallest residual norm ``best``, shape (m,).
+        start_x: shape (m, n), where the iterations began, with residual norms ``start``.
         refused: shape (m,), rows at which the preconditioner was found not positive definite.
     """
 
@@ -47,8 +48,8 @@ class FixedWork:
     stuck: Tensor
     direction: Tensor
     iterations: Tensor
-    best_x: Tensor
-    best: Tensor
+    start_x: Tensor
+    start: Tensor
     refused: Tensor
     refused_rz: Tensor
 
@@ -83,8 +84,8 @@ class FixedWork:
             stuck=none,
             direction=torch.zeros_like(x),
             iterations=torch.zeros_like(norms, dtype=torch.long),
-            best_x=x,
-            best=norms,
+            start_x=x,
+            start=norms,
             refused=none,
             refused_rz=torch.zeros_like(norms),
         )
@@ -115,35 +116,32 @@ class FixedWork:
         self.stuck, self.frozen = self.stuck | news, self.frozen | stuck
 
     def advance(self, x: Tensor, r: Tensor) -> None:
-        """Take a step with the rows that are live."""
-        live = self.live
-        self.x, self.r = where_rows(live, x, self.x), where_rows(live, r, self.r)
-        self.iterations = self.iterations + live
-        self.norms = torch.where(live, safe_norms(self.r), self.norms)
-        better = self.norms < self.best
-        self.best = torch.where(better, self.norms, self.best)
-        self.best_x = where_rows(better, self.x, self.best_x)
+        """Go on from these iterates, which have moved where rows are live only."""
+        self.iterations = self.iterations + self.live
+        self.x, self.r, self.norms = x, r, self.norms_of(r)
+
+    def norms_of(self, block: Tensor) -> Tensor:
+        """Norms of the rows; without a branch on values where they are traced."""
+        return safe_norms(block) if self.traced else row_norms(block)
 
     def refresh(self) -> Tensor:
         """Replace residuals that drifted by the true ones; which did, shape (m,)."""
         residual = _residual(self.system, self.x, self.damping, self.traced)
-        norms = safe_norms(residual)
-        drifted = safe_norms(residual - self.r) > 0.1 * norms
+        norms = self.norms_of(residual)
+        drifted = self.norms_of(residual - self.r) > 0.1 * norms
         self.r = where_rows(drifted, residual, self.r)
         self.norms = torch.where(drifted, norms, self.norms)
-        self.best = torch.where(drifted, norms, self.best)
-        self.best_x = where_rows(drifted, self.x, self.best_x)
         self.frozen = self.frozen & ~drifted
         return drifted
 
     @property
     def answer(self) -> Tensor:
-        """The last iterates; where negative curvature ended the steps, the best ones."""
-        return where_rows(self.stuck, self.best_x, self.x)
+        """The last iterates; the start where negative curvature was met further from v."""
+        return where_rows(self.stuck & (self.norms > self.start), self.start_x, self.x)
 
     def residual_norms(self, x: Tensor) -> Tensor:
         """True residual norms of x as it will be returned."""
-        return safe_norms(_residual(self.system, x, self.damping, self.traced))
+        return self.norms_of(_residual(self.system, x, self.damping, self.traced))
 
     def outcome(self) -> Outcome:
         """What an eager solve hands back."""

@@ -24,6 +24,8 @@ PATIENCE = 3
 
 #: A symmetric positive definite approximation of (A + damping I)^-1, on rows of shape (m, n).
 Precondition = Callable[[Tensor], Tensor]
+#: Norms of the rows of (m, n), safe from over- and underflow: :func:`safe_norms` or ``row_norms``.
+Norms = Callable[[Tensor], Tensor]
 
 
 def check_krylov_options(rtol: Any, atol: Any, max_iters: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import DampedSystem
-from .krylov import Precondition, over, safe_norms, where_rows
+from .krylov import Norms, Precondition, over, where_rows
 
 #: A pivot of the tridiagonal matrix within this many eps of its norm is zero.
 _PIVOT = 10.0
@@ -49,9 +49,9 @@ class Lanczos:
     theta: Tensor
 
     @classmethod
-    def begin(cls, precondition: Precondition | None, r: Tensor) -> Lanczos:
+    def begin(cls, precondition: Precondition | None, r: Tensor, norms_of: Norms) -> Lanczos:
         """Start at a residual r."""
-        p, z, theta, length = _pair(precondition, r)
+        p, z, theta, length = _pair(precondition, r, norms_of)
         zero, one = torch.zeros_like(theta), torch.ones_like(theta)
         blank = torch.zeros_like(r)
         return cls(
@@ -110,9 +110,11 @@ class LanczosStep:
         return (state.s**2)[:, None] * r + (state.c * state.eta)[:, None] * state.p
 
 
-def _pair(precondition: Precondition | None, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pair(
+    precondition: Precondition | None, u: Tensor, norms_of: Norms
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A pair p, z = M p along u with p'z = 1; e'M e for e = u/|u|; and the M-norm of u."""
-    norms = safe_norms(u)
+    norms = norms_of(u)
     unit = u * over(torch.ones_like(norms), norms)[:, None]
     if precondition is None:
         return unit, unit, torch.ones_like(norms), norms
@@ -124,18 +126,22 @@ def _pair(precondition: Precondition | None, u: Tensor) -> tuple[Tensor, Tensor,
 
 
 def lanczos_step(
-    state: Lanczos, system: DampedSystem, damping: float, precondition: Precondition | None
+    state: Lanczos,
+    system: DampedSystem,
+    damping: float,
+    precondition: Precondition | None,
+    norms_of: Norms,
 ) -> LanczosStep:
     """One step of Lanczos, one Givens rotation, one search direction; no branch on values."""
     product = system.product(state.z)
-    z_norms = safe_norms(state.z)
-    sizes = safe_norms(product) + damping * z_norms
+    z_norms = norms_of(state.z)
+    sizes = norms_of(product) + damping * z_norms
     image = torch.add(product, state.z, alpha=damping) if damping else product
     # The previous vector first: the better order in floating point (Paige, 1972).
     u = torch.addcmul(image, state.gamma[:, None], state.p_old, value=-1.0)
     delta = torch.linalg.vecdot(state.z, u)
     u = torch.addcmul(u, delta[:, None], state.p, value=-1.0)
-    p, z, theta, gamma = _pair(precondition, u)
+    p, z, theta, gamma = _pair(precondition, u, norms_of)
     # The column (gamma_old, delta, gamma) of T, through the last two rotations and a new one.
     pivot = state.c * delta - state.c_old * state.s * state.gamma
     above = state.s * delta + state.c_old * state.c * state.gamma
@@ -157,5 +163,5 @@ def lanczos_step(
         theta=torch.minimum(state.theta, theta),
     )  # fmt: skip
     rayleigh = torch.where(z_norms > 0, over(over(delta, z_norms), z_norms), torch.inf)
-    move = length.abs() * safe_norms(w)
+    move = length.abs() * norms_of(w)
     return LanczosStep(new, image, sizes, delta, rayleigh, length, move, null, broken)

@@ -21,7 +21,6 @@ from .krylov import (
     indefinite_preconditioner,
     over,
     preconditioning,
-    safe_norms,
     where_rows,
 )
 from .lanczos_step import Lanczos, lanczos_step
@@ -113,7 +112,7 @@ class _Recurrence(Recurrence):
     state = (*Recurrence.state, "norms", "origin", "null_x", "null")
 
     def _begin(self) -> None:
-        self.lanczos = Lanczos.begin(self.precondition, self.r)
+        self.lanczos = Lanczos.begin(self.precondition, self.r, row_norms)
         self.norms = self.best
         self.origin = self.true.clone()  # true residual norms at the last (re)start
         # The iterate whose residual was nearest to the null space, and |A r| / (|A| |r|) there,
@@ -130,21 +129,21 @@ class _Recurrence(Recurrence):
     def _restart(self, index: Tensor, residual: Tensor) -> None:
         self.r[index] = residual
         self.norms = row_norms(self.r)
-        fresh = Lanczos.begin(self.precondition, self.r)
+        fresh = Lanczos.begin(self.precondition, self.r, row_norms)
         fresh.size = self.lanczos.size
         chosen = torch.zeros_like(self.row, dtype=torch.bool)
         chosen[index] = True
         self.lanczos = fresh.where(chosen, self.lanczos)
 
     def _step(self, iteration: int) -> None:
-        step = lanczos_step(self.lanczos, self.system, self.damping, self.precondition)
+        step = lanczos_step(self.lanczos, self.system, self.damping, self.precondition, row_norms)
         self.symmetry(iteration, self.row, self.lanczos.z, step.image, step.sizes)
         self.entries.append((self.row, step.delta, self.lanczos.gamma))
         self.rayleigh = torch.minimum(self.rayleigh, step.rayleigh.min())
         self.lanczos = step.state
         before = self.x
         # A long x has a residual of rounding, which may be nearer to the null space by chance.
-        noise = self.rounding * step.state.size * safe_norms(before)
+        noise = self.rounding * step.state.size * row_norms(before)
         null = step.null + over(noise, self.norms)
         nearer = null < 0.5 * self.null
         self.x = torch.addcmul(self.x, step.length[:, None], step.state.w)
@@ -289,17 +288,22 @@ def _fixed(
     residual: past the least-squares solution of a singular system, steps have no meaning.
     """
     rounding = torch.finfo(work.system.operator.dtype).eps
-    lanczos = Lanczos.begin(precondition, work.r)
+    lanczos = Lanczos.begin(precondition, work.r, work.norms_of)
     for iteration in range(1, work.count + 1):
-        step = lanczos_step(lanczos, work.system, work.damping, precondition)
+        step = lanczos_step(lanczos, work.system, work.damping, precondition, work.norms_of)
         if symmetry is not None:
             symmetry(iteration, work.rows, lanczos.z, step.image, step.sizes)
         lanczos = step.state
         work.refuse(work.live & (lanczos.theta <= 0), lanczos.theta)
         meaningless = rounding * lanczos.size * step.move > work.norms
         work.frozen = work.frozen | (work.live & (step.broken | meaningless))
-        work.advance(torch.addcmul(work.x, step.length[:, None], lanczos.w), step.residual(work.r))
+        live = work.live
+        length = torch.where(live, step.length, 0.0)[:, None]
+        work.advance(
+            torch.addcmul(work.x, length, lanczos.w),
+            where_rows(live, step.residual(work.r), work.r),
+        )
         if iteration % REFRESH == 0 and iteration < work.count:
             drifted = work.refresh()
-            lanczos = Lanczos.begin(precondition, work.r).where(drifted, lanczos)
+            lanczos = Lanczos.begin(precondition, work.r, work.norms_of).where(drifted, lanczos)
     return work
