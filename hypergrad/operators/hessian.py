@@ -30,6 +30,12 @@ from ..transforms import (
 )
 from .base import LinearOperator
 
+#: Fewer vectors than this go through the graph one by one.
+_WORTH_A_BATCH = 4
+#: As many numbers of directions go through the graph at once, at most: memory grows with them, and
+#: large parameters gain nothing.
+_BATCH_NUMBERS = 2**22
+
 Mode = Literal["auto", "reverse_over_reverse", "forward_over_reverse"]
 
 
@@ -56,6 +62,7 @@ class HessianOperator(LinearOperator):
         originals = self.layout.leaves(params, name="params")
         check_differentiable(originals)
         self._point = Point(originals, batch)
+        self._batches = True
         self._built: _Built | None = None
         self._more: bool | None = None
         if not building_no_graph():  # a solve builds it later, from the plain tensors
@@ -139,39 +146,66 @@ class HessianOperator(LinearOperator):
             return self._forward_over_reverse(block)
         if building_no_graph():
             return self._functional(block).detach()
-        return torch.stack([self._reverse_over_reverse(row) for row in block])
-
-    def _reverse_over_reverse(self, vector: Tensor) -> Tensor:
+        if self.mode == "auto" and self._batches and len(block) >= _WORTH_A_BATCH:
+            try:
+                return self._reverse_in_batches(block)
+            except torch.OutOfMemoryError:
+                self._batches = False
+            except (RuntimeError, NotImplementedError):
+                # An operation that vmap cannot batch; if anything else, the loop will say so.
+                self._batches = False
         built = self._build()
-        return self._pulled(built.gradients, built.leaves, vector, create=False).detach()
+        rows = [self._pulled(built.gradients, built.leaves, row).detach() for row in block]
+        return torch.stack(rows)
+
+    def _reverse_in_batches(self, block: Tensor) -> Tensor:
+        built = self._build()
+        size = self.chunk_size or max(1, _BATCH_NUMBERS // self.layout.dim)
+        parts = [
+            self._pulled(built.gradients, built.leaves, part, batched=True).detach()
+            for part in torch.split(block, size)
+        ]
+        return torch.cat(parts)
 
     def _pulled(
         self,
         gradients: Sequence[Tensor | None],
         leaves: list[Tensor],
-        vector: Tensor,
+        vectors: Tensor,
         *,
-        create: bool,
+        batched: bool = False,
+        create: bool = False,
     ) -> Tensor:
-        """d/dp <grad(p), v> on the kept graph of the gradient: one backward pass a product."""
-        directions = self.layout.split(vector)
+        """d/dp <grad(p), v> on the kept graph of the gradient: one backward pass a product.
+
+        ``vectors`` is one of shape (n,), or with ``batched`` a block that goes through the graph at
+        once, by ``vmap``.
+        """
+        lead = tuple(vectors.shape[:1]) if batched else ()
+        directions = self.layout.split(vectors, lead)
         pairs = [
             (grad, direction)
             for grad, direction in zip(gradients, directions, strict=True)
             if grad is not None and grad.requires_grad
         ]
         if not pairs:
-            return torch.zeros_like(vector)
+            return torch.zeros_like(vectors)
         products = torch.autograd.grad(
             [grad for grad, _ in pairs],
             leaves,
             grad_outputs=[direction for _, direction in pairs],
             retain_graph=True,
             create_graph=create,
+            is_grads_batched=batched,
             allow_unused=True,
             materialize_grads=True,
         )
-        return torch.cat([product.reshape(-1).to(self.dtype) for product in products])
+        # Leaves that the products do not reach have plain zeros, without the leading dimension.
+        flat = [
+            product.expand(lead + shape).reshape((*lead, -1)).to(self.dtype)
+            for product, shape in zip(products, self.layout.shapes, strict=True)
+        ]
+        return torch.cat(flat, dim=-1)
 
     def _forward_over_reverse(self, block: Tensor) -> Tensor:
         """Forward-mode products of the gradient, batched over the block by vmap."""
@@ -268,8 +302,11 @@ def hessian(
         mode: ``"reverse_over_reverse"`` builds the graph of the gradient once and costs one
             backward pass through it a product; ``"forward_over_reverse"`` recomputes the
             gradient with tangents and batches many vectors with ``vmap``; ``"auto"`` is the
-            first, which works for every double-differentiable model.
-        chunk_size: how many vectors ``"forward_over_reverse"`` carries at a time; None for all.
+            first, with blocks of vectors batched through the graph where ``vmap`` supports the
+            model's operations and one by one where not: it works for every double-differentiable
+            model.
+        chunk_size: how many vectors are carried at a time where they are batched; None for all,
+            or with ``"auto"`` for as many as hold four million numbers.
 
     Returns:
         An operator at the values that ``params`` had when it was made.  It keeps the graph of

@@ -9,6 +9,7 @@ from hypothesis import given
 from torch import Tensor
 
 import hypergrad
+from hypergrad.transforms import apply
 from tests.strategies import F32, F64, flat, gaussian, quick_and_thorough, tree_like, trees
 
 MODES = ("auto", "reverse_over_reverse", "forward_over_reverse")
@@ -187,3 +188,47 @@ def test_inference_mode_is_refused_with_the_remedy() -> None:
         params = torch.ones(3)
     with pytest.raises(hypergrad.LossError, match="inference"):
         hypergrad.hessian(lambda w: (w**2).sum(), params)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_blocks_go_through_the_graph_at_once(chunk_size: int | None) -> None:
+    model, params, x, y = mlp()
+    op = hypergrad.hessian(model_loss(model), params, x, y, chunk_size=chunk_size)
+    one_by_one = hypergrad.hessian(model_loss(model), params, x, y, mode="reverse_over_reverse")
+    block = gaussian(10, op.layout.dim, seed=4)
+    torch.testing.assert_close(op._apply(block), one_by_one._apply(block), rtol=1e-12, atol=1e-12)
+    assert op._batches
+
+
+def test_a_loss_that_vmap_cannot_batch_is_multiplied_one_by_one() -> None:
+    class Square(torch.autograd.Function):
+        """Looks at a value on the way back, which no vmap can."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            return apply(Half, 2 * grad * x)
+
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x / 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad / 2 if bool((grad < torch.inf).all()) else grad
+
+    op = hypergrad.hessian(lambda p: apply(Square, p).sum(), gaussian(5))
+    assert torch.equal(op.to_dense(), torch.eye(5, dtype=F64))
+    assert not op._batches
+
+
+def test_leaves_that_products_do_not_reach_have_zeros_in_a_block_too() -> None:
+    tree = {"a": gaussian(3), "b": gaussian(2)}
+    op = hypergrad.hessian(lambda t: (t["a"] ** 2).sum() + t["b"].sum() ** 1, tree)
+    assert torch.equal(op.to_dense(), torch.diag(torch.tensor([2.0] * 3 + [0.0] * 2, dtype=F64)))
