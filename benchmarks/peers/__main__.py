@@ -61,7 +61,8 @@ def pinned_torch() -> str:
 def install(package: Package, directory: Path) -> str:
     """Make the environment; "" when it is there, else pip's reason."""
     done = directory / ".installed"
-    wanted = [package.requirement, *([pinned_torch()] if package.needs_torch else [])]
+    # NumPy is what the systems come in; not every package brings it.
+    wanted = [package.requirement, "numpy", *([pinned_torch()] if package.needs_torch else [])]
     if done.is_file() and done.read_text("utf-8").split() == wanted:
         return ""
     print(f"{package.name}: installing into {directory}", flush=True)
