@@ -164,6 +164,8 @@ class _Recurrence(Recurrence):
         self._keep_best(norms, better, all_better)
         if any_due and iteration < self.max_iters:
             self._judge(due, step.broken, iteration)
+        elif any_due:
+            self._look_last(due & ~better & ~step.broken, iteration)
 
     def _record(self, index: Tensor, x: Tensor, norms: Tensor) -> None:
         """Take note of true residuals, unless they are less than what they owe to rounding.
@@ -203,6 +205,15 @@ class _Recurrence(Recurrence):
             self._settle(torch.nonzero(hopeless).flatten())
         self._finish(done, Status.CONVERGED, iteration)
         self._finish(hopeless[~done], Status.STAGNATED, iteration)
+
+    def _look_last(self, unknown: Tensor, iteration: int) -> None:
+        """With the budget spent, see whether a step that may be rounding was for the better."""
+        index = torch.nonzero(unknown).flatten()
+        if len(index):
+            residual = self.system.residual(self.x[index], self.damping, self.row[index])
+            self._record(index, self.x[index], row_norms(residual))
+            done = unknown & (self.true <= self.tolerances[self.row])
+            self._finish(done, Status.CONVERGED, iteration)
 
     def _start_over(self, index: Tensor) -> None:
         """Begin afresh at the best true iterates, unless that was tried and gained nothing."""

@@ -204,6 +204,16 @@ def test_a_multiple_of_the_identity_takes_one_iteration(factor: float) -> None:
     assert relative_error(solution.value * factor, v) <= 1e-14
 
 
+@pytest.mark.parametrize("max_iters", [1, 2])
+def test_the_last_step_of_a_budget_is_not_lost(max_iters: int) -> None:
+    # Its residual is rounding, which only the true one can tell from a step gone wrong.
+    v = gaussian(20, seed=3)
+    solver = hypergrad.MINRES(rtol=1e-12, max_iters=max_iters)
+    info = hypergrad.solve(torch.eye(20, dtype=F64), v, solver).info
+    assert info.converged
+    assert info.num_hvps == 2
+
+
 @pytest.mark.parametrize("dimension", [1, 2, 5])
 def test_v_in_an_invariant_subspace_is_a_lucky_breakdown(dimension: int) -> None:
     problem = symmetric(SPECTRA["alternating"](20), seed=1)
