@@ -54,8 +54,7 @@ class Neumann(Solver):
     which is no guarantee: repetitions that diverge end as STAGNATED.  The residual in the report is
     that of the mean operator where it is known (:class:`hypergrad.SampledOperator`); for a
     callable it is the norm of the mean of max(r, 4) residuals with fresh products each, which
-    noise makes too large on average, never too small; only where it exceeds |v| by far more than
-    the noise is the answer given up as STAGNATED.
+    noise makes too large on average, never too small, and from which no status follows.
 
     Attributes:
         num_terms: K, terms of the series.
