@@ -162,7 +162,7 @@ def drawing_time(dims: tuple[int, ...] = (10_000, 1_000_000), repeats: int = 5) 
                         source(seed),
                         dim,
                         torch.device("cpu"),
-                        F64,  # type: ignore[arg-type]
+                        F64,
                     ).rows(rank)
                     best = min(best, time.perf_counter() - start)
                 cells.append(f"{1e3 * best:.3g}")

@@ -361,7 +361,7 @@ def test_the_trace_is_without_bias() -> None:
         estimates, with_probes = [], []
         for seed in range(80):
             made = hypergrad.nystrom_sketch(
-                problem.matrix, 6, sketch=kind, generator=generator(seed),  # type: ignore[arg-type]
+                problem.matrix, 6, sketch=kind, generator=generator(seed),
                 complement="zero",
             )  # fmt: skip
             estimates.append(made.trace())
@@ -486,7 +486,7 @@ def test_16_bit_products_keep_the_map_positive_and_bounded() -> None:
     problem = symmetric(POSITIVE["inverse"](40), seed=1)
     for kind in ("gaussian", "structured", "columns", "diagonal"):
         made = hypergrad.nystrom_sketch(
-            problem.matrix.to(torch.bfloat16), 6, sketch=kind,  # type: ignore[arg-type]
+            problem.matrix.to(torch.bfloat16), 6, sketch=kind,
             generator=generator(0),
         )  # fmt: skip
         inverse = made.solve_block(torch.eye(40), 1e-2)
