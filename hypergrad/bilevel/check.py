@@ -108,11 +108,10 @@ def check_hypergradient(
     Along a random unit direction u, D(h) = (F(y + h u) - F(y - h u)) / 2h, with the inner problem
     solved anew by ``solve_inner`` at both ends.  What D(h) may be wrong by is
 
-        |grad_w f| |grad_w g| / mu / h   (the ends are inner solutions to |grad_w g| / mu only,
-                                         to first order; no bound where that is longer than the
-                                         way between them),
-        the rounding of f over h, and
-        |D(2h) - D(h)|                   (three times the truncation, for a smooth F).
+    - ``|grad_w f| |grad_w g| / mu / h``: the ends are inner solutions to ``|grad_w g| / mu`` only
+      (to first order; no bound where that is longer than the way between them),
+    - the rounding of f over h, and
+    - ``|D(2h) - D(h)|``: three times the truncation, for a smooth F.
 
     h is chosen where these balance, from the inner error that is seen, and changed up to three
     times where one of them is too large.  A direction passes if its error and that uncertainty

@@ -71,7 +71,7 @@ def nystrom_sketch(
             part), or ``"raise"``.
         complement: what A is taken for outside the sketch: ``"zero"``, or ``"quadrature"``: a
             multiple of the identity from at most five Lanczos steps there
-            (:class:`hypergrad.solvers.complement.Complement`), spent only where the last
+            (Golub and Meurant 1993), spent only where the last
             eigenvalue of the sketch exceeds half the damping, or the rank was used up and the
             damping is ``"auto"``.
         diagonal: for ``sketch="diagonal"``, the diagonal of A, a tree like its argument; entries
@@ -163,7 +163,7 @@ class Nystrom(Solver):
     generator: torch.Generator | None = None
     negative_curvature: NegativeCurvature = "keep"
     complement: ComplementKind = "quadrature"
-    #: Tensors have no truth value to compare by.
+    # Tensors have no truth value to compare by.
     diagonal: Tree | None = field(default=None, compare=False, repr=False)
     tol: float = 9.0
     max_rank: int | None = None
