@@ -135,7 +135,11 @@ def measure_complement(
             off_diagonal.append(0.0)
             break
         off_diagonal.append(norm)
-        seen = torch.cat([seen, image / norm])
+        # What is left of a small image leans back into the sketch by the rounding of a large one:
+        # there A is no longer small, and its Ritz values no longer those of the complement.
+        following = outside(image / norm)
+        following = following - (following @ seen.T) @ seen
+        seen = torch.cat([seen, following / row_norms(following)])
     jacobi = start.new_tensor(diagonal), start.new_tensor(off_diagonal)
     inner = jacobi[1][:-1]
     smallest = float(

@@ -190,6 +190,18 @@ def test_the_complement_is_spent_only_where_it_matters() -> None:
     assert cost("auto") == cost("auto", complement="zero")
 
 
+def test_no_negative_curvature_is_met_outside_a_sketch_of_a_positive_operator() -> None:
+    # Three eigenvalues 1e4 times smaller than the rest: the Lanczos vectors there are made of
+    # small remainders, and must not lean back into the sketch.
+    for seed in range(60):
+        n, rank = 6 + seed % 3, 1 + seed % 3
+        problem = symmetric(torch.tensor([1.0] * (n - 3) + [1e-4] * 3, dtype=F64), seed=seed)
+        made = hypergrad.nystrom_sketch(
+            problem.matrix, rank, damping=1e-8, sketch="columns", generator=generator(seed)
+        )
+        assert made.smallest_eigenvalue >= 0
+
+
 def test_negative_curvature_met_outside_is_reported() -> None:
     # Large positive eigenvalues, which the sketch sees, over a negative bulk, which it does not.
     values = torch.cat([torch.ones(3, dtype=F64), torch.full((97,), -1e-3, dtype=F64)])
