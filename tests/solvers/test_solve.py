@@ -443,6 +443,16 @@ def test_a_failed_column_fails_the_batch() -> None:
     assert info.status is Status.NEGATIVE_CURVATURE
 
 
+def test_a_column_of_zeros_does_not_speak_for_a_batch() -> None:
+    # Of A = 0 a sketch's answers are exact, and all relative residuals equal.
+    v = torch.stack([torch.zeros(3), torch.ones(3), torch.ones(3)]).to(F64)
+    solver = hypergrad.Nystrom(1, generator=generator(0))
+    zero = torch.zeros(3, 3, dtype=F64)
+    info = hypergrad.solve(zero, v, solver, damping=0.5, batched=True).info
+    assert [column.converged for column in info.columns] == [True, False, False]
+    assert info.status is Status.FIXED_ITERATIONS and not info.converged
+
+
 def test_statuses_explain_themselves() -> None:
     for status in Status:
         assert len(status.value) > 20
