@@ -198,6 +198,8 @@ class _Series:
             # Curvature along a residual that has grown tells why it grows.
             along = torch.linalg.vecdot(self.direction, image)
             still = self.abandoned | self.lost | (self.norms == 0)
+            if last:  # an answer that underflowed has no product, which proves nothing
+                still |= ~system.returned(self.x).any(dim=1)
             self.curvature = torch.where(still, self.curvature, along)
             norms = torch.where(self.abandoned, self.norms, row_norms(following))
             grew = (norms > (1.0 + system.rounding) * self.reference) & self.watched

@@ -503,6 +503,16 @@ def test_an_answer_that_underflows_is_not_called_converged() -> None:
 
 
 @every_solver
+def test_an_answer_that_underflows_is_no_negative_curvature(name: str) -> None:
+    # Products with an answer of zeros are zero, and prove nothing of the operator.
+    matrix = 1e30 * torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    v = torch.full((3,), 1e-30)
+    info = quietly(matrix, v, SOLVERS[name](3), damping=1e27).info
+    assert info.status not in (Status.NEGATIVE_CURVATURE, Status.CONVERGED)
+    assert info.relative_residual == pytest.approx(1.0)
+
+
+@every_solver
 def test_the_largest_numbers_have_a_norm_too(name: str) -> None:
     v = torch.full((30,), 1.7e308, dtype=F64)
     x = hypergrad.solve(lambda u: u * 3, v, SOLVERS[name](30), damping=1.0).value
