@@ -20,8 +20,9 @@ from ..spectrum import damping_from_extremes, lanczos_extremes
 Damping = float | Literal["auto"]
 
 #: Rows of a smaller norm, or of one above its inverse, are scaled before a product in a narrower
-#: dtype.
-_SMALL = 1e-6
+#: dtype.  The smallest normal number of float16, 6e-5, leaves room for scaled rows only.
+_SMALL = {torch.float16: 1.0}
+_SMALL_ELSE = 1e-6
 
 
 class Status(enum.Enum):
@@ -180,7 +181,8 @@ class DampedSystem:
             # Residuals fall far below one.  Narrowed as they are, their entries would lose digits
             # to the narrow dtype's smallest numbers, and such numbers are slow to multiply.
             norms = row_norms(x)
-            out_of_range = (norms < _SMALL) | (norms > 1.0 / _SMALL)
+            small = _SMALL.get(self.operator.dtype, _SMALL_ELSE)
+            out_of_range = (norms < small) | (norms > 1.0 / small)
             if torch.compiler.is_compiling() or bool(out_of_range.any()):
                 scales = powers_of_two(norms)[:, None]
                 x = x / scales

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -500,6 +501,17 @@ def test_an_answer_that_underflows_is_not_called_converged() -> None:
     solution = quietly(lambda u: u * 1000.0, v, hypergrad.CG())
     assert not solution.info.converged
     assert solution.info.relative_residual > 0.5
+
+
+@pytest.mark.parametrize("solver", [hypergrad.CG(rtol=1e-3), hypergrad.MINRES(rtol=1e-3)])
+def test_small_residuals_of_float16_products_do_not_underflow(solver: Any) -> None:
+    # The multiple of the identity is exact, so that all there is to lose is range.
+    v = torch.randn(17, generator=generator(0)).half()
+    info = quietly(lambda u: u * 2.0**-7, v, solver, damping=0.0).info
+    assert info.status is Status.CONVERGED
+    dense = symmetric(torch.ones(17, dtype=F64)).matrix * 0.01
+    info = quietly(dense.half(), v, replace(solver, rtol=1e-8)).info
+    assert info.status is not Status.NEGATIVE_CURVATURE
 
 
 @every_solver
