@@ -313,6 +313,11 @@ def is_tolerance(value: object) -> bool:
     return real and math.isfinite(value) and value >= 0  # type: ignore[arg-type,operator]
 
 
+def allowed_skew(dtype: torch.dtype) -> float:
+    """Relative size up to which :func:`check_skew` takes an antisymmetric part for rounding."""
+    return float(torch.finfo(dtype).eps ** 0.25)
+
+
 def check_skew(skew: Tensor, size: Tensor, dtype: torch.dtype) -> None:
     """Raise :class:`NotSymmetricError` where products are antisymmetric beyond rounding.
 
@@ -324,7 +329,7 @@ def check_skew(skew: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         size: what they are measured against, same shape.
         dtype: dtype of the products.
     """
-    allowed = torch.finfo(dtype).eps ** 0.25
+    allowed = allowed_skew(dtype)
     if bool((skew > allowed * size).any()):
         worst = float((skew / size).max())
         raise NotSymmetricError(

@@ -92,7 +92,7 @@ def run_cg(
     """CG with the tolerances and the budget of ``config`` and any preconditioner."""
     if config.rtol == 0 and config.atol == 0:
         work = FixedWork.begin(system, x0, config.max_iters, traced=False)
-        return _fixed(work, precondition, SymmetryCheck(system.operator.dtype)).outcome()
+        return _fixed(work, precondition, SymmetryCheck(system)).outcome()
     return _Recurrence(
         system,
         x0,
