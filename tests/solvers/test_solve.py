@@ -451,7 +451,8 @@ def test_a_column_of_zeros_does_not_speak_for_a_batch() -> None:
     zero = torch.zeros(3, 3, dtype=F64)
     info = hypergrad.solve(zero, v, solver, damping=0.5, batched=True).info
     assert [column.converged for column in info.columns] == [True, False, False]
-    assert info.status is Status.FIXED_ITERATIONS and not info.converged
+    assert info.status is Status.FIXED_ITERATIONS
+    assert not info.converged
 
 
 def test_statuses_explain_themselves() -> None:
@@ -517,11 +518,22 @@ def test_small_residuals_of_float16_products_do_not_underflow(solver: Any) -> No
 @every_solver
 def test_an_answer_that_underflows_is_no_negative_curvature(name: str) -> None:
     # Products with an answer of zeros are zero, and prove nothing of the operator.
-    matrix = 1e30 * torch.diag(torch.tensor([1.0, 2.0, 3.0]))
     v = torch.full((3,), 1e-30)
-    info = quietly(matrix, v, SOLVERS[name](3), damping=1e27).info
-    assert info.status not in (Status.NEGATIVE_CURVATURE, Status.CONVERGED)
-    assert info.relative_residual == pytest.approx(1.0)
+    for eigenvalues in ([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]):
+        matrix = symmetric(torch.tensor(eigenvalues, dtype=F64), scale=1e30).matrix.to(F32)
+        info = quietly(matrix, v, SOLVERS[name](3), damping=1e27).info
+        assert info.status not in (Status.NEGATIVE_CURVATURE, Status.CONVERGED)
+        assert info.relative_residual == pytest.approx(1.0)
+
+
+def test_underflow_of_a_series_that_is_done_early_is_no_negative_curvature() -> None:
+    matrix = symmetric(torch.ones(17, dtype=F64), scale=1e30).matrix.to(F32)
+    for acceleration in ("none", "chebyshev"):
+        solver = hypergrad.Neumann(50, acceleration=acceleration)  # type: ignore[arg-type]
+        for seed in range(5):
+            v = 1e-30 * gaussian(17, seed=seed).to(F32)
+            info = quietly(matrix, v, solver, damping=1e27).info
+            assert info.status is Status.STAGNATED
 
 
 @every_solver
