@@ -167,7 +167,8 @@ def _fixed(
     for iteration in range(1, work.count + 1):
         z, unit = _preconditioned(precondition, work.r, unit)
         last, rz = rz, torch.linalg.vecdot(work.r, z)
-        work.refuse(work.live & (rz <= 0), rz)
+        if precondition is not None:
+            work.refuse(work.live & (rz <= 0), rz)
         live = work.live
         p = torch.addcmul(z, over(rz, last)[:, None], p)
         product = system.product(p)
