@@ -109,5 +109,7 @@ def test_tree_like_is_the_inverse_of_flat() -> None:
 
 def test_types_for_storage_are_refused() -> None:
     # PyTorch calls them floating-point, but has no arithmetic for them.
-    with pytest.raises(hypergrad.LeafTypeError, match="float8_e4m3fn, expected .* of 16 bits or more"):
+    with pytest.raises(
+        hypergrad.LeafTypeError, match=r"float8_e4m3fn, expected .* of 16 bits or more"
+    ):
         TreeLayout.of(torch.zeros(3).to(torch.float8_e4m3fn))

@@ -529,7 +529,7 @@ def test_an_answer_that_underflows_is_no_negative_curvature(name: str) -> None:
 def test_underflow_of_a_series_that_is_done_early_is_no_negative_curvature() -> None:
     matrix = symmetric(torch.ones(17, dtype=F64), scale=1e30).matrix.to(F32)
     for acceleration in ("none", "chebyshev"):
-        solver = hypergrad.Neumann(50, acceleration=acceleration)  # type: ignore[arg-type]
+        solver = hypergrad.Neumann(50, acceleration=acceleration)
         for seed in range(5):
             v = 1e-30 * gaussian(17, seed=seed).to(F32)
             info = quietly(matrix, v, solver, damping=1e27).info
