@@ -200,7 +200,7 @@ class _Series:
             still = self.abandoned | self.lost | (self.norms == 0)
             self.curvature = torch.where(still, self.curvature, along)
             if last:  # an answer that underflowed has no product, and its residual proves nothing
-                vanished = ~system.returned(self.x).any(dim=1)
+                vanished = self.x.any(dim=1) & ~system.returned(self.x).any(dim=1)
                 self.curvature = torch.where(vanished, 1.0, self.curvature)
             norms = torch.where(self.abandoned, self.norms, row_norms(following))
             grew = (norms > (1.0 + system.rounding) * self.reference) & self.watched
