@@ -42,10 +42,11 @@ def _check_leaf(leaf: Any, path: str, name: str) -> Tensor:
             f"{name}{path} is sparse ({leaf.layout}), expected a dense tensor. Use .to_dense(), "
             "and layers without sparse gradients."
         )
-    if not leaf.is_floating_point():
+    # Arithmetic on the 8-bit types does not exist: they are for storage.
+    if not leaf.is_floating_point() or leaf.element_size() < 2:
         raise LeafTypeError(
-            f"{name}{path} has dtype {leaf.dtype}, expected a real floating-point dtype. "
-            f"Convert it, for example with .to({torch.get_default_dtype()})."
+            f"{name}{path} has dtype {leaf.dtype}, expected a real floating-point dtype of "
+            f"16 bits or more. Convert it, for example with .to({torch.get_default_dtype()})."
         )
     return leaf
 

@@ -105,3 +105,11 @@ def test_recurrences_are_wider_than_products() -> None:
 def test_tree_like_is_the_inverse_of_flat() -> None:
     tree = {"z": torch.zeros(2, 2), "a": (torch.zeros(()),)}
     assert torch.equal(flat(tree_like(tree, torch.arange(5.0))), torch.arange(5.0))
+
+
+def test_types_for_storage_are_refused() -> None:
+    # PyTorch calls them floating-point, but has no arithmetic for them.
+    with pytest.raises(
+        hypergrad.LeafTypeError, match=r"float8_e4m3fn, expected .* of 16 bits or more"
+    ):
+        TreeLayout.of(torch.zeros(3).to(torch.float8_e4m3fn))

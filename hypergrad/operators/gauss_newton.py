@@ -115,6 +115,9 @@ class GaussNewtonOperator(LinearOperator):
         other._point, other._built, other._more = self._point.replaced(tensors), None, None
         return other
 
+    def _transposed(self) -> LinearOperator:
+        return self  # symmetric by construction
+
     def _depends_on_more(self) -> bool:
         if transforming() or tangents():
             return self._point.depends_on_more(self)

@@ -103,6 +103,9 @@ class HessianOperator(LinearOperator):
         other.batch = other._point.batch
         return other
 
+    def _transposed(self) -> LinearOperator:
+        return self  # symmetric by construction
+
     def _depends_on_more(self) -> bool:
         if transforming() or tangents():
             return self._point.depends_on_more(self)

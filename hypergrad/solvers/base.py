@@ -20,8 +20,9 @@ from ..spectrum import damping_from_extremes, lanczos_extremes
 Damping = float | Literal["auto"]
 
 #: Rows of a smaller norm, or of one above its inverse, are scaled before a product in a narrower
-#: dtype.
-_SMALL = 1e-6
+#: dtype.  The smallest normal number of float16, 6e-5, leaves room for scaled rows only.
+_SMALL = {torch.float16: 1.0}
+_SMALL_ELSE = 1e-6
 
 
 class Status(enum.Enum):
@@ -180,7 +181,8 @@ class DampedSystem:
             # Residuals fall far below one.  Narrowed as they are, their entries would lose digits
             # to the narrow dtype's smallest numbers, and such numbers are slow to multiply.
             norms = row_norms(x)
-            out_of_range = (norms < _SMALL) | (norms > 1.0 / _SMALL)
+            small = _SMALL.get(self.operator.dtype, _SMALL_ELSE)
+            out_of_range = (norms < small) | (norms > 1.0 / small)
             if torch.compiler.is_compiling() or bool(out_of_range.any()):
                 scales = powers_of_two(norms)[:, None]
                 x = x / scales
@@ -311,6 +313,11 @@ def is_tolerance(value: object) -> bool:
     return real and math.isfinite(value) and value >= 0  # type: ignore[arg-type,operator]
 
 
+def allowed_skew(dtype: torch.dtype) -> float:
+    """Relative size up to which :func:`check_skew` takes an antisymmetric part for rounding."""
+    return float(torch.finfo(dtype).eps ** 0.25)
+
+
 def check_skew(skew: Tensor, size: Tensor, dtype: torch.dtype) -> None:
     """Raise :class:`NotSymmetricError` where products are antisymmetric beyond rounding.
 
@@ -322,7 +329,7 @@ def check_skew(skew: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         size: what they are measured against, same shape.
         dtype: dtype of the products.
     """
-    allowed = torch.finfo(dtype).eps ** 0.25
+    allowed = allowed_skew(dtype)
     if bool((skew > allowed * size).any()):
         worst = float((skew / size).max())
         raise NotSymmetricError(

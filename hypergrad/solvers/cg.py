@@ -92,7 +92,7 @@ def run_cg(
     """CG with the tolerances and the budget of ``config`` and any preconditioner."""
     if config.rtol == 0 and config.atol == 0:
         work = FixedWork.begin(system, x0, config.max_iters, traced=False)
-        return _fixed(work, precondition, SymmetryCheck(system.operator.dtype)).outcome()
+        return _fixed(work, precondition, SymmetryCheck(system)).outcome()
     return _Recurrence(
         system,
         x0,
@@ -167,7 +167,8 @@ def _fixed(
     for iteration in range(1, work.count + 1):
         z, unit = _preconditioned(precondition, work.r, unit)
         last, rz = rz, torch.linalg.vecdot(work.r, z)
-        work.refuse(work.live & (rz <= 0), rz)
+        if precondition is not None:
+            work.refuse(work.live & (rz <= 0), rz)
         live = work.live
         p = torch.addcmul(z, over(rz, last)[:, None], p)
         product = system.product(p)

@@ -109,6 +109,8 @@ class FixedWork:
 
     def freeze(self, stuck: Tensor, direction: Tensor, norms: Tensor) -> None:
         """Stop rows that met negative curvature along the rows of ``direction``."""
+        if not self.traced and not bool(stuck.any()):  # the usual case, at no pass over the rows
+            return
         # Of a residual that is rounding itself, the curvature is no news of the operator.
         rounding = 10.0 * torch.finfo(self.system.operator.dtype).eps * self.system.b_norms
         news = stuck & (self.norms > rounding)

@@ -95,7 +95,7 @@ class MINRES(Solver):
         precondition = preconditioning(self.preconditioner, system)
         if self.rtol == 0 and self.atol == 0:
             work = FixedWork.begin(system, x0, self.max_iters, traced=False)
-            return _fixed(work, precondition, SymmetryCheck(system.operator.dtype)).outcome()
+            return _fixed(work, precondition, SymmetryCheck(system)).outcome()
         return _Recurrence(
             system, x0, precondition, rtol=self.rtol, atol=self.atol, max_iters=self.max_iters
         ).run()

@@ -199,6 +199,9 @@ class _Series:
             along = torch.linalg.vecdot(self.direction, image)
             still = self.abandoned | self.lost | (self.norms == 0)
             self.curvature = torch.where(still, self.curvature, along)
+            if last:  # an answer that underflowed has no product, and its residual proves nothing
+                vanished = self.x.any(dim=1) & ~system.returned(self.x).any(dim=1)
+                self.curvature = torch.where(vanished, 1.0, self.curvature)
             norms = torch.where(self.abandoned, self.norms, row_norms(following))
             grew = (norms > (1.0 + system.rounding) * self.reference) & self.watched
             # A term is a power of one operator: what has grown like this never comes back.

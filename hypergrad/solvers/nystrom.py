@@ -239,7 +239,10 @@ class Nystrom(Solver):
         keep = self.negative_curvature == "keep"
         indefinite = keep and sketch.smallest_eigenvalue + rho <= 0
         # x'(A + rho I) x, at no further product: proof of negative curvature that lies outside.
-        curvatures = (x * (system.b - residual)).sum(1).tolist()
+        along_x = (x * (system.b - residual)).sum(1)
+        # An answer that underflowed has no product, which proves nothing.
+        vanished = ~system.returned(x).any(dim=1)
+        curvatures = torch.where(vanished, torch.inf, along_x).tolist()
         norms = row_norms(residual)
         if self.negative_curvature in ("absolute", "clip") and sketch.smallest_eigenvalue < 0:
             # The policy changed the system on purpose: along the basis the answer is exact for

@@ -231,7 +231,11 @@ def reports(outcome: Outcome, system: DampedSystem, solver: Solver) -> list[Solv
 
 def summary(columns: Sequence[SolveInfo]) -> SolveInfo:
     """The report of a batch: the worst of its columns, with all of them."""
-    worst = max(columns, key=lambda info: (info.status.failed, info.relative_residual))
+    # Of columns with equal residuals, such as those whose answer is exact, one with v = 0 is
+    # CONVERGED without a tolerance, which says nothing of the others.
+    worst = max(
+        columns, key=lambda info: (info.status.failed, not info.converged, info.relative_residual)
+    )
     return replace(
         worst,
         converged=all(info.converged for info in columns),

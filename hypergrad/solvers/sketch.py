@@ -19,6 +19,9 @@ from .embedding import SketchKind
 #: Named here too, for those that take a sketch's options.
 __all__ = ["NegativeCurvature", "NystromSketch", "SketchKind"]
 
+#: Weights below this many eps are lost, to a few digits, when one is taken off them.
+_FEW = 1e3
+
 NegativeCurvature = Literal["keep", "absolute", "clip", "raise"]
 
 
@@ -315,11 +318,20 @@ class _Preconditioner(LinearOperator):
         super().__init__(sketch.layout)
         self.basis = sketch.basis
         size = sketch.eigenvalues.abs()
-        self.weights = (sketch.tail + damping) / (size + damping) - 1.0
+        self.weights = (sketch.tail + damping) / (size + damping)
+        # Where the smallest weight is rounding next to one, w - 1 forgets it.
+        least = _FEW * torch.finfo(self.weights.dtype).eps
+        self.careful = bool((self.weights < least).any())
 
     def _apply(self, block: Tensor) -> Tensor:
         wide = block.to(self.basis.dtype)
-        return (wide + ((wide @ self.basis.T) * self.weights) @ self.basis).to(block.dtype)
+        inside = wide @ self.basis.T
+        if not self.careful:
+            return (wide + (inside * (self.weights - 1.0)) @ self.basis).to(block.dtype)
+        outside = wide - inside @ self.basis
+        # Once more: what is left of the basis is rounding, of which r'M r must not be made.
+        outside = outside - (outside @ self.basis.T) @ self.basis
+        return (outside + (inside * self.weights) @ self.basis).to(block.dtype)
 
 
 def bare_system(

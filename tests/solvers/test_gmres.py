@@ -532,3 +532,23 @@ def test_a_callable_without_a_transpose_says_so() -> None:
     x = hypergrad.solve(lambda u: matrix @ u, v, GMRES()).value
     with pytest.raises(DifferentiationError, match="transpose"):
         x.sum().backward()
+
+
+def test_hessians_are_their_own_transpose() -> None:
+    target = gaussian(5, seed=3).requires_grad_()
+    v = gaussian(5, seed=2)
+
+    def loss(p: Tensor, target: Tensor) -> Tensor:
+        return ((p - target) ** 4).sum() / 12 + (p**2).sum()
+
+    makes = (
+        lambda: hypergrad.hessian(loss, torch.zeros(5, dtype=F64), target),
+        lambda: hypergrad.ggn(torch.mul, loss, torch.ones(5, dtype=F64), torch.tensor(2.0), target),
+    )
+    for make in makes:
+        grads = []
+        for solver in (GMRES(rtol=1e-12), hypergrad.CG(rtol=1e-12)):
+            x = hypergrad.solve(make(), v, solver, damping=1.0).value
+            grads.append(torch.autograd.grad(x.sum(), target)[0])
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=0)
+        assert bool((grads[0] != 0).any())

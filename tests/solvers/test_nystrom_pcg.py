@@ -246,3 +246,52 @@ def test_damping_must_be_positive() -> None:
 def test_options_outside_their_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(hypergrad.SolverOptionError):
         NystromPCG(rank=2, **options)
+
+
+@pytest.mark.parametrize("tail", [0.0, 1e-9])
+@pytest.mark.parametrize("damping", [1e-7, 1e-8])
+def test_rounding_is_not_taken_for_an_operator_that_is_not_symmetric(
+    damping: float, tail: float
+) -> None:
+    # The directions of a preconditioned recurrence lie where A is small: below a damping of
+    # eps |A|, what float32 products hold of it there is rounding, which has no symmetry.
+    values = torch.full((50,), tail, dtype=F64)
+    values[:16] = 1.0
+    matrix = symmetric(values).matrix.to(F32)
+    v = gaussian(50).to(F32)
+    sketch = hypergrad.nystrom_sketch(matrix, 21, damping=damping, generator=generator(0))
+    inverse = sketch.preconditioner(damping)
+    for solver in (
+        NystromPCG(21, generator=generator(0), max_iters=60),
+        CG(preconditioner=inverse, max_iters=60),
+        CG(rtol=0.0, preconditioner=inverse, max_iters=5),
+        hypergrad.MINRES(preconditioner=inverse, max_iters=60),
+    ):
+        info = quietly(matrix, v, solver, damping=damping).info
+        # Of a fixed number of CG iterations the last is returned, whatever its residual.
+        assert info.relative_residual <= 1.0 or solver.rtol == 0.0, solver
+
+
+@pytest.mark.parametrize("solver", [CG, hypergrad.MINRES])
+def test_an_operator_that_is_not_symmetric_is_found_with_a_preconditioner(solver: Any) -> None:
+    matrix = symmetric(torch.logspace(0, -1, 50, dtype=F64)).matrix
+    sketch = hypergrad.nystrom_sketch(matrix, 10, damping=0.1, generator=generator(0))
+    skewed = matrix + 0.3 * torch.triu(matrix, 1)
+    configured = solver(preconditioner=sketch.preconditioner(0.1))
+    with pytest.raises(hypergrad.NotSymmetricError):
+        hypergrad.solve(skewed, gaussian(50), configured, damping=0.1)
+
+
+def test_a_preconditioner_is_positive_definite_at_any_damping() -> None:
+    # (L + damping)^-1 (l + damping) next to one: 1e-8, less than float32 adds to one.
+    matrix = symmetric(1.0 / torch.arange(1.0, 51.0, dtype=F64)).matrix.to(torch.bfloat16)
+    v = gaussian(50).to(torch.bfloat16)
+    for damping in (1e-6, 1e-7, 1e-8):
+        for rank in (50, "auto"):
+            solver = NystromPCG(rank, generator=generator(0), max_iters=60)
+            quietly(matrix, v, solver, damping=damping)
+    sketch = hypergrad.nystrom_sketch(
+        symmetric(torch.ones(20, dtype=F64)).matrix, 20, generator=generator(0)
+    )
+    r = gaussian(5, 20).to(F64)
+    assert bool(((sketch.preconditioner(1e-18)._apply(r) * r).sum(1) > 0).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -443,6 +444,17 @@ def test_a_failed_column_fails_the_batch() -> None:
     assert info.status is Status.NEGATIVE_CURVATURE
 
 
+def test_a_column_of_zeros_does_not_speak_for_a_batch() -> None:
+    # Of A = 0 a sketch's answers are exact, and all relative residuals equal.
+    v = torch.stack([torch.zeros(3), torch.ones(3), torch.ones(3)]).to(F64)
+    solver = hypergrad.Nystrom(1, generator=generator(0))
+    zero = torch.zeros(3, 3, dtype=F64)
+    info = hypergrad.solve(zero, v, solver, damping=0.5, batched=True).info
+    assert [column.converged for column in info.columns] == [True, False, False]
+    assert info.status is Status.FIXED_ITERATIONS
+    assert not info.converged
+
+
 def test_statuses_explain_themselves() -> None:
     for status in Status:
         assert len(status.value) > 20
@@ -490,6 +502,38 @@ def test_an_answer_that_underflows_is_not_called_converged() -> None:
     solution = quietly(lambda u: u * 1000.0, v, hypergrad.CG())
     assert not solution.info.converged
     assert solution.info.relative_residual > 0.5
+
+
+@pytest.mark.parametrize("solver", [hypergrad.CG(rtol=1e-3), hypergrad.MINRES(rtol=1e-3)])
+def test_small_residuals_of_float16_products_do_not_underflow(solver: Any) -> None:
+    # The multiple of the identity is exact, so that all there is to lose is range.
+    v = torch.randn(17, generator=generator(0)).half()
+    info = quietly(lambda u: u * 2.0**-7, v, solver, damping=0.0).info
+    assert info.status is Status.CONVERGED
+    dense = symmetric(torch.ones(17, dtype=F64)).matrix * 0.01
+    info = quietly(dense.half(), v, replace(solver, rtol=1e-8)).info
+    assert info.status is not Status.NEGATIVE_CURVATURE
+
+
+@every_solver
+def test_an_answer_that_underflows_is_no_negative_curvature(name: str) -> None:
+    # Products with an answer of zeros are zero, and prove nothing of the operator.
+    v = torch.full((3,), 1e-30)
+    for eigenvalues in ([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]):
+        matrix = symmetric(torch.tensor(eigenvalues, dtype=F64), scale=1e30).matrix.to(F32)
+        info = quietly(matrix, v, SOLVERS[name](3), damping=1e27).info
+        assert info.status not in (Status.NEGATIVE_CURVATURE, Status.CONVERGED)
+        assert info.relative_residual == pytest.approx(1.0)
+
+
+def test_underflow_of_a_series_that_is_done_early_is_no_negative_curvature() -> None:
+    matrix = symmetric(torch.ones(17, dtype=F64), scale=1e30).matrix.to(F32)
+    for acceleration in ("none", "chebyshev"):
+        solver = hypergrad.Neumann(50, acceleration=acceleration)
+        for seed in range(5):
+            v = 1e-30 * gaussian(17, seed=seed).to(F32)
+            info = quietly(matrix, v, solver, damping=1e27).info
+            assert info.status is Status.STAGNATED
 
 
 @every_solver
