@@ -459,3 +459,25 @@ def test_every_error_is_also_the_builtin_that_a_reader_expects() -> None:
     assert issubclass(hg.NonFiniteError, ArithmeticError)
     assert issubclass(hg.ConvergenceError, RuntimeError)
     assert issubclass(hg.ConvergenceWarning, UserWarning)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda wrong: hg.Nystrom(wrong),
+        lambda wrong: hg.Nystrom(2, sketch=wrong),
+        lambda wrong: hg.Nystrom(2, negative_curvature=wrong),
+        lambda wrong: hg.Nystrom(2, complement=wrong),
+        lambda wrong: hg.NystromPCG(wrong),
+        lambda wrong: hg.NystromPCG(2, sketch=wrong),
+        lambda wrong: hg.Exact(fallback=wrong),
+        lambda wrong: hg.Neumann(step_size=wrong),
+        lambda wrong: hg.Neumann(acceleration=wrong),
+        lambda wrong: hg.solve(EYE, ONES, on_failure=wrong),
+        lambda wrong: hg.solve(EYE, ONES, wrong),
+    ],
+)
+@pytest.mark.parametrize("wrong", [np.ones(2), torch.ones(2), ["auto"]])
+def test_an_array_is_no_name_of_an_option(make: Any, wrong: Any) -> None:
+    with pytest.raises(hg.HypergradError):
+        make(wrong)

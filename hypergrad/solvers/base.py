@@ -301,6 +301,11 @@ def check_option(ok: bool, name: str, got: object, expected: str) -> None:
         raise SolverOptionError(f"{name} is {got!r}, expected {expected}.")
 
 
+def is_one_of(value: object, names: tuple[str, ...]) -> bool:
+    """Whether ``value`` is one of these names; arrays and tensors have no truth value to ask."""
+    return isinstance(value, str) and value in names
+
+
 def is_count(value: object) -> bool:
     """Whether ``value`` is an integer >= 1."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -19,6 +19,7 @@ from .base import (
     check_option,
     check_skew,
     is_count,
+    is_one_of,
     is_tolerance,
 )
 from .memory import free_bytes
@@ -78,7 +79,7 @@ class Exact(Solver):
         check_option(
             is_count(self.max_bytes), "max_bytes", self.max_bytes, "a positive number of bytes"
         )
-        good = self.fallback in get_args(Fallback)
+        good = is_one_of(self.fallback, get_args(Fallback))
         check_option(good, "fallback", self.fallback, f"one of {get_args(Fallback)}")
         good = self.chunk_size is None or is_count(self.chunk_size)
         check_option(good, "chunk_size", self.chunk_size, "None or an integer >= 1")

@@ -11,7 +11,16 @@ from torch import Tensor
 from ..operators import SampledOperator
 from ..pytree import row_norms
 from ..spectrum import lanczos_extremes
-from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count, is_tolerance
+from .base import (
+    DampedSystem,
+    Outcome,
+    Solver,
+    Status,
+    check_option,
+    is_count,
+    is_one_of,
+    is_tolerance,
+)
 from .lissa import run_lissa
 from .traced import begin_traced, norms_traced, residual_traced
 
@@ -95,9 +104,11 @@ class Neumann(Solver):
 
     def __post_init__(self) -> None:
         check_option(is_count(self.num_terms), "num_terms", self.num_terms, "an integer >= 1")
-        good = self.step_size == "auto" or (is_tolerance(self.step_size) and self.step_size > 0)
+        good = is_one_of(self.step_size, ("auto",)) or (
+            is_tolerance(self.step_size) and self.step_size > 0  # type: ignore[operator]
+        )
         check_option(good, "step_size", self.step_size, "a finite number > 0 or 'auto'")
-        good = self.acceleration in get_args(Acceleration)
+        good = is_one_of(self.acceleration, get_args(Acceleration))
         check_option(good, "acceleration", self.acceleration, f"one of {get_args(Acceleration)}")
         good = self.num_samples is None or is_count(self.num_samples)
         check_option(good, "num_samples", self.num_samples, "None or an integer >= 1")

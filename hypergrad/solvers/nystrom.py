@@ -19,6 +19,7 @@ from .base import (
     Status,
     check_option,
     is_count,
+    is_one_of,
     is_tolerance,
 )
 from .complement import ComplementKind
@@ -171,7 +172,7 @@ class Nystrom(Solver):
     default_damping = "auto"
 
     def __post_init__(self) -> None:
-        if self.rank != "auto" and not is_count(self.rank):
+        if not (is_one_of(self.rank, ("auto",)) or is_count(self.rank)):
             raise RankError(f"rank is {self.rank!r}, expected an integer >= 1 or 'auto'.")
         for name, kinds in (
             ("sketch", get_args(SketchKind)),
@@ -179,7 +180,7 @@ class Nystrom(Solver):
             ("complement", get_args(ComplementKind)),
         ):
             value = getattr(self, name)
-            check_option(value in kinds, name, value, f"one of {kinds}")
+            check_option(is_one_of(value, kinds), name, value, f"one of {kinds}")
         good = self.generator is None or isinstance(self.generator, torch.Generator)
         check_option(good, "generator", self.generator, "None or a torch.Generator")
         unused = self.diagonal is not None and self.sketch != "diagonal"

@@ -12,7 +12,7 @@ from ..errors import SolverOptionError, TreeStructureError
 from ..operators import LinearOperator, as_operator
 from ..pytree import Tree, TreeLayout
 from ..transforms import differentiable
-from .base import Damping, Solution, Solver, check_damping
+from .base import Damping, Solution, Solver, check_damping, is_one_of
 from .cg import CG
 from .choice import Auto
 from .differentiable import answer
@@ -100,13 +100,13 @@ def solve(
         >>> solution.backward[0].converged
         True
     """
-    if solver is None or solver == "auto":
+    if solver is None or is_one_of(solver, ("auto",)):
         solver = CG() if solver is None else Auto()
     if not isinstance(solver, Solver):
         raise SolverOptionError(
             f"solver is {solver!r}, expected a configuration such as hypergrad.CG(), or 'auto'."
         )
-    if on_failure not in get_args(OnFailure):
+    if not is_one_of(on_failure, get_args(OnFailure)):
         raise SolverOptionError(
             f"on_failure is {on_failure!r}, expected one of {get_args(OnFailure)}."
         )
