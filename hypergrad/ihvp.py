@@ -1,9 +1,10 @@
 """The one-call verbs: (A + damping I)^-1 v for a Hessian-vector product and a right-hand side.
 
 Each is :func:`hypergrad.solve` with one solver; see there for the errors, which are common to
-all.  ``hvp_fn`` is any Python callable v -> A v on trees (or anything else that
-:func:`hypergrad.as_operator` takes); v is any tree of tensors; the answer has v's structure,
-dtype and device.  With ``return_info=True`` the answer is ``(x, info)``.  A failed solve warns
+all, and for derivatives: the answers carry a graph where an input requires grad.  ``hvp_fn`` is
+any Python callable v -> A v on trees (or anything else that :func:`hypergrad.as_operator` takes);
+v is any tree of tensors; the answer has v's structure, dtype and device.  With
+``return_info=True`` the answer is ``(x, info)``.  A failed solve warns
 (:class:`hypergrad.ConvergenceWarning`) and returns the best answer found.
 """
 
@@ -34,7 +35,7 @@ def exact_ihvp(hvp_fn: HvpFn, v: Tree, *, damping: Damping = 0.0, return_info: b
 
     Raises:
         OperatorTooLargeError: the matrix would need more than 4 GiB
-            (``hypergrad.Exact(max_bytes=...)`` allows more).
+            (``hypergrad.Exact(max_bytes=...)`` allows more), or more than is free.
         HypergradError: see :func:`hypergrad.solve`.
 
     Cost: n HVPs and one to check the answer.  See :class:`hypergrad.Exact`.
@@ -156,7 +157,9 @@ def neumann_ihvp(
     Raises:
         HypergradError: see :func:`hypergrad.solve`.
 
-    Cost: ``num_terms`` HVPs, at most 10 more for ``"auto"``.  See :class:`hypergrad.Neumann`.
+    Cost: ``num_terms`` HVPs, at most 10 more for ``"auto"``.  See :class:`hypergrad.Neumann`, also
+    for Chebyshev acceleration and for fresh minibatches (LiSSA), which :func:`hypergrad.solve`
+    takes.
 
     Examples:
         >>> import torch, hypergrad
@@ -203,8 +206,10 @@ def nystrom_ihvp(
 
     Cost: ``rank`` HVPs, one to check the sketch and one to check the answer; ``rank`` more where
     there is negative curvature or rounding asks for a second pass, five where the sketch's last
-    eigenvalue exceeds half the damping.  See :class:`hypergrad.Nystrom`; to reuse a sketch,
-    :func:`hypergrad.nystrom_sketch`.
+    eigenvalue exceeds half the damping, ten to estimate the diagonal.  See
+    :class:`hypergrad.Nystrom`, also for what :func:`hypergrad.solve` takes besides: a policy for
+    negative curvature, no complement, a known diagonal, tolerance and cap of an automatic rank;
+    to reuse a sketch, :func:`hypergrad.nystrom_sketch`.
 
     Examples:
         >>> import torch, hypergrad
@@ -237,7 +242,8 @@ def nystrom_pcg_ihvp(
         hvp_fn: the product v -> A v; A + damping I must be positive definite, or the solve ends
             with status NEGATIVE_CURVATURE.
         v: right-hand side, any tree of floating-point tensors.
-        rank: size of the sketch, from 1 to the dimension.
+        rank: size of the sketch, from 1 to the dimension; or ``"auto"``: until the condition number
+            of the preconditioned system is at most 10, or to 256.
         damping: the multiple of the identity that is added, > 0, or ``"auto"``, taken from the
             sketch as by :func:`nystrom_ihvp`.
         rtol: stop when |v - (A + damping I) x| <= max(rtol |v|, atol).

@@ -28,7 +28,7 @@ class NystromPCG(Solver):
     recurrence, which share the sketch.
 
     Attributes:
-        rank: size of the sketch, >= 1, or ``"auto"`` where the sketch takes it.
+        rank: size of the sketch, >= 1, or ``"auto"``: see :func:`hypergrad.nystrom_sketch`.
         rtol: tolerance relative to |v|.
         atol: absolute tolerance.  With ``rtol=0, atol=0`` exactly ``max_iters`` iterations.
         max_iters: iteration budget; None for 10,000.

@@ -40,8 +40,8 @@ def solve(
             ``"auto"`` for :class:`hypergrad.Auto`, which chooses.
         damping: the multiple of the identity that is added, or ``"auto"``: see
             :func:`hypergrad.spectrum.damping_from_extremes`.  None is the solver's own default: 0,
-            or ``"auto"`` for Nyström, which needs a positive one.  A 0-d tensor that requires grad
-            gets a gradient; what ``"auto"`` came to is a constant.
+            or ``"auto"`` for ``Nystrom`` and ``NystromPCG``, which need a positive one.  A 0-d
+            tensor that requires grad gets a gradient; what ``"auto"`` came to is a constant.
         x0: a warm start of v's structure; the direct solvers solve for the correction to it.
         batched: whether v stacks m right-hand sides.
         on_failure: what a status that ``failed`` does: ``"raise"`` :class:`ConvergenceError` (it
