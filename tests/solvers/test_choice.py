@@ -65,7 +65,7 @@ TABLE: dict[str, Callable[[int], Tensor]] = {
     "one negative": SPECTRA["one_negative"],
 }
 #: What the choice may cost beside the best candidate, found by running them all: a probe, and a
-#: factor of two (measured: 1.35 at worst in 198 cells of spectrum, n, m and damping).
+#: factor of two (measured: 1.4 at worst in 174 cells of spectrum, n, m and damping).
 FACTOR, PROBE = 2.0, 40
 
 
