@@ -206,7 +206,8 @@ class _Jacobian(LinearOperator):
 
     def _functional(self, block: Tensor) -> Tensor:
         w, outer = self._point.params[0], self._point.batch[0]
-        image, pull = torch.func.vjp(lambda x: self.function.residual(self.layout, x, outer), w)
+        pair = torch.func.vjp(lambda x: self.function.residual(self.layout, x, outer), w)
+        image, pull = pair[0], pair[1]
         if self.is_transposed:
             return torch.stack([pull(row)[0] for row in block.unbind()])
         push = torch.func.vjp(lambda c: pull(c)[0], torch.zeros_like(image))[1]
