@@ -57,7 +57,8 @@ class ImplicitFunction:
 
     def __init__(self, config: Configuration) -> None:
         self._config = config
-        functools.update_wrapper(self, config.inner_solver)
+        # Its name and docstring; a callable object's attributes stay its own.
+        functools.update_wrapper(self, config.inner_solver, updated=())
 
     def __call__(self, init: Tree, outer_params: Tree) -> Tree:
         """The inner solution, attached to ``outer_params``."""

@@ -6,10 +6,22 @@ from typing import Any
 import pytest
 import scipy.optimize
 import torch
+import torch.utils._pytree as torch_pytree
+from hypothesis import given
 from torch import Tensor
 
 import hypergrad
-from tests.strategies import F32, F64, gaussian, generator, relative_error
+from tests.bilevel.test_hypergradient import couple, judge, solve_inner
+from tests.strategies import (
+    F32,
+    F64,
+    flat,
+    gaussian,
+    generator,
+    quick_and_thorough,
+    relative_error,
+    trees,
+)
 
 TIGHT = hypergrad.CG(rtol=1e-13)
 TIGHT_GMRES = hypergrad.GMRES(rtol=1e-13)
@@ -183,14 +195,38 @@ def test_backward_through_a_bilevel_loss(dtype: torch.dtype) -> None:
     assert y.grad.dtype == dtype
 
 
-def test_agrees_with_hypergradient() -> None:
-    def outer_loss(w: Tensor, y: Tensor) -> Tensor:
-        return w.sin().sum() + (y**2).mean()
+SOLVERS: dict[str, tuple[Any, float | None]] = {
+    "exact": (hypergrad.Exact(), None),
+    "minres": (hypergrad.MINRES(rtol=1e-12), None),
+    "gmres": (hypergrad.GMRES(rtol=1e-12), None),
+    "neumann": (hypergrad.Neumann(num_terms=400), None),
+    "nystrom": (hypergrad.Nystrom(5, generator=generator(0)), 1e-9),
+    "auto": ("auto", None),
+}
 
-    star = ridge_solution(LOG_PENALTIES)
-    expected = hypergrad.hypergradient(ridge_loss, outer_loss, star, LOG_PENALTIES, solver=TIGHT)
-    got = torch.func.grad(lambda y: outer_loss(ridge(None, y), y))(LOG_PENALTIES)
-    assert relative_error(got, expected.grad) <= 1e-12
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_serves(name: str) -> None:
+    solver, damping = SOLVERS[name]
+    solve = hypergrad.implicit(ridge_loss, solver, damping)(lambda init, y: ridge_solution(y))
+    expected = torch.func.jacrev(ridge_solution)(LOG_PENALTIES)
+    # "auto" may take CG with its own rtol of 1e-5, which the condition number multiplies.
+    assert relative_error(torch.func.jacrev(of(solve))(LOG_PENALTIES), expected) <= 1e-4
+    if name != "auto":
+        assert relative_error(autograd_jacobian(of(solve))(LOG_PENALTIES), expected) <= 1e-7
+
+
+@quick_and_thorough
+@given(inner=trees(), outer=trees())
+def test_agrees_with_hypergradient_over_any_trees(effort: str, inner: Any, outer: Any) -> None:
+    star = solve_inner(couple, inner, outer)
+    expected = hypergrad.hypergradient(couple, judge, star, outer, solver=hypergrad.Exact())
+    leaves = [leaf.clone().requires_grad_() for leaf in torch_pytree.tree_leaves(outer)]
+    attached = torch_pytree.tree_unflatten(leaves, torch_pytree.tree_flatten(outer)[1])
+    solve = hypergrad.implicit(couple, solver=hypergrad.Exact())(lambda init, y: star)
+    loss = judge(solve(inner, attached), attached)
+    grads = torch.autograd.grad(loss, leaves)
+    assert relative_error(flat(grads), flat(expected.grad)) <= 1e-9
 
 
 def test_damping_is_that_of_the_system() -> None:
