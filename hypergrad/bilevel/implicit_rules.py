@@ -35,6 +35,8 @@ InnerSolver = Callable[[Tree, Tree], Tree]
 
 #: Relative length of a Newton step from which the inner problem is visibly not solved.
 _VISIBLE = 0.1
+#: Of the dtype's eps: a shorter step is rounding, where the solution itself is zero.
+_ROUNDING = 1e3
 _RESULT = "the inner solver's result"
 
 
@@ -124,7 +126,8 @@ class Call:
         scale = float(row_norms(w[None]))
         if start is not None:  # where the solution is zero, the way to it has a size
             scale = max(scale, float(row_norms((w - start)[None])))
-        if size > _VISIBLE * scale * image:
+        eps = max(torch.finfo(dtype).eps for dtype in self.layout.dtypes)
+        if size > max(_VISIBLE * scale, _ROUNDING * eps) * image:
             what = "gradient" if isinstance(condition, Minimum) else "residual"
             # Few digits, so that Python shows the warning once a place and not at each outer step.
             warn(

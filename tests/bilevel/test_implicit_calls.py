@@ -24,7 +24,7 @@ from tests.bilevel.test_implicit import (
     ridge_solution,
     root_map,
 )
-from tests.strategies import F32, F64, relative_error
+from tests.strategies import F32, F64, gaussian, relative_error
 
 # What it is not -----------------------------------------------------------------------------------
 
@@ -177,6 +177,13 @@ def test_rounding_does_not_warn(dtype: torch.dtype) -> None:
     solve = hypergrad.implicit(ridge_loss)(lambda init, y: ridge_solution(y))
     for scale in (-20.0, 0.0, 20.0):
         solve(None, (LOG_PENALTIES + scale).to(dtype))
+    # Centred columns tell nothing of a constant: the solution is zero, up to rounding.
+    x = gaussian(30, 4, seed=1).to(dtype)
+    x = x - x.mean(0)
+    solve = hypergrad.implicit(
+        lambda w, y: 0.5 * ((x @ w - 3.0) ** 2).sum() + 0.5 * y * (w**2).sum()
+    )(lambda init, y: torch.linalg.solve(x.T @ x + y * torch.eye(4, dtype=dtype), 3.0 * x.sum(0)))
+    assert 0 < float(solve(None, torch.ones((), dtype=dtype)).norm()) < 1e-5
 
 
 # Bad input --------------------------------------------------------------------------------------
