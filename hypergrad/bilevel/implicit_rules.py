@@ -93,11 +93,11 @@ class Call:
             )
         self.layout.check_finite(w, _RESULT)
         if self.watched:
-            first = torch.cat([x.reshape(-1).to(w.dtype) for x in start]) if start else None
-            self._look(w, [x.detach() for x in tensors[self.num_start :]], first)
+            plain = [x.detach() for x in tensors]
+            self._look(w, plain[self.num_start :], plain[: self.num_start])
         return w
 
-    def _look(self, w: Tensor, outer: list[Tensor], start: Tensor | None) -> None:
+    def _look(self, w: Tensor, outer: list[Tensor], start: list[Tensor]) -> None:
         """Refuse what could not be differentiated, and warn where w does not solve the problem.
 
         For a positive definite A, |A^-1 F| >= |F|^2 / |A F|: the length of the Newton step from w
@@ -124,8 +124,9 @@ class Call:
         )
         image = 0.0 if product is None else float(row_norms(product[None]))
         scale = float(row_norms(w[None]))
-        if start is not None:  # where the solution is zero, the way to it has a size
-            scale = max(scale, float(row_norms((w - start)[None])))
+        if start:  # where the solution is zero, the way to it has a size
+            way = w - torch.cat([x.reshape(-1).to(w.dtype) for x in start])
+            scale = max(scale, float(row_norms(way[None])))
         eps = max(torch.finfo(dtype).eps for dtype in self.layout.dtypes)
         if size > max(_VISIBLE * scale, _ROUNDING * eps) * image:
             what = "gradient" if isinstance(condition, Minimum) else "residual"

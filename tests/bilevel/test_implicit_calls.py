@@ -167,9 +167,14 @@ def test_an_inner_problem_that_is_not_solved_warns(steps: int) -> None:
 
 
 def test_a_solution_of_zero_is_one() -> None:
-    # Nothing is small compared with a solution of 1e-17; the way there is what counts.
-    solve = hypergrad.implicit(lambda w, y: 0.5 * ((w - y) ** 2).sum())(lambda init, y: y + 1e-17)
+    # Nothing is small compared with a solution of 1e-9; the way there is what counts.
+    def in_place(init: Tensor, y: Tensor) -> Tensor:
+        return init.mul_(1e-9).add_(y)
+
+    solve = hypergrad.implicit(lambda w, y: 0.5 * ((w - y) ** 2).sum())(in_place)
     solve(torch.ones(5, dtype=F64), ZERO.clone().requires_grad_())
+    with pytest.warns(hypergrad.InnerProblemWarning):
+        hypergrad.implicit(pull)(lambda init, y: init)(ZERO + 1e-9, ZERO)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
