@@ -41,8 +41,8 @@ def _omega(dim: int, rank: int, sketch: Sketch, dtype: torch.dtype) -> Tensor:
 def woodbury(a: Spectral, v: Tensor, damping: float, sketch: Sketch = "gaussian") -> Tensor:
     """v/rho - Y (W + Y'Y/rho)^-1 Y'v / rho^2, all in the dtype of the products.
 
-    The form to be better than: the same map as the library's in exact arithmetic, and the usual
-    way to write it (Hataya and Yamada, AISTATS 2023).
+    The form to be better than, and the usual way to write it (Hataya and Yamada, AISTATS 2023).
+    In exact arithmetic it is the library's map with ``complement="zero"``.
     """
     omega = _omega(len(v), min(RANK, len(v)), sketch, v.dtype)
     y = torch.func.vmap(a, in_dims=1, out_dims=1)(omega)
