@@ -17,6 +17,8 @@ from .bilevel import (
     Hypergradient,
     HypergradientCertificate,
     HypergradientCheck,
+    ImplicitFunction,
+    ImplicitSolution,
     InnerOptimizer,
     PowerSchedule,
     SingleLoop,
@@ -28,6 +30,7 @@ from .bilevel import (
     darts_hypergradient,
     hypergradient,
     hypergradient_certificate,
+    implicit,
     unrolled_hypergradient,
 )
 from .errors import (
@@ -134,6 +137,8 @@ __all__ = [
     "HypergradientCertificate",
     "HypergradientCheck",
     "Identity",
+    "ImplicitFunction",
+    "ImplicitSolution",
     "InnerOptimizer",
     "InnerProblemWarning",
     "LeafTypeError",
@@ -178,6 +183,7 @@ __all__ = [
     "hessian",
     "hypergradient",
     "hypergradient_certificate",
+    "implicit",
     "minres_ihvp",
     "neumann_ihvp",
     "nystrom_ihvp",

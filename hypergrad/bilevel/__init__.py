@@ -4,6 +4,7 @@ from .certificate import HypergradientCertificate, hypergradient_certificate
 from .check import HypergradientCheck, Verdict, check_hypergradient
 from .darts import darts_hypergradient
 from .hypergradient import Hypergradient, hypergradient
+from .implicit import ImplicitFunction, ImplicitSolution, implicit
 from .optimizers import SGD, Adam, InnerOptimizer
 from .single_loop import (
     F2SA,
@@ -27,6 +28,8 @@ __all__ = [
     "Hypergradient",
     "HypergradientCertificate",
     "HypergradientCheck",
+    "ImplicitFunction",
+    "ImplicitSolution",
     "InnerOptimizer",
     "PowerSchedule",
     "SingleLoop",
@@ -38,5 +41,6 @@ __all__ = [
     "darts_hypergradient",
     "hypergradient",
     "hypergradient_certificate",
+    "implicit",
     "unrolled_hypergradient",
 ]
