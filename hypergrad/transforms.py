@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch._functorch.pyfunctorch import (
 )
 from torch.overrides import TorchFunctionMode
 
-from .errors import HypergradError
+from .errors import HypergradError, LossError
 
 _functorch = torch._C._functorch
 
@@ -123,6 +124,20 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
     """``function.apply(*inputs)``, typed."""
     output: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
     return output
+
+
+@contextmanager
+def forward_mode(what: str, *, remedy: str) -> Iterator[None]:
+    """Say what PyTorch's errors in forward mode and under ``vmap`` come to; pass on all others."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, HypergradError):
+        raise  # neither is a matter of the mode
+    except RuntimeError as error:  # NotImplementedError is one
+        raise LossError(
+            f"{what} has an operation without the forward-mode derivative that is needed, or one "
+            f"that vmap cannot batch ({' '.join(str(error).split())[:120]}). Use {remedy}."
+        ) from error
 
 
 def pullback(

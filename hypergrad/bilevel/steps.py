@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import LossError, SolverOptionError, UnusedParameterWarning, warn
 from ..operators.hessian import check_differentiable, check_loss, report_unused
 from ..pytree import Tree, row_norms
+from ..transforms import forward_mode
 from .hypergradient import fresh_leaves, layouts, report_unused_outer
 from .optimizers import InnerOptimizer
 
@@ -207,16 +208,8 @@ class Unrolling:
             return torch.stack(pieces).sum()
 
         identity = torch.eye(self.outer_layout.dim, dtype=self.outer_layout.dtype, device=device)
-        try:
+        with forward_mode("a loss or the optimiser", remedy='mode="reverse"'):
             slopes = torch.func.vmap(along, chunk_size=_FORWARD_CHUNK, randomness="same")(identity)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            raise LossError(
-                "a loss or the optimiser has an operation without forward-mode derivative, or one "
-                f"that vmap cannot batch ({' '.join(str(error).split())[:120]}). Use "
-                'mode="reverse".'
-            ) from error
         return list(self.outer_layout.split(slopes.detach()))
 
     def report_unused(self, start: Point, terms: list[Tensor | None], unused: list[bool]) -> None:

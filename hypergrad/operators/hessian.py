@@ -23,6 +23,7 @@ from ..pytree import Tree, TreeLayout
 from ..transforms import (
     building_no_graph,
     carries_derivatives,
+    forward_mode,
     reaches_beyond,
     tangents,
     transforming,
@@ -152,11 +153,18 @@ class HessianOperator(LinearOperator):
         if self.mode == "auto" and self._batches and len(block) >= _WORTH_A_BATCH:
             try:
                 return self._reverse_in_batches(block)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                # Too little memory, or an operation that vmap cannot batch, if the loop gets
+                # through; if not, the fault is another, and both errors are shown.
+                try:
+                    products = self._reverse_one_by_one(block)
+                except RuntimeError as fault:
+                    raise fault from error
                 self._batches = False
-            except (RuntimeError, NotImplementedError):
-                # An operation that vmap cannot batch; if anything else, the loop will say so.
-                self._batches = False
+                return products
+        return self._reverse_one_by_one(block)
+
+    def _reverse_one_by_one(self, block: Tensor) -> Tensor:
         built = self._build()
         rows = [self._pulled(built.gradients, built.leaves, row).detach() for row in block]
         return torch.stack(rows)
@@ -222,16 +230,8 @@ class HessianOperator(LinearOperator):
                 [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(directional)]
             )
 
-        try:
+        with forward_mode("the loss", remedy='mode="reverse_over_reverse"'):
             return torch.func.vmap(product, chunk_size=self.chunk_size)(block).detach()
-        except torch.OutOfMemoryError:
-            raise  # a smaller chunk_size helps there, not another mode
-        except (RuntimeError, NotImplementedError) as error:
-            raise LossError(
-                "the loss has an operation without forward-mode derivative of its gradient, or one "
-                f"that vmap cannot batch ({' '.join(str(error).split())[:120]}). Use "
-                'mode="reverse_over_reverse".'
-            ) from error
 
 
 @dataclass(frozen=True, eq=False)
