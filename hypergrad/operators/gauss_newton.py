@@ -14,6 +14,7 @@ from ..errors import LossError, NonFiniteError, SolverOptionError
 from ..pytree import Tree, TreeLayout
 from ..transforms import building_no_graph, reaches_beyond, tangents, transforming
 from .base import LinearOperator
+from .evaluation import Evaluation
 from .hessian import Point, check_differentiable, report_unused
 
 
@@ -43,6 +44,7 @@ class GaussNewtonOperator(LinearOperator):
         check_differentiable(originals)
         self.model_fn, self.loss_fn, self.chunk_size = model_fn, loss_fn, chunk_size
         self._point = Point(originals, batch)
+        self._evaluating = Evaluation(model_fn, self.layout, originals, batch[:1])
         self._built: _Built | None = None
         self._more: bool | None = None
         if not building_no_graph():  # a solve builds it later, from the plain tensors
@@ -73,7 +75,7 @@ class GaussNewtonOperator(LinearOperator):
     def _unused(self, model: Callable[[Tree], Any]) -> list[bool]:
         # torch.func gives zeros for parameters that the model ignores; autograd tells them apart.
         leaves = [leaf.detach().requires_grad_() for leaf in self._point.params]
-        with torch.enable_grad():
+        with torch.enable_grad(), self._evaluating():
             outputs = model(self.layout.unflatten_leaves(leaves))
             if not isinstance(outputs, Tensor):
                 raise LossError(
@@ -88,7 +90,8 @@ class GaussNewtonOperator(LinearOperator):
         """The model's outputs at ``params``, and the product with a flat vector there."""
         model, loss_fn = self._functions()
         point = self.layout.unflatten_leaves(params)
-        passed = torch.func.vjp(model, point)
+        with self._evaluating():
+            passed = torch.func.vjp(model, point)
         outputs, pull_back = passed[0], passed[1]
         loss_hessian: list[Callable[[Tensor], Any]] = []
 
@@ -98,9 +101,10 @@ class GaussNewtonOperator(LinearOperator):
                 # (mse_loss, huber_loss) have no other through their gradients.
                 loss_hessian.append(torch.func.vjp(torch.func.grad(loss_fn), outputs)[1])
             tangent = self.layout.unflatten(vector)
-            pushed = torch.func.jvp(model, (point,), (tangent,))[1]
-            (weighted,) = loss_hessian[0](pushed)
-            (pulled,) = pull_back(weighted)
+            with self._evaluating():
+                pushed = torch.func.jvp(model, (point,), (tangent,))[1]
+                (weighted,) = loss_hessian[0](pushed)
+                (pulled,) = pull_back(weighted)
             return torch.cat(
                 [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(pulled)]
             )
@@ -129,7 +133,8 @@ class GaussNewtonOperator(LinearOperator):
 
     def _attached(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)
-        return torch.func.vmap(self._linearised(self._point.params)[1])(block)
+        product = self._linearised(self._point.params)[1]
+        return torch.func.vmap(product, randomness="same")(block)
 
     def _apply(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)
@@ -138,7 +143,8 @@ class GaussNewtonOperator(LinearOperator):
         product = self._build().product
         if block.shape[0] == 1:
             return product(block[0]).detach()[None]
-        return torch.func.vmap(product, chunk_size=self.chunk_size)(block).detach()
+        products = torch.func.vmap(product, chunk_size=self.chunk_size, randomness="same")
+        return products(block).detach()
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ from ..transforms import (
     unwrapped,
 )
 from .base import LinearOperator
+from .evaluation import Evaluation
 
 #: Fewer vectors than this go through the graph one by one.
 _WORTH_A_BATCH = 4
@@ -63,6 +64,7 @@ class HessianOperator(LinearOperator):
         originals = self.layout.leaves(params, name="params")
         check_differentiable(originals)
         self._point = Point(originals, batch)
+        self._evaluating = Evaluation(loss_fn, self.layout, originals, batch)
         self._batches = True
         self._built: _Built | None = None
         self._more: bool | None = None
@@ -88,8 +90,9 @@ class HessianOperator(LinearOperator):
             # Fresh leaves that share storage: the caller's flags and .grad stay untouched.
             leaves = [leaf.detach().requires_grad_() for leaf in self._point.params]
             params = self.layout.unflatten_leaves(leaves)
-            with torch.enable_grad():
+            with torch.enable_grad(), self._evaluating():
                 loss = check_loss(self.loss_fn(params, *self.batch), "the loss")
+                self._evaluating.check(loss)
                 grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
             report_unused(self.layout, [grad is None for grad in grads], "the loss")
             self._built = _Built(loss.detach(), leaves, grads)
@@ -125,7 +128,7 @@ class HessianOperator(LinearOperator):
             x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             for x in self._point.params
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), self._evaluating():
             loss = check_loss(
                 self.loss_fn(self.layout.unflatten_leaves(leaves), *self.batch), "the loss"
             )
@@ -136,7 +139,8 @@ class HessianOperator(LinearOperator):
         """Reverse-over-reverse products by ``torch.func``, where plain autograd may not run."""
         point = self.layout.unflatten_leaves(self._point.params)
         gradient = torch.func.grad(lambda params: self.loss_fn(params, *self.batch).reshape(()))
-        pull = torch.func.vjp(gradient, point)[1]
+        with self._evaluating():
+            pull = torch.func.vjp(gradient, point)[1]
         rows = []
         for row in block.unbind():
             (product,) = pull(self.layout.unflatten(row))
@@ -201,16 +205,17 @@ class HessianOperator(LinearOperator):
         ]
         if not pairs:
             return torch.zeros_like(vectors)
-        products = torch.autograd.grad(
-            [grad for grad, _ in pairs],
-            leaves,
-            grad_outputs=[direction for _, direction in pairs],
-            retain_graph=True,
-            create_graph=create,
-            is_grads_batched=batched,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        with self._evaluating():  # checkpoints run parts of the loss again
+            products = torch.autograd.grad(
+                [grad for grad, _ in pairs],
+                leaves,
+                grad_outputs=[direction for _, direction in pairs],
+                retain_graph=True,
+                create_graph=create,
+                is_grads_batched=batched,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         # Leaves that the products do not reach have plain zeros, without the leading dimension.
         flat = [
             product.expand(lead + shape).reshape((*lead, -1)).to(self.dtype)
@@ -225,13 +230,15 @@ class HessianOperator(LinearOperator):
 
         def product(vector: Tensor) -> Tensor:
             tangent = self.layout.unflatten(vector)
-            directional = torch.func.jvp(gradient, (point,), (tangent,))[1]
+            with self._evaluating():
+                directional = torch.func.jvp(gradient, (point,), (tangent,))[1]
             return torch.cat(
                 [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(directional)]
             )
 
         with forward_mode("the loss", remedy='mode="reverse_over_reverse"'):
-            return torch.func.vmap(product, chunk_size=self.chunk_size)(block).detach()
+            products = torch.func.vmap(product, chunk_size=self.chunk_size, randomness="same")
+            return products(block).detach()
 
 
 @dataclass(frozen=True, eq=False)
