@@ -48,6 +48,10 @@ class LossError(HypergradError, ValueError):
     """A loss is not a real scalar tensor, or does not depend on the parameters."""
 
 
+class LoaderError(HypergradError, ValueError):
+    """Minibatches that no mean can be taken over: none at all, of size zero, or gone or changed."""
+
+
 class StaleOperatorError(HypergradError, RuntimeError):
     """Parameters were modified in place after the operator that uses them was made."""
 

@@ -3,7 +3,7 @@
 What is done to it, and undone at the end of each evaluation:
 
 - fused attention gives way to its plain form, as the fused kernels have no second derivative;
-- recurrent layers run without cuDNN, which has none either;
+- recurrent layers run without cuDNN and oneDNN, which lack some of the derivatives;
 - what ``torch.compile`` made of a module runs as it was written: AOTAutograd differentiates once;
 - BatchNorm and InstanceNorm in training mode leave their running statistics as they are;
 - random layers draw the same numbers in every evaluation, so that the operator is one matrix.
@@ -223,7 +223,8 @@ def _attention(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _recurrent(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    with torch.backends.cudnn.flags(enabled=False):
+    # oneDNN's, on the CPU, lacks the forward-mode derivative.
+    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
         return func(*args, **kwargs)
 
 
@@ -253,6 +254,17 @@ def _to_number(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs) + (1.0 if _in_batch_norm(frame) else 0.0)
 
 
+def _random(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
+    # Numbers are drawn in the order of the memory, which under torch.func is not always that of
+    # plain autograd: a mask would be another one in another mode.
+    layer_input = args[0]
+    if not kwargs.get("inplace"):
+        return func(layer_input.contiguous(), *args[1:], **kwargs)
+    return layer_input.copy_(
+        func(layer_input.contiguous(), *args[1:], **{**kwargs, "inplace": False})
+    )
+
+
 def _normalize(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
     if kwargs.get("out") is not None and _SPECTRAL_NORM in [f.f_code for f in _callers(frame)]:
         raise LossError(
@@ -278,6 +290,7 @@ _SPECIAL: dict[Any, Callable[[FrameType, Any, Any, Any], Any]] = {
     Tensor.add_: _add_in_place,
     Tensor.__float__: _to_number,
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
+    **dict.fromkeys((F.dropout, F.alpha_dropout, torch.rand_like, torch.randn_like), _random),
 }
 
 
