@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
@@ -53,34 +55,57 @@ class Evaluation:
     ) -> None:
         self._function, self._layout = function, layout
         self._leaves, self._batch = list(leaves), batch
+        #: Where the generators stood at the first evaluation, if it drew from them.
         self._draws: list[Tensor] | None = None
+        self._layers: _Layers | None = None
 
     def __call__(self) -> AbstractContextManager[None]:
-        """The setting of one evaluation."""
-        # Nothing of it can be traced, and there is no need: torch.compile traces what the module
-        # says, and refuses what cannot be differentiated twice.
-        return nullcontext() if torch.compiler.is_compiling() else self._running()
+        """The setting of an evaluation."""
+        if not torch.compiler.is_compiling():
+            return self._evaluation()
+        # The one part that torch.compile can trace; it refuses what cannot be differentiated twice.
+        return sdpa_kernel([SDPBackend.MATH])
+
+    def product(self) -> AbstractContextManager[None]:
+        """The setting of a backward pass through the graph that an evaluation has left."""
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        # Checkpoints evaluate parts of the loss again then, with the kernels of the first time.
+        again = self._layers is not None and self._layers.saved_elsewhere
+        return self._evaluation() if again else self._explained()
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
-        generators = generators_of(self._layout.device)
+    def _evaluation(self) -> Iterator[None]:
+        first = self._layers is None
+        if self._layers is None:
+            self._layers = _Layers()
+        generators = generators_of(self._layout.device) if first or self._draws else []
         outside = [generator.get_state() for generator in generators]
-        first = self._draws is None
-        if self._draws is None:
-            self._draws = outside
-        else:
+        if self._draws:
             _set_states(generators, self._draws)
         try:
-            with twice_differentiable():
+            # The function is the same each time: layers that it has not met it will not meet.
+            met = self._layers if first or self._layers.met else None
+            with self._explained(), twice_differentiable(met):
                 yield
-        except RuntimeError as error:
+        finally:
+            if self._draws:
+                _set_states(generators, outside)
+        if first and not all(
+            torch.equal(generator.get_state(), state)
+            for generator, state in zip(generators, outside, strict=True)
+        ):
+            self._draws = outside
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
             message = None if isinstance(error, HypergradError) else self._explanation(error)
             if message is None:
                 raise
             raise LossError(message) from error
-        finally:
-            if not first:
-                _set_states(generators, outside)
 
     def check(self, loss: Any) -> None:
         """Raise :class:`LossError` for what would be differentiated once, and then be a constant.
@@ -99,7 +124,7 @@ class Evaluation:
                     "curvature."
                 )
 
-    def _explanation(self, error: RuntimeError) -> str | None:
+    def _explanation(self, error: Exception) -> str | None:
         """What an error of PyTorch's about second derivatives comes to; None for all others."""
         text = " ".join(str(error).split())
         if "does not currently support double backward" in text:
@@ -128,16 +153,19 @@ class Evaluation:
                 "the loss uses torch.utils.checkpoint with use_reentrant=True, which knows "
                 ".backward() only. Pass use_reentrant=False."
             )
+        if "which are tied" in text:
+            return (
+                "params holds a tied parameter under two names, as two tensors. Leave one of them "
+                "out, as dict(module.named_parameters()) does."
+            )
         return None
 
     def _place(self, kernel: str) -> str:
         """In which layer a backward pass goes through a kernel, if it can be found."""
-        finder = _Finder(kernel)
-        with temporarily_clear_interpreter_stack(), torch.enable_grad(), twice_differentiable():
+        with temporarily_clear_interpreter_stack(), torch.enable_grad():
             leaves = [unwrapped(leaf).requires_grad_() for leaf in self._leaves]
-            with finder:
-                output = self._function(self._layout.unflatten_leaves(leaves), *self._batch)
-            finder.look_at(output, None)
+            with twice_differentiable(_Layers()), _Finder(kernel) as finder:
+                self._function(self._layout.unflatten_leaves(leaves), *self._batch)
         return finder.place
 
 
@@ -172,13 +200,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Kernels that can be differentiated twice, and layers that keep their statistics."""
+def twice_differentiable(layers: _Layers | None) -> Iterator[None]:
+    """Kernels that can be differentiated twice, and layers run as ``layers`` says, if given."""
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes long
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_plain_attention())
-        stack.enter_context(_Layers())
+        if layers is not None:
+            stack.enter_context(layers)
         yield
 
 
@@ -206,7 +235,16 @@ class _Layers(TorchFunctionMode):
 
     While it is active the inference-only kernels of ``nn.TransformerEncoderLayer`` and
     ``nn.MultiheadAttention``, which have no derivatives, are off: PyTorch sees to that.
+
+    Attributes:
+        met: whether there was such an operation.
+        saved_elsewhere: whether there was one whose tensors for the backward pass are not kept in
+            the graph but packed away, or computed again, by hooks.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = self.saved_elsewhere = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -214,6 +252,9 @@ class _Layers(TorchFunctionMode):
         special = _SPECIAL.get(func)
         if special is None:
             return func(*args, **(kwargs or {}))
+        self.met = True
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self.saved_elsewhere = True
         return special(sys._getframe(1), func, args, kwargs or {})
 
 
@@ -223,9 +264,15 @@ def _attention(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _recurrent(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    # oneDNN's, on the CPU, lacks the forward-mode derivative.
-    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
-        return func(*args, **kwargs)
+    # oneDNN's, on the CPU, lacks the forward-mode derivative.  (The public switch for it warns of
+    # other flags that it touches.)
+    one_dnn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            return func(*args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(one_dnn)
 
 
 def _batch_norm(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
@@ -294,37 +341,45 @@ _SPECIAL: dict[Any, Callable[[FrameType, Any, Any, Any], Any]] = {
 }
 
 
-class _Finder(TorchFunctionMode):
+class _Finder:
     """Watches an evaluation for the layer whose gradient runs through a kernel."""
 
     def __init__(self, kernel: str) -> None:
-        super().__init__()
         self.kernel, self.place = _plain_name(kernel), ""
         self._seen: set[Any] = set()
+        self._running: list[torch.nn.Module] = []
+        self._hooks: list[Any] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self.look_at([*args, output], sys._getframe(1))
-        return output
+    def __enter__(self) -> _Finder:
+        register = torch.nn.modules.module
+        self._hooks = [
+            register.register_module_forward_pre_hook(self._entered),
+            register.register_module_forward_hook(self._left),
+        ]
+        return self
 
-    def look_at(self, outputs: Any, frame: FrameType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _entered(self, module: torch.nn.Module, inputs: Any) -> None:
+        self._look_at(inputs, self._running[-1:])
+        self._running.append(module)
+
+    def _left(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+        self._look_at(outputs, [module])
+        self._running.pop()
+
+    def _look_at(self, values: Any, layer: list[torch.nn.Module]) -> None:
         """Look for the kernel among what has been computed since the last call."""
-        nodes = [x.grad_fn for x in _tensors(outputs) if x.grad_fn is not None]
-        for node in _graph(nodes, self._seen):
-            if not self.place and _plain_name(node.name()) == self.kernel:
-                self.place = _layer(frame) if frame is not None else ""
+        nodes = [x.grad_fn for x in _tensors(values) if x.grad_fn is not None]
+        found = [_plain_name(node.name()) == self.kernel for node in _graph(nodes, self._seen)]
+        if any(found) and layer and not self.place:
+            self.place = _named(layer[0], [*self._running, *layer][0])
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    return [x for part in outputs for x in _tensors(part)] if _is_sequence(outputs) else []
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, list | tuple)
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in torch_pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _plain_name(kernel: str) -> str:
@@ -359,11 +414,13 @@ def _callers(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _layer(frame: FrameType | None) -> str:
-    """The module that is running, by its name in the outermost one: " (layer 'a.b', an LSTM)"."""
+    """The module that is running."""
     running = [f.f_locals.get("self") for f in _callers(frame)]
     modules = [module for module in running if isinstance(module, torch.nn.Module)]
-    if not modules:
-        return ""
-    inner, outer = modules[0], modules[-1]
+    return _named(modules[0], modules[-1]) if modules else ""
+
+
+def _named(inner: torch.nn.Module, outer: torch.nn.Module) -> str:
+    """A module by its name in another one: " (layer 'a.b', LSTM)"."""
     name = next((name for name, module in outer.named_modules() if module is inner), "")
     return f" (layer {name!r}, {type(inner).__name__})" if name else f" ({type(inner).__name__})"

@@ -205,7 +205,7 @@ class HessianOperator(LinearOperator):
         ]
         if not pairs:
             return torch.zeros_like(vectors)
-        with self._evaluating():  # checkpoints run parts of the loss again
+        with self._evaluating.product():
             products = torch.autograd.grad(
                 [grad for grad, _ in pairs],
                 leaves,

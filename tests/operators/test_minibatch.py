@@ -477,6 +477,7 @@ def test_progress_wraps_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         hypergrad.minibatch_hessian(mean_loss, params(), split(RAGGED), progress=True)
 
 
+@pytest.mark.slow
 def test_torch_compile_is_refused() -> None:
     op = hypergrad.minibatch_hessian(mean_loss, params(), split(RAGGED))
     torch._dynamo.reset()
