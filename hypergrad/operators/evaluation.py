@@ -1,34 +1,25 @@
 """How a loss is evaluated: twice differentiable, as one fixed function, leaving modules alone.
 
-What is done to it, and undone at the end of each evaluation:
-
-- fused attention gives way to its plain form, as the fused kernels have no second derivative;
-- recurrent layers run without cuDNN and oneDNN, which lack some of the derivatives;
-- what ``torch.compile`` made of a module runs as it was written: AOTAutograd differentiates once;
-- BatchNorm and InstanceNorm in training mode leave their running statistics as they are;
-- random layers draw the same numbers in every evaluation, so that the operator is one matrix.
+Layers run as :mod:`hypergrad.operators.layers` says, random ones draw the same numbers in every
+evaluation, so that the operator is one matrix, and PyTorch's errors are told in terms of layers.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import FrameType
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrizations
-from torch.overrides import TorchFunctionMode
 
 from ..errors import HypergradError, LossError
 from ..pytree import TreeLayout
 from ..transforms import unwrapped
+from .layers import Layers, named, twice_differentiable
 
 
 class Evaluation:
@@ -57,7 +48,7 @@ class Evaluation:
         self._leaves, self._batch = list(leaves), batch
         #: Where the generators stood at the first evaluation, if it drew from them.
         self._draws: list[Tensor] | None = None
-        self._layers: _Layers | None = None
+        self._layers: Layers | None = None
 
     def __call__(self) -> AbstractContextManager[None]:
         """The setting of an evaluation."""
@@ -78,7 +69,7 @@ class Evaluation:
     def _evaluation(self) -> Iterator[None]:
         first = self._layers is None
         if self._layers is None:
-            self._layers = _Layers()
+            self._layers = Layers()
         generators = generators_of(self._layout.device) if first or self._draws else []
         outside = [generator.get_state() for generator in generators]
         if self._draws:
@@ -164,7 +155,7 @@ class Evaluation:
         """In which layer a backward pass goes through a kernel, if it can be found."""
         with temporarily_clear_interpreter_stack(), torch.enable_grad():
             leaves = [unwrapped(leaf).requires_grad_() for leaf in self._leaves]
-            with twice_differentiable(_Layers()), _Finder(kernel) as finder:
+            with twice_differentiable(Layers()), _Finder(kernel) as finder:
                 self._function(self._layout.unflatten_leaves(leaves), *self._batch)
         return finder.place
 
@@ -197,148 +188,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         _set_states(generators, outside)
-
-
-@contextmanager
-def twice_differentiable(layers: _Layers | None) -> Iterator[None]:
-    """Kernels that can be differentiated twice, and layers run as ``layers`` says, if given."""
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes long
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_plain_attention())
-        if layers is not None:
-            stack.enter_context(layers)
-        yield
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    # torch.nn.attention.sdpa_kernel does the same, at ten times the cost.
-    cuda: Any = torch.backends.cuda
-    switches = (
-        (cuda.enable_flash_sdp, cuda.flash_sdp_enabled(), False),
-        (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled(), False),
-        (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled(), False),
-        (cuda.enable_math_sdp, cuda.math_sdp_enabled(), True),
-    )
-    for switch, _, wanted in switches:
-        switch(wanted)
-    try:
-        yield
-    finally:
-        for switch, before, _ in switches:
-            switch(before)
-
-
-class _Layers(TorchFunctionMode):
-    """Runs the operations of some layers in another way.
-
-    While it is active the inference-only kernels of ``nn.TransformerEncoderLayer`` and
-    ``nn.MultiheadAttention``, which have no derivatives, are off: PyTorch sees to that.
-
-    Attributes:
-        met: whether there was such an operation.
-        saved_elsewhere: whether there was one whose tensors for the backward pass are not kept in
-            the graph but packed away, or computed again, by hooks.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.met = self.saved_elsewhere = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        special = _SPECIAL.get(func)
-        if special is None:
-            return func(*args, **(kwargs or {}))
-        self.met = True
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            self.saved_elsewhere = True
-        return special(sys._getframe(1), func, args, kwargs or {})
-
-
-def _attention(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    with _plain_attention():  # once more: the model may have asked for a kernel itself
-        return func(*args, **kwargs)
-
-
-def _recurrent(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    # oneDNN's, on the CPU, lacks the forward-mode derivative.  (The public switch for it warns of
-    # other flags that it touches.)
-    one_dnn = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            return func(*args, **kwargs)
-    finally:
-        torch._C._set_mkldnn_enabled(one_dnn)
-
-
-def _batch_norm(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    if kwargs["training"]:  # the batch's statistics count, the running ones are only moved
-        args = (args[0], None, None)
-    return func(*args, **kwargs)
-
-
-def _instance_norm(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    if kwargs["use_input_stats"]:
-        kwargs = {**kwargs, "running_mean": None, "running_var": None}
-    return func(*args, **kwargs)
-
-
-def _in_batch_norm(frame: FrameType) -> bool:
-    return frame.f_code in _BATCH_NORMS
-
-
-def _add_in_place(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    # The layer's count of batches stays where it is ...
-    return args[0] if _in_batch_norm(frame) else func(*args, **kwargs)
-
-
-def _to_number(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    # ... and a cumulative average divides by it, though nothing is averaged here.
-    return func(*args, **kwargs) + (1.0 if _in_batch_norm(frame) else 0.0)
-
-
-def _random(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    # Numbers are drawn in the order of the memory, which under torch.func is not always that of
-    # plain autograd: a mask would be another one in another mode.
-    layer_input = args[0]
-    if not kwargs.get("inplace"):
-        return func(layer_input.contiguous(), *args[1:], **kwargs)
-    return layer_input.copy_(
-        func(layer_input.contiguous(), *args[1:], **{**kwargs, "inplace": False})
-    )
-
-
-def _normalize(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    if kwargs.get("out") is not None and _SPECTRAL_NORM in [f.f_code for f in _callers(frame)]:
-        raise LossError(
-            f"spectral_norm in training mode{_layer(frame)} moves its vectors at each evaluation: "
-            "the loss is another function each time. Put the module into eval()."
-        )
-    return func(*args, **kwargs)
-
-
-_BATCH_NORMS = (
-    torch.nn.modules.batchnorm._BatchNorm.forward.__code__,
-    torch.nn.SyncBatchNorm.forward.__code__,
-)
-_SPECTRAL_NORM = parametrizations._SpectralNorm._power_method.__code__
-
-#: What some operations are replaced by: (the caller's frame, the operation, its arguments).
-_SPECIAL: dict[Any, Callable[[FrameType, Any, Any, Any], Any]] = {
-    F.scaled_dot_product_attention: _attention,
-    F.multi_head_attention_forward: _attention,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    F.normalize: _normalize,
-    Tensor.add_: _add_in_place,
-    Tensor.__float__: _to_number,
-    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
-    **dict.fromkeys((F.dropout, F.alpha_dropout, torch.rand_like, torch.randn_like), _random),
-}
 
 
 class _Finder:
@@ -375,7 +224,7 @@ class _Finder:
         nodes = [x.grad_fn for x in _tensors(values) if x.grad_fn is not None]
         found = [_plain_name(node.name()) == self.kernel for node in _graph(nodes, self._seen)]
         if any(found) and layer and not self.place:
-            self.place = _named(layer[0], [*self._running, *layer][0])
+            self.place = named(layer[0], [*self._running, *layer][0])
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -405,22 +254,3 @@ def _is_once_differentiable(node: Any) -> bool:
 
 
 _ONCE = torch.autograd.function.once_differentiable(lambda ctx: None).__code__
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _layer(frame: FrameType | None) -> str:
-    """The module that is running."""
-    running = [f.f_locals.get("self") for f in _callers(frame)]
-    modules = [module for module in running if isinstance(module, torch.nn.Module)]
-    return _named(modules[0], modules[-1]) if modules else ""
-
-
-def _named(inner: torch.nn.Module, outer: torch.nn.Module) -> str:
-    """A module by its name in another one: " (layer 'a.b', LSTM)"."""
-    name = next((name for name, module in outer.named_modules() if module is inner), "")
-    return f" (layer {name!r}, {type(inner).__name__})" if name else f" ({type(inner).__name__})"

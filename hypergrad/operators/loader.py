@@ -22,8 +22,8 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 class Loader:
     """Passes over minibatches.
 
-    What a loader draws from PyTorch's own generators, such as the order of a shuffled
-    ``DataLoader`` and the seeds of its workers, is the same in each pass, and leaves them where
+    What a loader draws from PyTorch's own generators and from that of a ``DataLoader``, such as the
+    order of shuffled data and the seeds of workers, is the same in each pass, and leaves them where
     they stood.
 
     Args:
@@ -97,7 +97,7 @@ class Loader:
             self.sizes = sizes
 
     def _pass(self) -> Iterator[Any]:
-        stream = _Stream(self.device, self.seed)
+        stream = self._stream()
         with stream.drawing():
             source = self.batches() if not isinstance(self.batches, Iterable) else self.batches
             if not isinstance(source, Iterable):
@@ -113,6 +113,15 @@ class Loader:
                 return
             yield batch
             del batch
+
+    def _stream(self) -> _Stream:
+        generators = generators_of(self.device)
+        if isinstance(self.batches, DataLoader):
+            for owner in (self.batches, self.batches.sampler, self.batches.batch_sampler):
+                own = getattr(owner, "generator", None)
+                if own is not None and all(own is not other for other in generators):
+                    generators.append(own)
+        return _Stream(generators, self.seed)
 
     def at(self, index: int) -> tuple[Any, ...]:
         """The arguments of one batch, without a pass.
@@ -148,7 +157,7 @@ class Loader:
         loader = self.batches
         sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         if self._indices is None:
-            with seeded(self.seed, self.device):
+            with self._stream().drawing():
                 self._indices = list(sampler)
         with seeded(self.seed + index, self.device):  # augmentations
             chosen = self._indices[index]
@@ -194,10 +203,10 @@ class Loader:
 
 
 class _Stream:
-    """Random numbers of a seed, drawn bit by bit from PyTorch's own generators."""
+    """Random numbers of a seed, drawn bit by bit from generators that others draw from too."""
 
-    def __init__(self, device: torch.device, seed: int) -> None:
-        self._generators = generators_of(device)
+    def __init__(self, generators: list[torch.Generator], seed: int) -> None:
+        self._generators = generators
         self._states = [
             torch.Generator(generator.device).manual_seed(seed).get_state()
             for generator in self._generators

@@ -107,10 +107,10 @@ class MinibatchOperator(LinearOperator):
         if gap > allowed * size:
             raise LoaderError(
                 f"two passes over batches gave products that differ by {gap / size:.1e}, expected "
-                f"rounding (at most {allowed:.0e}): this is no fixed operator. Likely causes: a "
-                "shuffled loader with drop_last or BatchNorm in training mode, augmentation, or "
-                "layers that draw from other generators than PyTorch's own. Give the same data "
-                "each time, or pass probe=False."
+                f"rounding (at most {allowed:.0e}): this is no fixed operator. Likely causes: "
+                "shuffling, augmentation or dropout that draws from other generators than "
+                "PyTorch's own, or a loss with a state. Give the same data each time, or pass "
+                "probe=False."
             )
 
     def _passed(self, work: Callable[[LinearOperator, float], Any]) -> float:
@@ -274,26 +274,6 @@ def _requires_grad(batch: tuple[Any, ...]) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
-def _hessian_of(
-    loss_fn: Callable[..., Tensor],
-    mode: Mode,
-    chunk_size: int | None,
-    params: Tree,
-    batch: tuple[Any, ...],
-) -> HessianOperator:
-    return HessianOperator(loss_fn, params, batch, mode=mode, chunk_size=chunk_size)
-
-
-def _ggn_of(
-    model_fn: Callable[..., Tensor],
-    loss_fn: Callable[..., Tensor],
-    chunk_size: int | None,
-    params: Tree,
-    batch: tuple[Any, ...],
-) -> GaussNewtonOperator:
-    return GaussNewtonOperator(model_fn, loss_fn, params, batch, chunk_size=chunk_size)
-
-
 def minibatch_hessian(
     loss_fn: Callable[..., Tensor],
     params: Tree,
@@ -325,9 +305,10 @@ def minibatch_hessian(
             dimension of its first tensor.
         reduction: ``"mean"`` if ``loss_fn`` is a mean over the examples, ``"sum"`` if it is a sum;
             the Hessians are then added up.
-        seed: of all random numbers from PyTorch's own generators.  Each minibatch has draws of its
-            own for dropout, the same in every pass, and a shuffled loader keeps one order, so that
-            the operator is one symmetric matrix.  The generators are left as they were.
+        seed: of all random numbers from PyTorch's own generators and from a ``DataLoader``'s.  Each
+            minibatch has draws of its own for dropout, the same in every pass, and a shuffled
+            loader keeps one order, so that the operator is one symmetric matrix.  The generators
+            are left as they were.
         probe: whether two passes are compared to begin with; a loader that differs from pass to
             pass is refused.
         progress: True shows each pass that takes more than a second by tqdm, which must be
@@ -370,7 +351,7 @@ def minibatch_hessian(
         (2, 5.0)
     """
     return MinibatchOperator(
-        partial(_hessian_of, loss_fn, mode, chunk_size),
+        partial(HessianOperator, loss_fn, mode=mode, chunk_size=chunk_size),
         params,
         batches,
         batch_size=batch_size,
@@ -418,7 +399,7 @@ def minibatch_ggn(
         True
     """
     return MinibatchOperator(
-        partial(_ggn_of, model_fn, loss_fn, chunk_size),
+        partial(GaussNewtonOperator, model_fn, loss_fn, chunk_size=chunk_size),
         params,
         batches,
         batch_size=batch_size,

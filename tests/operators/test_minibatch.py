@@ -319,11 +319,23 @@ def test_the_caller_s_random_numbers_and_tensors_are_untouched() -> None:
     assert all(x.requires_grad and x.grad is None for x in own.values())
 
 
+def test_a_loader_s_own_generator_is_untouched_and_its_order_kept() -> None:
+    own = generator(7)
+    dataset: Any = TensorDataset(*data())
+    loader: Any = DataLoader(dataset, batch_size=4, shuffle=True, generator=own, drop_last=True)
+    before = own.get_state()
+    op = hypergrad.minibatch_hessian(mean_loss, params(), loader)  # the probe passes
+    assert op.size == 8
+    assert torch.equal(op.to_dense(), op.to_dense())
+    op.sampled(generator=generator(0)) @ params()
+    assert torch.equal(own.get_state(), before)
+
+
 def dropout_loss(p: Any, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(nn.functional.dropout(x, 0.5) @ p["w"] + p["b"], y)
 
 
-@pytest.mark.parametrize("name", ["list", "shuffled"])
+@pytest.mark.parametrize("name", ["list", "shuffled", "own_generator"])
 def test_dropout_is_frozen_by_the_seed(name: str) -> None:
     ops = [
         hypergrad.minibatch_hessian(dropout_loss, params(), loaders()[name], seed=seed).to_dense()
