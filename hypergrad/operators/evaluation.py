@@ -155,8 +155,9 @@ class Evaluation:
         """In which layer a backward pass goes through a kernel, if it can be found."""
         with temporarily_clear_interpreter_stack(), torch.enable_grad():
             leaves = [unwrapped(leaf).requires_grad_() for leaf in self._leaves]
+            batch = torch_pytree.tree_map_only(Tensor, unwrapped, self._batch)
             with twice_differentiable(Layers()), _Finder(kernel) as finder:
-                self._function(self._layout.unflatten_leaves(leaves), *self._batch)
+                self._function(self._layout.unflatten_leaves(leaves), *batch)
         return finder.place
 
 

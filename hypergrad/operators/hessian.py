@@ -143,7 +143,8 @@ class HessianOperator(LinearOperator):
             pull = torch.func.vjp(gradient, point)[1]
         rows = []
         for row in block.unbind():
-            (product,) = pull(self.layout.unflatten(row))
+            with self._evaluating.product():
+                (product,) = pull(self.layout.unflatten(row))
             leaves = self.layout.leaves_unchecked(product)
             rows.append(torch.cat([x.reshape(-1).to(self.dtype) for x in leaves]))
         return torch.stack(rows)

@@ -468,11 +468,24 @@ class Ctc(nn.Module):
 
 
 @pytest.mark.parametrize("size", [1, 6])
-def test_a_kernel_without_a_second_derivative_is_named_with_its_layer(size: int) -> None:
+@pytest.mark.parametrize("mode", REVERSE)
+def test_a_kernel_without_a_second_derivative_is_named_with_its_layer(mode: Any, size: int) -> None:
     module = made(lambda: nn.Sequential(nn.Linear(3, 4), Ctc()))
-    operator = hypergrad.hessian(loss_of(module), parameters(module), gaussian(6, 2, 3))
+    operator = hypergrad.hessian(loss_of(module), parameters(module), gaussian(6, 2, 3), mode=mode)
     with pytest.raises(LossError, match=r"aten::_ctc_loss_backward \(layer '1', Ctc\) has no sec"):
         operator._apply(gaussian(size, operator.layout.dim))
+
+
+def test_a_kernel_without_a_second_derivative_is_named_under_torch_func() -> None:
+    module = made(lambda: nn.Sequential(nn.Linear(3, 4), Ctc()))
+    p, v = parameters(module), {name: torch.ones_like(x) for name, x in parameters(module).items()}
+
+    def solved(x: Tensor) -> Tensor:
+        operator = hypergrad.hessian(loss_of(module), p, x)
+        return hypergrad.solve(operator, v, damping=1.0).value["0.weight"].sum()
+
+    with pytest.raises(LossError, match=r"aten::_ctc_loss_backward"):
+        torch.func.grad(solved)(gaussian(6, 2, 3))
 
 
 def test_what_aot_autograd_compiled_is_named() -> None:
