@@ -111,18 +111,23 @@ class NystromSketch:
     def solve_block(self, block: Tensor, damping: float) -> Tensor:
         """:meth:`solve` for rows of shape (m, n) in the dtype of :attr:`basis`.
 
-        x = (c v + U [(damping / (L + damping) - c) U'v]) / damping, with c = 1 where the
+        x = (U [damping / (L + damping)] U'v + c (v - U U'v)) / damping, with c = 1 where the
         complement was not measured.  The Woodbury form is the same in exact arithmetic, but
         subtracts numbers (L + damping)/damping times larger than the answer.
         """
+        along = block @ self.basis.T
         if self.rank == self.layout.dim:  # nothing lies outside, so nothing needs to cancel there
-            return ((block @ self.basis.T) / self._damped(damping)) @ self.basis
-        shrink = damping / self._damped(damping)
+            return (along / self._damped(damping)) @ self.basis
+        # v - U U'v is divided by the damping, and so is what it holds of the basis by rounding,
+        # some eps |v|: where v lies in the range of A, as much as |A|/damping times eps of the
+        # answer. A second projection takes it out.
+        outside = block - along @ self.basis
+        rest = outside @ self.basis.T
+        along = (along + rest) * (damping / self._damped(damping))
         if self.complement is None or self.tail <= TAIL_THAT_MATTERS * damping:
-            return (block + ((block @ self.basis.T) * (shrink - 1.0)) @ self.basis) / damping
-        outside = damping * self.complement.inverse(damping)
-        inside = ((block @ self.basis.T) * (shrink - outside)) @ self.basis
-        return (outside * block + inside) / damping
+            return (outside + (along - rest) @ self.basis) / damping
+        share = damping * self.complement.inverse(damping)
+        return (share * outside + (along - share * rest) @ self.basis) / damping
 
     def _damped(self, damping: float) -> Tensor:
         """L + damping, kept away from zero by the rounding of the sum.
