@@ -2,6 +2,14 @@
 
 from .certificate import HypergradientCertificate, hypergradient_certificate
 from .check import HypergradientCheck, Verdict, check_hypergradient
+from .constraints import (
+    project_box,
+    project_simplex,
+    sigmoid_box,
+    sigmoid_box_inverse,
+    softmax_simplex,
+    softmax_simplex_inverse,
+)
 from .darts import darts_hypergradient
 from .hypergradient import Hypergradient, hypergradient
 from .implicit import ImplicitFunction, ImplicitSolution, implicit
@@ -42,5 +50,11 @@ __all__ = [
     "hypergradient",
     "hypergradient_certificate",
     "implicit",
+    "project_box",
+    "project_simplex",
+    "sigmoid_box",
+    "sigmoid_box_inverse",
+    "softmax_simplex",
+    "softmax_simplex_inverse",
     "unrolled_hypergradient",
 ]
