@@ -11,6 +11,7 @@ from .constraints import (
     softmax_simplex_inverse,
 )
 from .darts import darts_hypergradient
+from .games import StackelbergCheck, check_stackelberg, stackelberg_gradient
 from .hypergradient import Hypergradient, hypergradient
 from .implicit import ImplicitFunction, ImplicitSolution, implicit
 from .optimizers import SGD, Adam, InnerOptimizer
@@ -42,10 +43,12 @@ __all__ = [
     "PowerSchedule",
     "SingleLoop",
     "SingleLoopState",
+    "StackelbergCheck",
     "StocBiO",
     "UnrolledHypergradient",
     "Verdict",
     "check_hypergradient",
+    "check_stackelberg",
     "darts_hypergradient",
     "hypergradient",
     "hypergradient_certificate",
@@ -56,5 +59,6 @@ __all__ = [
     "sigmoid_box_inverse",
     "softmax_simplex",
     "softmax_simplex_inverse",
+    "stackelberg_gradient",
     "unrolled_hypergradient",
 ]
