@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,10 +69,11 @@ def test_projections_are_idempotent_and_do_not_expand(effort: str, seed: int, sc
     w = v + gaussian(*v.shape, seed=seed + 1)
     low = -gaussian(v.shape[-1], seed=seed + 2).abs()
     high = gaussian(v.shape[-1], seed=seed + 3).abs()
-    for project in (
+    projections: list[Callable[[Tensor], Tensor]] = [
         hypergrad.project_simplex,
         lambda tree: hypergrad.project_box(tree, low, high),
-    ):
+    ]
+    for project in projections:
         y = project(v)
         torch.testing.assert_close(project(y), y, rtol=0, atol=20 * EPS)
         distances = (y - project(w)).norm(dim=-1)
