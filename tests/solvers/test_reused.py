@@ -33,6 +33,12 @@ def preconditioned(rank: int = 40, **options: Any) -> ReusedSketch:
     return ReusedSketch(NystromPCG(rank, rtol=1e-8, generator=generator(0)), **options)
 
 
+def cost(info: hypergrad.SolveInfo) -> int:
+    """The products that went into a sketch."""
+    assert info.sketch_hvps is not None
+    return info.sketch_hvps
+
+
 def solved(carried: ReusedSketch, time: float, **options: Any) -> hypergrad.SolveInfo:
     options = {"damping": 1e-2} | options
     return hypergrad.solve(moved(time), V, carried, **options).info
@@ -47,7 +53,7 @@ def test_a_still_operator_is_sketched_once(make: Any) -> None:
     for count in range(1, 4):
         info = solved(carried, 0.0)
         assert info.sketch_hvps == 0
-        assert info.num_hvps == first.num_hvps - first.sketch_hvps
+        assert info.num_hvps == first.num_hvps - cost(first)
         assert info.relative_residual == pytest.approx(first.relative_residual, rel=1e-6)
         assert carried.age == count
         assert f"the sketch of {count} solves ago served" in str(info.reason)
@@ -72,9 +78,8 @@ def test_a_residual_above_the_bound_refreshes_at_once() -> None:
     assert info.converged
     assert info.status is Status.CONVERGED
     assert info.relative_residual <= 0.1
-    assert info.sketch_hvps is not None
-    assert info.sketch_hvps > 0
-    assert info.num_hvps == info.sketch_hvps + 2  # and one look at each answer
+    assert cost(info) > 0
+    assert info.num_hvps == cost(info) + 2  # and one look at each answer
     assert carried.num_refreshes == 1
     assert carried.age == 0
     assert "after a relative residual of" in str(info.reason)
@@ -97,8 +102,7 @@ def test_an_update_comes_first_and_a_new_sketch_where_it_does_not_serve() -> Non
     matrix = (other * DECAY) @ other.T
     info = hypergrad.solve(0.5 * (matrix + matrix.T), V, carried, damping=1e-2).info
     assert info.converged
-    assert info.sketch_hvps is not None
-    assert info.sketch_hvps >= 40
+    assert cost(info) >= 40
 
 
 def test_a_rank_that_cannot_serve_is_announced_and_not_paid_for_again() -> None:
@@ -124,8 +128,7 @@ def test_a_preconditioner_that_slows_down_is_refreshed_before_the_next_solve() -
     assert slow.sketch_hvps == 0
     info = solved(carried, 0.6, damping=1e-4)
     assert info.converged
-    assert info.sketch_hvps is not None
-    assert info.sketch_hvps > 0
+    assert cost(info) > 0
     assert info.iterations < slow.iterations
     assert carried.num_refreshes == 1
     patient = preconditioned(max_slowdown=1e6)
@@ -150,15 +153,14 @@ def test_a_failed_solve_refreshes_at_once_and_does_so_once() -> None:
     assert solved(carried, 0.0, damping=1e-3).converged
     info = solved(carried, 1.0, damping=1e-3)
     assert info.converged
-    assert info.sketch_hvps is not None
-    assert info.sketch_hvps > 0
+    assert cost(info) > 0
     assert "after a failed solve after 25 iterations" in str(info.reason)
     # Where not even a new sketch serves, each later solve tries an update alone.
     hopeless = ReusedSketch(NystromPCG(2, rtol=1e-12, max_iters=3, generator=generator(0)))
     costs = []
     for _ in range(3):
         with pytest.warns(hypergrad.ConvergenceWarning):
-            costs.append(solved(hopeless, 0.0, damping=1e-4).sketch_hvps)
+            costs.append(cost(solved(hopeless, 0.0, damping=1e-4)))
     assert costs[1] <= 4
     assert costs[2] <= 4
 
@@ -228,6 +230,6 @@ def test_bad_use_is_named() -> None:
         solved(carried, 0.0, damping=0.0)
     with pytest.raises(hypergrad.SolverOptionError, match="solver is CG"):
         ReusedSketch(hypergrad.CG())  # type: ignore[arg-type]
-    for option, value in (("max_residual", 0.0), ("max_slowdown", 0.5)):
-        with pytest.raises(hypergrad.SolverOptionError, match=option):
-            direct(**{option: value})
+    for options in ({"max_residual": 0.0}, {"max_slowdown": 0.5}):
+        with pytest.raises(hypergrad.SolverOptionError, match=next(iter(options))):
+            ReusedSketch(Nystrom(1), **options)
