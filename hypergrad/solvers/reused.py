@@ -182,7 +182,7 @@ class ReusedSketch(Solver):
         self._due = "kept"
         if slow and stage != "made":
             self._due = "updated" if stage == "kept" else "made"
-        elif stage != "kept" and iterations > 0:
+        elif pace > 0 and (stage != "kept" or self._pace == math.inf):
             self._pace = pace
         return True, f"{iterations} iterations, {pace:.1f} a digit"
 

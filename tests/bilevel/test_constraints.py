@@ -220,6 +220,41 @@ def test_a_hypergradient_through_a_map() -> None:
     torch.testing.assert_close(got.grad, 2 * s * 2 * s * (1 - s))
 
 
+def test_everything_runs_under_transforms() -> None:
+    # Losses call the maps wherever the library differentiates them, and that is also torch.func.
+    free = gaussian(3, 4, seed=5)
+    low, high = BOXES["mixed"]
+    functions: list[Callable[[Tensor], Tensor]] = [
+        hypergrad.project_simplex,
+        lambda z: hypergrad.project_box(z, -0.5, 0.5),
+        lambda z: hypergrad.sigmoid_box(z, low, high),
+        lambda z: hypergrad.sigmoid_box_inverse(hypergrad.sigmoid_box(z, low, high), low, high),
+        hypergrad.softmax_simplex,
+        lambda z: hypergrad.softmax_simplex_inverse(hypergrad.softmax_simplex(z)),
+    ]
+    for function in functions:
+        rows = torch.stack([function(row) for row in free])
+        assert relative_error(torch.func.vmap(function)(free), rows) <= 1e-14
+        jacobians = torch.stack(
+            [torch.autograd.functional.jacobian(function, row) for row in free]  # type: ignore[no-untyped-call]
+        )
+        for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+            got = torch.func.vmap(jacobian(function))(free)
+            torch.testing.assert_close(got, jacobians)
+
+
+def test_second_derivatives_of_the_outer_loss_through_a_map() -> None:
+    # w = y = map(z), so that F(z) = |map(z)|^2: by the decorator and by hand.
+    solve = hypergrad.implicit(
+        lambda w, z: 0.5 * ((w - hypergrad.softmax_simplex(z)) ** 2).sum(),
+        hypergrad.Exact(),
+    )(lambda init, z: torch.softmax(z, -1))
+    z = gaussian(4, seed=6)
+    got = torch.func.hessian(lambda z: (solve(None, z) ** 2).sum())(z)
+    expected = torch.func.hessian(lambda z: (torch.softmax(z, -1) ** 2).sum())(z)
+    assert relative_error(got, expected) <= 1e-10
+
+
 # Bad input --------------------------------------------------------------------------------------
 
 ONES = torch.ones(3)
