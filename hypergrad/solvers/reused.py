@@ -53,8 +53,7 @@ class ReusedSketch(Solver):
         num_refreshes: how many times that was done, the first sketch not counted.
 
     Raises (when solving):
-        TreeStructureError: the operator acts on other trees than the sketch's: carry one object a
-            problem.
+        TreeStructureError: the operator acts on other trees than the sketch; carry one a problem.
         DampingError, RankError, NotSymmetricError: see the solver.
 
     Cost: a solve with a kept sketch: one product to check the answer (``Nystrom``), or CG's.  A
