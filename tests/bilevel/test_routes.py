@@ -192,8 +192,8 @@ BOLIB = {
 def test_problems_of_bolib_are_solved_to_their_known_optima(name: str) -> None:
     problem = BOLIB[name]
     x, y = torch.ones((), dtype=F64), torch.ones((), dtype=F64)  # the library's starting point
-    for _ in range(60):
-        for _ in range(60):  # plain gradient descent on the lower level
+    for _ in range(40):
+        for _ in range(30):  # plain gradient descent on the lower level
             y = y - problem.inner_lr * torch.func.grad(problem.lower, argnums=1)(x, y)
         got = hypergrad.hypergradient(
             lambda y, x: problem.lower(x, y), lambda y, x: problem.upper(x, y), y, x
