@@ -233,3 +233,25 @@ def test_bad_use_is_named() -> None:
     for options in ({"max_residual": 0.0}, {"max_slowdown": 0.5}):
         with pytest.raises(hypergrad.SolverOptionError, match=next(iter(options))):
             ReusedSketch(Nystrom(1), **options)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_reported_is_true_along_any_way(seed: int) -> None:
+    # Steps of very different sizes, with and without a warm start.
+    source = generator(seed)
+    bound = 0.05 + 0.4 * float(torch.rand((), generator=source))
+    carried = direct(max_residual=bound)
+    time, x0 = 0.0, None
+    for _ in range(8):
+        time += 10.0 ** float(-3 * torch.rand((), generator=source))
+        before = carried.sketch
+        solution = hypergrad.solve(
+            moved(time), V, carried, damping=1e-2, x0=x0, on_failure="ignore"
+        )
+        info, x = solution.info, solution.value
+        residual = float((V - moved(time) @ x - 1e-2 * x).norm() / V.norm())
+        assert info.relative_residual == pytest.approx(residual, rel=1e-6)
+        assert info.converged == (residual <= bound)
+        # A sketch that served was kept, at no cost; another one was paid for.
+        assert (carried.sketch is before) == (info.sketch_hvps == 0)
+        x0 = x if bool(torch.rand((), generator=source) < 0.5) else None
