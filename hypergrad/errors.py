@@ -76,6 +76,10 @@ class SolverOptionError(HypergradError, ValueError):
     """A solver was configured with a value outside its range."""
 
 
+class ConstraintError(HypergradError, ValueError):
+    """Bounds that leave no point, or a point outside of a constraint that it was said to meet."""
+
+
 class PreconditionerError(HypergradError, ValueError):
     """A preconditioner is not positive definite."""
 

@@ -10,6 +10,7 @@ from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, nystrom_sketch
 from .nystrom_pcg import NystromPCG
+from .reused import ReusedSketch
 from .sketch import NystromSketch
 from .solve import solve
 
@@ -24,6 +25,7 @@ __all__ = [
     "Nystrom",
     "NystromPCG",
     "NystromSketch",
+    "ReusedSketch",
     "Solution",
     "SolveInfo",
     "Solver",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -209,6 +209,11 @@ class Nystrom(Solver):
             any_damping=any_damping,
         )
 
+    def _holding(self, sketch: NystromSketch) -> Nystrom:
+        """The same configuration, which solves with a sketch that is made."""
+        options = {field.name: getattr(self, field.name) for field in fields(Nystrom)}
+        return _Sketched(**options, made=sketch)
+
     def _capped(self, sketch: NystromSketch) -> bool:
         """Whether an automatic rank ended short of its tolerance."""
         return sketch.condition_bound is not None and sketch.condition_bound > 1.0 + self.tol
@@ -229,9 +234,7 @@ class Nystrom(Solver):
             damping=damping,
             rank=sketch.rank,
             smallest_eigenvalue=sketch.smallest_eigenvalue,
-            backward_solver=_Sketched(
-                self.rank, self.sketch, self.generator, self.negative_curvature, made=sketch
-            ),
+            backward_solver=self._holding(sketch),
         )
 
     def _statuses(
