@@ -223,9 +223,13 @@ def main() -> None:
     assert all(math.isfinite(row.total) for row in rows)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with (arguments.output / "cosines.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        for row in rows:
+            entry = asdict(row)
+            writer.writerow(
+                {k: f"{x:.6g}" if isinstance(x, float) else x for k, x in entry.items()}
+            )
     print(table(rows))
     draw(rows, arguments.output / "outer_objective.png")
     print(f"rows and picture in {arguments.output}")
