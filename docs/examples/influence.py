@@ -203,7 +203,7 @@ def influence(
 
 
 def one_newton_step(data: Data, l2: float, w: Tensor, count: int) -> Tensor:
-    """How much each test loss rises by the first Newton step of each retraining, not to first order.
+    """How much each test loss rises by the first Newton step of each retraining.
 
     Shape (num_test, count). The step is 1/n (H - H_i/n)^-1 grad loss_i: what influence leaves out
     is that the Hessian changes, too, and that the test loss is curved (Pregibon 1981). The Hessian
@@ -337,16 +337,20 @@ def draw_digit(axes: Any, x: Tensor, title: str, colour: str = "black") -> None:
 
 
 def draw_explanations(figure: SubFigure, data: Data, explained: Explained) -> None:
-    """The two test digits of the largest loss, each with what helped it and what harmed it most."""
+    """The two test digits that are furthest from right, with what helped and harmed them most."""
     figure.suptitle("Which training digits made this prediction?")
     scores = explained.influence["cg"]
-    hardest = losses(explained.w, data.test_x, data.test_y).argsort(descending=True)[:2].tolist()
+    probabilities = torch.softmax(data.test_x @ explained.w, dim=1)
+    right = probabilities.gather(1, data.test_y[:, None])
+    others = probabilities.scatter(1, data.test_y[:, None], 0.0)
+    hardest = (right[:, 0] - others.max(dim=1).values).argsort()[:2].tolist()
     # Two rows a test digit; the first two columns are its own.
     grid = figure.add_gridspec(4, 7)
     for place, test in enumerate(hardest):
-        probabilities = torch.softmax(data.test_x[test] @ explained.w, dim=0)
-        best = int(probabilities.argmax())
-        title = f"test digit: a {int(data.test_y[test])}\ntaken for a {best} ({float(probabilities[best]):.0%})"
+        share, best = probabilities[test].max(dim=0)
+        title = (
+            f"test digit: a {int(data.test_y[test])}\npredicted: {int(best)} ({float(share):.0%})"
+        )
         cell = figure.add_subplot(grid[2 * place : 2 * place + 2, :2])
         draw_digit(cell, data.test_x[test], title)
         order = scores[test].argsort(descending=True).tolist()
@@ -374,11 +378,12 @@ def draw(data: Data, explained: Explained, results: dict[str, Any]) -> Figure:
     axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
     axes.plot(predicted.flatten(), explained.exact.flatten(), ".", color=BLUE, markersize=2,
               alpha=0.4, rasterized=True)  # fmt: skip
-    axes.annotate(
-        f"correlation {row['correlation_all_pairs']:.4f};\nby test digit {row['correlation_worst']:.4f} "
-        "or more", (0.04, 0.9), xycoords="axes fraction", color=GREY,
-    )  # fmt: skip
-    axes.set(xlabel="change of the test loss by influence", ylabel="exact: trained again without it")
+    text = (
+        f"correlation {row['correlation_all_pairs']:.4f};\n"
+        f"by test digit {row['correlation_worst']:.4f} or more"
+    )
+    axes.annotate(text, (0.04, 0.9), xycoords="axes fraction", color=GREY)
+    axes.set(xlabel="change of the test loss by influence", ylabel="the same by training again")
 
     middle.suptitle("Correlation by strength of the L2 term")
     axes = middle.subplots()
