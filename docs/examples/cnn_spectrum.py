@@ -121,7 +121,7 @@ def train(network: Network, data: Data, config: Config, progress: Any) -> None:
     optimiser = torch.optim.Adam(network.parameters(), lr=config.lr)
     for _ in range(config.epochs):
         order = torch.randperm(len(data.train_x), generator=generator)
-        for batch in order.split(config.batch_size):
+        for batch in torch.split(order, config.batch_size):
             optimiser.zero_grad()
             cross_entropy(network(data.train_x[batch]), data.train_y[batch]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()

@@ -94,7 +94,8 @@ def losses(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def gradients(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Gradient of each example's loss, shape (n, 65, 10)."""
     each = torch.func.grad(lambda w, x, y: cross_entropy(x @ w, y))
-    return torch.func.vmap(each, in_dims=(None, 0, 0))(w, x, y)
+    found: Tensor = torch.func.vmap(each, in_dims=(None, 0, 0))(w, x, y)
+    return found
 
 
 # --------------------------------------------------------------------------------------- training

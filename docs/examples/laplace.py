@@ -236,7 +236,8 @@ def dense_covariances(fit: Fit, problem: Problem, x: Tensor) -> Tensor:
     new = flat(jacobians(fit.params, x))
     half = torch.linalg.solve_triangular(factor, new.T, upper=False).T
     half = half.reshape(len(x), outputs, -1)
-    return half @ half.mT
+    covariance: Tensor = half @ half.mT
+    return covariance
 
 
 def make_sketch(fit: Fit, problem: Problem, rank: int, seed: int) -> hypergrad.NystromSketch:
@@ -430,7 +431,7 @@ def classify_digits(config: Config, progress: Any) -> Digits:
     order = torch.randperm(len(images), generator=generator)
     sizes = (config.num_train, config.num_validation, config.num_test)
     (x, y), (validation_x, validation_y), (test_x, test_y) = (
-        (images[chosen], labels[chosen]) for chosen in order[: sum(sizes)].split(sizes)
+        (images[chosen], labels[chosen]) for chosen in torch.split(order[: sum(sizes)], sizes)
     )
     problem = Problem(x, y, lambda out, y: cross_entropy(out, y, reduction="sum"))
     progress.set_description("digits")

@@ -34,7 +34,7 @@ def test_the_hessian_is_that_of_the_network(example: dict[str, Any]) -> None:
     leaves = [leaf.detach() for leaf in network.parameters()]
 
     def loss(flat: Tensor) -> Tensor:
-        parts = flat.split([leaf.numel() for leaf in leaves])
+        parts = torch.split(flat, [leaf.numel() for leaf in leaves])
         params = {
             name: part.reshape(leaf.shape)
             for name, part, leaf in zip(names, parts, leaves, strict=True)

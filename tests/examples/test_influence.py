@@ -140,11 +140,11 @@ def test_one_short_run(example: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_influence_predicts_every_retraining(example: dict[str, Any], tmp_path: Path) -> None:
-    results = example["main"](["--run-dir", str(tmp_path), "--other-l2", "3e-2", "1e-4"])
+    results = example["main"](["--run-dir", str(tmp_path), "--other-l2", "1e-4"])
     check_claim(results["main"])
     assert all(c >= 0.99 for c in results["main"]["solvers"]["cg"]["correlation_by_test_digit"])
-    strong, _, weak = results["strengths"]
-    assert strong["solvers"]["exact"]["correlation_worst"] > 0.999
+    weak = results["strengths"][-1]
+    # Where the first order is not enough, the comparison says so,
     assert weak["solvers"]["exact"]["correlation_worst"] < 0.9
-    # One Newton step makes up for most of it.
+    # and one Newton step makes up for most of it.
     assert weak["newton_step"]["correlation_all_pairs"] > 0.99

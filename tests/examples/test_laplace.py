@@ -49,7 +49,7 @@ def posterior_precision(example: dict[str, Any], problem: Any, fit: Any) -> Tens
     mode = torch.cat([fit.params[name].flatten() for name in names])
 
     def outputs(flat: Tensor) -> Tensor:
-        parts = flat.split(sizes)
+        parts = torch.split(flat, sizes)
         params = {
             name: part.reshape(fit.params[name].shape)
             for name, part in zip(names, parts, strict=True)
