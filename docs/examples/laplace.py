@@ -429,7 +429,7 @@ def classify_digits(config: Config, progress: Any) -> Digits:
     images, labels = torch.tensor(digits.data) / 16.0, torch.tensor(digits.target)
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(images), generator=generator)
-    sizes = (config.num_train, config.num_validation, config.num_test)
+    sizes = [config.num_train, config.num_validation, config.num_test]
     (x, y), (validation_x, validation_y), (test_x, test_y) = (
         (images[chosen], labels[chosen]) for chosen in torch.split(order[: sum(sizes)], sizes)
     )
