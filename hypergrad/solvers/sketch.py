@@ -91,22 +91,27 @@ class NystromSketch:
             tail=self.tail,
         )
 
-    def solve(self, v: Tree, damping: Damping = "auto") -> Tree:
+    def solve(self, v: Tree, damping: Damping = "auto", *, batched: bool = False) -> Tree:
         """(U diag(L) U' + damping I)^-1 v, with no further HVP.
 
         Symmetric positive definite with norm at most 1/damping whenever L >= 0, by construction.
+
+        Args:
+            v: right-hand side, a tree like the operator's argument.
+            damping: the multiple of the identity, > 0, or ``"auto"``.
+            batched: whether v stacks m right-hand sides: every leaf has one more leading dimension.
 
         Raises:
             DampingError: damping is not positive.
             TreeStructureError, LeafTypeError, DeviceError: v does not fit the operator.
         """
         rho = self.auto_damping() if damping == "auto" else positive_damping(damping)
-        vector = self.layout.flatten(v)
-        self.layout.check_finite(vector, "v")
-        x = self.solve_block(vector.to(self.basis.dtype)[None], rho).to(self.layout.dtype)
-        x = self.layout.narrowed(x)[0]
+        block = self.layout.rows(v, batched=batched).detach()
+        self.layout.check_finite(block, "v")
+        x = self.solve_block(block.to(self.basis.dtype), rho).to(self.layout.dtype)
+        x = self.layout.narrowed(x)
         self.layout.check_finite(x, "the answer")
-        return self.layout.unflatten(x)
+        return self.layout.unflatten_block(x) if batched else self.layout.unflatten(x[0])
 
     def solve_block(self, block: Tensor, damping: float) -> Tensor:
         """:meth:`solve` for rows of shape (m, n) in the dtype of :attr:`basis`.
