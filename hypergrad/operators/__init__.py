@@ -2,6 +2,7 @@
 
 from .base import LinearOperator
 from .export import to_linear_operator
+from .fisher import EmpiricalFisherOperator, FisherOperator, empirical_fisher, fisher
 from .gauss_newton import GaussNewtonOperator, ggn
 from .hessian import HessianOperator, hessian
 from .interop import as_operator
@@ -9,6 +10,8 @@ from .root import RootOperator, RowsOperator, root_operator
 from .sampled import SampledOperator
 
 __all__ = [
+    "EmpiricalFisherOperator",
+    "FisherOperator",
     "GaussNewtonOperator",
     "HessianOperator",
     "LinearOperator",
@@ -16,6 +19,8 @@ __all__ = [
     "RowsOperator",
     "SampledOperator",
     "as_operator",
+    "empirical_fisher",
+    "fisher",
     "ggn",
     "hessian",
     "root_operator",

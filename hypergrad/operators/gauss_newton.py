@@ -52,65 +52,91 @@ class GaussNewtonOperator(OutputOperator):
         return [loss]
 
     def _weight(self, outputs: Tensor) -> Weight:
-        # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch (mse_loss,
-        # huber_loss) have no other through their gradients.
-        pull = torch.func.vjp(torch.func.grad(self._loss), outputs)[1]
-
-        def product(tangent: Tensor) -> Tensor:
-            (weighted,) = pull(tangent)
-            return weighted  # type: ignore[no-any-return]
-
-        return product
+        return _hessian_of(self._loss, outputs)
 
     def _roots(self, outputs: Tensor) -> Tensor:
-        outputs = outputs.detach()
-        product = self._weight(outputs)
-        blocks = _diagonal_blocks(product, outputs)
-        values, vectors = torch.linalg.eigh(blocks)
+        values, vectors = torch.linalg.eigh(self._blocks(outputs.detach()))
         if not torch.compiler.is_compiling():
-            _check_convex(values, outputs.dtype)
+            _check_convex(values)
             # Directions without curvature, such as the one that softmax does not see, need no row.
-            floor = values.shape[-1] * torch.finfo(outputs.dtype).eps * values.abs().max()
-            seen = int((values > floor).sum(dim=-1).max())
-            values, vectors = values[:, -max(seen, 1) :], vectors[..., -max(seen, 1) :]
-        return values.clamp(min=0.0).sqrt()[..., None] * vectors.mT
+            floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().max()
+            seen = max(int((values > floor).sum(dim=-1).max()), 1)
+            values, vectors = values[:, -seen:], vectors[..., -seen:]
+        roots: Tensor = values.clamp(min=0.0).sqrt()[..., None] * vectors.mT
+        return roots
+
+    def _blocks(self, outputs: Tensor) -> Tensor:
+        """The Hessian of the loss in the outputs, shape (groups, c, c), in the working dtype.
+
+        One group a sample where no two samples are coupled, else one group of all outputs.
+        """
+        # Where a softmax is sure, p - p^2 cancels: a wide dtype keeps what is left.
+        wide = outputs.to(working_dtype(outputs.dtype, outputs.device))
+        targets = [_widened(x, outputs.dtype, wide.dtype) for x in self._point.batch[1:]]
+        try:
+            product = _hessian_of(lambda out: self.loss_fn(out, *targets), wide)
+            return _blocks_of(product, wide)
+        except RuntimeError as error:
+            # Such as a tensor of the outputs' own dtype in the loss's closure.
+            if wide.dtype == outputs.dtype or isinstance(error, torch.OutOfMemoryError):
+                raise
+        return _blocks_of(self._weight(outputs), outputs).to(wide.dtype)
 
 
-def _diagonal_blocks(product: Weight, outputs: Tensor) -> Tensor:
-    """The Hessian of the loss in the outputs, shape (groups, c, c), in the working dtype.
+def _hessian_of(loss_fn: Callable[[Tensor], Tensor], outputs: Tensor) -> Weight:
+    # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch (mse_loss,
+    # huber_loss) have no other through their gradients.
+    pull = torch.func.vjp(torch.func.grad(loss_fn), outputs)[1]
 
-    One group a sample (the leading index of the outputs) where a random product shows that the
-    loss couples no two samples, else one group of all outputs.
+    def product(tangent: Tensor) -> Tensor:
+        weighted: Tensor = pull(tangent)[0]
+        return weighted
+
+    return product
+
+
+def _widened(target: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
+    return target.to(wide) if isinstance(target, Tensor) and target.dtype == narrow else target
+
+
+def _blocks_of(product: Weight, outputs: Tensor) -> Tensor:
+    """Blocks on the diagonal of a symmetric matrix on outputs, that outside of which it is zero."""
+    count = outputs.shape[0] if outputs.ndim else 1
+    groups = 1 if torch.compiler.is_compiling() or _coupled(product, outputs) else count
+    size = outputs.numel() // groups
+    # Column j of every block at once.
+    probes = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+    stacked = probes[:, None].expand(size, groups, size).reshape(size, *outputs.shape)
+    columns = torch.func.vmap(product)(stacked).detach().reshape(size, groups, size)
+    blocks = columns.movedim(0, -1)
+    return 0.5 * (blocks + blocks.mT)
+
+
+def _coupled(product: Weight, outputs: Tensor) -> bool:
+    """Whether a symmetric matrix on outputs couples any two samples.
+
+    Two samples have different binary numbers.  Of a vector on the samples whose bit is set, the
+    product on the others is zero for each bit (and exactly so: zeros were multiplied) if and only
+    if no two are coupled.
     """
     count = outputs.shape[0] if outputs.ndim else 1
-    wide = working_dtype(outputs.dtype, outputs.device)
-
-    def blocks_of(groups: int) -> Tensor:
-        size = outputs.numel() // groups
-        probes = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-        # Column j of every block at once.
-        stacked = probes[:, None].expand(size, groups, size).reshape(size, *outputs.shape)
-        columns = torch.func.vmap(product)(stacked).reshape(size, groups, size)
-        blocks = columns.movedim(0, -1).detach().to(wide)
-        return 0.5 * (blocks + blocks.mT)
-
-    if torch.compiler.is_compiling() or count == 1:
-        return blocks_of(1)
-    blocks = blocks_of(count)
     seeded = torch.Generator().manual_seed(0)
-    probe = torch.randn(outputs.shape, generator=seeded).to(outputs)
-    whole = product(probe).detach().to(wide).reshape(count, -1)
-    own = (blocks @ probe.to(wide).reshape(count, -1, 1))[..., 0]
-    noise = torch.finfo(outputs.dtype).eps ** 0.75
-    separate = (own - whole).norm() <= noise * whole.norm()
-    return blocks if bool(separate) else blocks_of(1)
+    dense = torch.randn(outputs.shape, generator=seeded).to(outputs)
+    numbers = torch.arange(count, device=outputs.device)
+    for bit in range((count - 1).bit_length()):
+        chosen = (numbers >> bit) & 1 == 1
+        image = product(torch.where(chosen.reshape(-1, *[1] * (outputs.ndim - 1)), dense, 0.0))
+        size = image.abs().max()
+        if bool((image[~chosen].abs() > torch.finfo(image.dtype).eps * size).any()):
+            return True
+    return False
 
 
-def _check_convex(values: Tensor, dtype: torch.dtype) -> None:
+def _check_convex(values: Tensor) -> None:
     """Raise unless the loss is convex at the outputs, to rounding."""
     smallest, largest = float(values.min()), float(values.abs().max())
-    # Where a softmax is sure, p - p^2 cancels: its rounding is that of p, not that of what is left.
-    if smallest < -(torch.finfo(dtype).eps ** 0.25) * largest:
+    # Generous, as rounding need not be that of the largest: of a softmax it is that of one.
+    if smallest < -(torch.finfo(values.dtype).eps ** 0.25) * largest:
         sample = int(values.amin(dim=-1).argmin())
         where = f" (sample {sample})" if len(values) > 1 else ""
         raise NegativeCurvatureError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..errors import HypergradError, LossError, SolverOptionError
 from ..pytree import Tree, TreeLayout
@@ -88,12 +90,16 @@ class OutputOperator(RootOperator):
         inputs = (self._point.batch if batch is None else batch)[0]
         return lambda p: self.model_fn(p, inputs)
 
+    def _evaluating(self) -> AbstractContextManager[Any]:
+        """The setting in which the model is evaluated and differentiated."""
+        return nullcontext() if torch.compiler.is_compiling() else _ForwardMode()
+
     def _build(self) -> Built:
         """The product, linearised once at the detached parameters."""
         if self._built is None:
             report_unused(self.layout, self._unused(), "the output of model_fn")
             point = [leaf.detach() for leaf in self._point.params]
-            with torch.enable_grad():
+            with torch.enable_grad(), self._evaluating():
                 passed = torch.func.vjp(self._model(), self.layout.unflatten_leaves(point))
                 outputs, pull_back = passed[0], passed[1]
                 more = self._checked(outputs)
@@ -104,7 +110,7 @@ class OutputOperator(RootOperator):
     def _unused(self) -> list[bool]:
         # torch.func gives zeros for parameters that the model ignores; autograd tells them apart.
         leaves = [leaf.detach().requires_grad_() for leaf in self._point.params]
-        with torch.enable_grad():
+        with torch.enable_grad(), self._evaluating():
             outputs = self._model()(self.layout.unflatten_leaves(leaves))
             if not isinstance(outputs, Tensor):
                 raise LossError(
@@ -126,8 +132,9 @@ class OutputOperator(RootOperator):
             if not weight:
                 weight.append(self._weight(outputs))
             tangent = self.layout.unflatten(vector)
-            pushed = torch.func.jvp(self._model(), (point,), (tangent,))[1]
-            (pulled,) = pull_back(weight[0](pushed))
+            with self._evaluating():
+                pushed = torch.func.jvp(self._model(), (point,), (tangent,))[1]
+                (pulled,) = pull_back(weight[0](pushed))
             return self._flat(pulled)
 
         return product
@@ -156,7 +163,8 @@ class OutputOperator(RootOperator):
     def _attached(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)
         params = self._point.params
-        passed = torch.func.vjp(self._model(), self.layout.unflatten_leaves(params))
+        with self._evaluating():
+            passed = torch.func.vjp(self._model(), self.layout.unflatten_leaves(params))
         return torch.func.vmap(self._product(params, passed[0], passed[1]))(block)
 
     def _apply(self, block: Tensor) -> Tensor:
@@ -184,7 +192,7 @@ class OutputOperator(RootOperator):
 
     def _rows(self, outputs: Tensor, pull_back: Callable[..., Any], roots: Tensor) -> Tensor:
         """F by pulling each row of R back through the whole batch."""
-        groups, r, c = roots.shape
+        groups, r = roots.shape[:2]
 
         def row(index: Tensor) -> Tensor:
             group, own = index // r, index % r
@@ -206,7 +214,7 @@ class OutputOperator(RootOperator):
         """
         outputs, inputs = self._build().outputs.detach(), self._point.batch[0]
         leaves, spec = torch_pytree.tree_flatten(inputs)
-        groups, r, c = roots.shape
+        groups, r = roots.shape[:2]
         whole = outputs.ndim and groups == len(outputs) and groups > 1
         if not whole or not all(
             isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == groups for leaf in leaves
@@ -216,7 +224,8 @@ class OutputOperator(RootOperator):
 
         def of_sample(own: list[Tensor], root: Tensor) -> tuple[Tensor, Tensor]:
             single = torch_pytree.tree_unflatten([leaf[None] for leaf in own], spec)
-            output, pull_back = torch.func.vjp(self._model((single,)), point)
+            passed = torch.func.vjp(self._model((single,)), point)
+            output, pull_back = passed[0], passed[1]
             cotangents = root.reshape(r, *output.shape).to(output.dtype)
             rows = torch.func.vmap(lambda u: self._flat(pull_back(u)[0]))(cotangents)
             return output[0], rows
@@ -225,8 +234,8 @@ class OutputOperator(RootOperator):
         own_leaves = [leaf.detach() for leaf in leaves]
         try:
             again, rows = torch.func.vmap(of_sample, chunk_size=size)(own_leaves, roots)
-        except RuntimeError as error:
-            # vmap does not know an operation, or the model cannot take one sample: then the whole
+        except Exception as error:
+            # vmap does not know an operation, or the model does not take one sample: then the whole
             # batch serves, and where the fault is another it is met again there.
             if isinstance(error, HypergradError | torch.OutOfMemoryError):
                 raise
@@ -241,9 +250,29 @@ class OutputOperator(RootOperator):
 
 
 _REMEDY = (
-    "a model of operations that have one: for attention, the kernel of "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) inside model_fn"
+    "operations that have one: for attention, torch.nn.attention.sdpa_kernel(SDPBackend.MATH) "
+    "inside model_fn; for a torch.autograd.Function, give it a jvp"
 )
+
+
+class _ForwardMode(TorchFunctionMode):
+    """Runs recurrent layers without oneDNN, whose kernel for float32 has no forward mode."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in _RECURRENT:
+            return func(*args, **(kwargs or {}))
+        # torch.backends.mkldnn.flags would set other flags too, which warns on some builds.
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+
+
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
 def _close(one: Tensor, other: Tensor, rtol: float) -> bool:

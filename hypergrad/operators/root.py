@@ -1,4 +1,4 @@
-"""Operators that are F'F: positive semi-definite by construction, and small where F has few rows."""
+"""Operators that are F'F: positive semi-definite, and small where F has few rows."""
 
 from __future__ import annotations
 

@@ -172,9 +172,9 @@ class _Factored:
         rows = root.factor()
         unit = powers_of_two(norms_traced(rows.to(like.dtype)).amax())
         rows = rows / unit.to(rows.dtype)
-        k, n = rows.shape
+        k = len(rows)
         gram = like.new_zeros(k, k)
-        for part in rows.split(max(1, _WIDENED // max(k, 1)), dim=1):
+        for part in torch.split(rows, max(1, _WIDENED // k), dim=1):
             wide = part.to(like.dtype)
             gram = gram + wide @ wide.T
         values, vectors = torch.linalg.eigh(gram)
@@ -242,7 +242,7 @@ class _Factored:
         if self.rows.dtype == x.dtype:
             return x @ self.rows.T
         size = max(1, _WIDENED // self.rows.shape[1])
-        return torch.cat([x @ part.to(x.dtype).T for part in self.rows.split(size)], dim=1)
+        return torch.cat([x @ part.to(x.dtype).T for part in torch.split(self.rows, size)], dim=1)
 
     def _back(self, y: Tensor) -> Tensor:
         """F' times each row of y: from (m, k) to (m, n)."""
@@ -250,7 +250,9 @@ class _Factored:
             return y @ self.rows
         size = max(1, _WIDENED // self.rows.shape[1])
         out = y.new_zeros(len(y), self.rows.shape[1])
-        for part, own in zip(self.rows.split(size), y.split(size, dim=1), strict=True):
+        for part, own in zip(
+            torch.split(self.rows, size), torch.split(y, size, dim=1), strict=True
+        ):
             out = torch.addmm(out, own, part.to(y.dtype))
         return out
 
