@@ -112,9 +112,10 @@ class FisherOperator(ScoreOperator):
             )
         super().__init__(model_fn, params, (inputs,), reduction=reduction, chunk_size=chunk_size)
         self._draw, self._nll = sampler_of(likelihood)
+        self._batches = isinstance(likelihood, str)
         self._num_samples, self.generator = num_samples, generator
         #: The targets, drawn once: products are those of one matrix.
-        self._targets: list[Any] | None = None
+        self._targets: Any = None
         self._build()
 
     @property
@@ -124,9 +125,17 @@ class FisherOperator(ScoreOperator):
 
     def _scores(self, outputs: Tensor) -> Tensor:
         if self._targets is None:
-            drawn = outputs.detach()
-            self._targets = [self._draw(drawn, self.generator) for _ in range(self._num_samples)]
+            self._targets = self._drawn(outputs.detach())
+        if self._batches:
+            scores: Tensor = torch.func.vmap(self._score, in_dims=(None, 0))(outputs, self._targets)
+            return scores
         return torch.stack([self._score(outputs, targets) for targets in self._targets])
+
+    def _drawn(self, outputs: Tensor) -> Any:
+        if not self._batches:  # distributions look at values, and functions may be of one batch
+            return [self._draw(outputs, self.generator) for _ in range(self._num_samples)]
+        repeated = outputs.repeat(self._num_samples, *[1] * (outputs.ndim - 1))
+        return self._draw(repeated, self.generator).unflatten(0, (self._num_samples, len(outputs)))
 
     def _score(self, outputs: Tensor, targets: Any) -> Tensor:
         def total(out: Tensor) -> Tensor:
