@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.strategies import gaussian, generator
+import hypergrad
+from tests.strategies import F64, gaussian, generator, orthogonal
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,35 @@ def log_cosh_of_all(outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.logsumexp((outputs - targets).reshape(-1), 0)
 
 
-def _mlp(*sizes: int) -> torch.nn.Module:
+def _mlp(*sizes: int) -> torch.nn.Sequential:
     layers: list[torch.nn.Module] = []
     for before, after in itertools.pairwise(sizes):
         layers += [torch.nn.Linear(before, after), torch.nn.Tanh()]
     return torch.nn.Sequential(*layers[:-1])
+
+
+def mlp(*sizes: int, dtype: torch.dtype = F64) -> torch.nn.Sequential:
+    """A network of tanh layers whose seeded weights keep the size of its signals."""
+    module = _mlp(*sizes).to(dtype)
+    for i, p in enumerate(module.parameters()):
+        p.data = (gaussian(*p.shape, seed=i) / p.shape[-1] ** 0.5).to(dtype)
+    return module
+
+
+def correlated() -> tuple[Any, dict[str, Tensor], torch.nn.Module, tuple[Tensor, Tensor]]:
+    """A Gauss-Newton operator of more samples than parameters and ill-conditioned inputs.
+
+    With its parameters, module and batch; the largest eigenvalue is near one.
+    """
+    module = mlp(20, 4, 3)
+    x = (torch.logspace(0, -3, 20, dtype=F64) * gaussian(500, 20)) @ orthogonal(20).T
+    y = labels(500, classes=3)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+
+    def call(p: Any, inputs: Tensor) -> Tensor:
+        return torch.func.functional_call(module, p, (inputs,))
+
+    return hypergrad.ggn(call, cross_entropy, params, x, y), params, module, (x, y)
 
 
 def _cnn() -> torch.nn.Module:
@@ -140,7 +165,7 @@ _MAKERS: dict[str, Callable[[], tuple[torch.nn.Module, Tensor, Tensor, Any]]] = 
 NAMES = tuple(_MAKERS)
 
 
-def case(name: str, dtype: torch.dtype = torch.float64) -> Case:
+def case(name: str, dtype: torch.dtype = F64) -> Case:
     module, inputs, targets, loss_fn = _MAKERS[name]()
     for i, p in enumerate(module.parameters()):
         p.data = (0.5 * gaussian(*p.shape, seed=100 + i)).to(dtype)
