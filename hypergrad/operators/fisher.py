@@ -244,7 +244,8 @@ def fisher(
 
     Returns:
         An operator with a row for each sample and draw, for :class:`hypergrad.Gram`.  Derivatives
-        of a solve in ``params`` hold the drawn targets still.
+        of a solve in ``params`` hold the drawn targets still.  Its products compile to one graph
+        with ``torch.compile``.
 
     Raises:
         LossError: outputs that are no tensor, are a scalar, or do not depend on ``params``.
@@ -308,7 +309,8 @@ def empirical_fisher(
         chunk_size: as in :func:`hypergrad.ggn`.
 
     Returns:
-        An operator with a row for each sample, for :class:`hypergrad.Gram`.
+        An operator with a row for each sample, for :class:`hypergrad.Gram`.  Its products compile
+        to one graph with ``torch.compile``.
 
     Raises:
         LossError: no inputs, a loss that is no scalar, targets of another leading size, or outputs

@@ -170,6 +170,10 @@ def ggn(
         check_convex: whether to look at the eigenvalues of H, and refuse a loss that is not convex
             at these outputs.
 
+    Returns:
+        An operator J'HJ = F'F with, at most, a row for each number in the outputs, for
+        :class:`hypergrad.Gram`.  Its products compile to one graph with ``torch.compile``.
+
     Raises:
         NegativeCurvatureError: with ``check_convex``, H has a negative eigenvalue.
         LossError: no inputs, outputs that are no tensor or do not depend on ``params``, or a loss
@@ -181,7 +185,9 @@ def ggn(
         UnusedParameterWarning: the outputs do not depend on some leaves; their rows are zero.
 
     Cost: one gradient and one forward pass when made.  A product is one forward-mode pass, one
-    product with H and one reverse pass, about two gradients.
+    product with H and one reverse pass, about two gradients.  H is taken apart only for F and for
+    ``check_convex``: as many products with it as outputs a sample, of all samples at once where the
+    loss couples no two.
     Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient
     descent", Neural Computation 14 (2002).
 

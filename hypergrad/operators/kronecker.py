@@ -109,6 +109,7 @@ def kfac(
     Returns:
         An operator on trees like ``params``, with ``.preconditioner(damping)`` and
         ``.solve(v, damping)``, where damping > 0 is added to the product of the factors, exactly.
+        Products do not run under ``torch.compile``, which cannot trace the operators of curvlinops.
 
     Raises:
         MissingPackageError: curvlinops is not installed.

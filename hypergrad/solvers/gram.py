@@ -154,7 +154,7 @@ class _Factored:
 
     Attributes:
         rows: F over ``unit``, shape (k, n), in the operator's dtype.
-        unit: a power of two next to the largest row's norm, so that no square leaves the range.
+        unit: a power of two next to the largest entry, so that no square leaves the range.
         values: eigenvalues of F F' over ``unit`` squared, smallest first, shape (k,).
         vectors: its eigenvectors as columns, shape (k, k).
         shift: the multiple of the identity that the operator has beside F'F.
@@ -170,7 +170,8 @@ class _Factored:
     def of(cls, root: Root, like: Tensor) -> _Factored:
         """From the rows, with sums in the dtype of ``like``."""
         rows = root.factor()
-        unit = powers_of_two(norms_traced(rows.to(like.dtype)).amax())
+        largest: Tensor = torch.linalg.vector_norm(rows, ord=torch.inf)
+        unit = powers_of_two(largest.to(like.dtype))
         rows = rows / unit.to(rows.dtype)
         k = len(rows)
         gram = like.new_zeros(k, k)
@@ -193,7 +194,7 @@ class _Factored:
 
     def solve(self, target: Tensor, damping: float, *, traced: bool = False) -> Tensor:
         """(F'F + damping I)^-1 of each row, corrected until its residual falls no further."""
-        # In units of F'F = 1: with rows of norm one or less, so that x comes out over unit^2.
+        # In units of the rows' size squared.
         rho = damping / self.unit.to(target.dtype) ** 2
         solve_once = self._filtered if damping > 0 else self._projected
         x = solve_once(target, rho)
