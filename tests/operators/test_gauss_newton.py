@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_convex_is_refused_on_request() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sure", [1.0, 10.0, 20.0])
+@pytest.mark.parametrize("sure", [1.0, 10.0, 20.0, 30.0, 45.0, 1000.0])
 def test_a_softmax_that_is_sure_is_convex(dtype: torch.dtype, sure: float) -> None:
     inputs = torch.eye(3, dtype=dtype).repeat(2, 1)
     op = hypergrad.ggn(
@@ -267,9 +267,10 @@ def test_a_softmax_that_is_sure_is_convex(dtype: torch.dtype, sure: float) -> No
         torch.arange(3).repeat(2),
         check_convex=True,
     )
-    values = torch.linalg.eigvalsh(op.to_dense().to(F64))
     rounding = 10 * torch.finfo(dtype).eps
-    assert float(values[0]) >= -rounding
+    assert float(torch.linalg.eigvalsh(op.to_dense().to(F64))[0]) >= -rounding
+    factor = op._factor().to(F64)
+    torch.testing.assert_close(factor.T @ factor, op.to_dense().to(F64), rtol=0, atol=rounding)
 
 
 class ReverseOnly(torch.autograd.Function):
