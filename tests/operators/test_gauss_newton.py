@@ -11,7 +11,17 @@ from torch import Tensor
 
 import hypergrad
 from tests.operators import networks
-from tests.strategies import DTYPES, F32, F64, flat, gaussian, quick_and_thorough, tree_like, trees
+from tests.strategies import (
+    DTYPES,
+    F32,
+    F64,
+    flat,
+    gaussian,
+    quick_and_thorough,
+    relative_error,
+    tree_like,
+    trees,
+)
 
 
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -195,6 +205,17 @@ def test_networks_agree_with_the_dense_matrix(name: str, dtype: torch.dtype) -> 
     factor = op._factor()
     assert len(factor) <= op.num_rows
     assert_agrees((factor.T @ factor), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mlp, squared", "mlp, classes"])
+def test_narrow_dtypes_agree_to_their_rounding(name: str, dtype: torch.dtype) -> None:
+    expected = dense_ggn(networks.case(name))
+    op = ggn_of(networks.case(name, dtype))
+    rounding = 8 * torch.finfo(dtype).eps
+    assert relative_error(op.to_dense(), expected) <= rounding
+    factor = op._factor().to(F64)  # its sums are wider
+    assert relative_error(factor.T @ factor, expected) <= rounding
 
 
 @pytest.mark.parametrize(
