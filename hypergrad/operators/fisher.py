@@ -175,7 +175,7 @@ class EmpiricalFisherOperator(ScoreOperator):
 
     @property
     def num_scores(self) -> int:
-        """One: the gradient of the sample's own loss."""
+        """A single one, the gradient of the sample's own loss."""
         return 1
 
     def _scores(self, outputs: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class OutputOperator(RootOperator):
 
     @property
     def num_rows(self) -> int:
-        """At most how many rows the factor has: one for each number in the outputs."""
+        """At most how many rows the factor has, which is the number of outputs in all."""
         return self._build().outputs.numel()
 
     def _model(self, batch: tuple[Any, ...] | None = None) -> Callable[[Tree], Any]:

@@ -27,7 +27,9 @@ class Gram(Solver):
     """An exact solve with A = F'F of k rows, few beside the dimension n: by the k x k matrix F F'.
 
     For the Gauss-Newton and Fisher matrices of few samples and many parameters: F has a row for
-    each sample and output, and A is never formed.  With F F' = U S U',
+    each sample and output, and A is never formed.  It takes what :func:`hypergrad.ggn`, ``fisher``,
+    ``empirical_fisher`` and ``root_operator`` make, and their sums, positive multiples and shifts.
+    With F F' = U S U',
 
         (F'F + damping I)^-1 v = (v - F' U (S + damping I)^-1 U' F v) / damping.
 
@@ -43,9 +45,7 @@ class Gram(Solver):
         max_bytes: memory allowed for F and F F'; refused, before computing any row, beyond it.
 
     Raises (when solving):
-        SolverOptionError: the operator has no factor: it is none of :func:`hypergrad.ggn`,
-            ``fisher``, ``empirical_fisher``, ``root_operator``, nor a sum, positive multiple or
-            shift of them.
+        SolverOptionError: the operator has no factor F that is known.
         NegativeCurvatureError: a Gauss-Newton operator's loss is not convex in the outputs.
         OperatorTooLargeError: F and F F' take more than ``max_bytes``, or than is free.
         DampingError: the operator's own shift and the damping add up to less than 0.
