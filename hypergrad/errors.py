@@ -61,7 +61,7 @@ class NotSymmetricError(HypergradError, ValueError):
 
 
 class NegativeCurvatureError(HypergradError, ValueError):
-    """A sketch met negative curvature and its policy is to refuse it."""
+    """Negative curvature where a sketch's policy, a factor or a preconditioner refuses it."""
 
 
 class DampingError(HypergradError, ValueError):
@@ -86,6 +86,10 @@ class PreconditionerError(HypergradError, ValueError):
 
 class OperatorTooLargeError(HypergradError, MemoryError):
     """A dense matrix of the operator would not fit in the memory allowed for it."""
+
+
+class MissingPackageError(HypergradError, ImportError):
+    """An optional package is asked for and not installed."""
 
 
 class DifferentiationError(HypergradError, RuntimeError):

@@ -1,19 +1,36 @@
 """What is multiplied: self-adjoint linear operators on trees of tensors."""
 
 from .base import LinearOperator
+from .blocks import BlockDiagonalOperator, block_diagonal
 from .export import to_linear_operator
+from .fisher import EmpiricalFisherOperator, FisherOperator, empirical_fisher, fisher
 from .gauss_newton import GaussNewtonOperator, ggn
 from .hessian import HessianOperator, hessian
 from .interop import as_operator
+from .invertible import InvertibleOperator
+from .kronecker import KroneckerOperator, kfac
+from .root import RootOperator, RowsOperator, root_operator
 from .sampled import SampledOperator
 
 __all__ = [
+    "BlockDiagonalOperator",
+    "EmpiricalFisherOperator",
+    "FisherOperator",
     "GaussNewtonOperator",
     "HessianOperator",
+    "InvertibleOperator",
+    "KroneckerOperator",
     "LinearOperator",
+    "RootOperator",
+    "RowsOperator",
     "SampledOperator",
     "as_operator",
+    "block_diagonal",
+    "empirical_fisher",
+    "fisher",
     "ggn",
     "hessian",
+    "kfac",
+    "root_operator",
     "to_linear_operator",
 ]

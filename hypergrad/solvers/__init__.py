@@ -5,6 +5,7 @@ from .cg import CG
 from .choice import Auto
 from .exact import Exact
 from .gmres import GMRES
+from .gram import Gram
 from .identity import Identity
 from .minres import MINRES
 from .neumann import Neumann
@@ -20,6 +21,7 @@ __all__ = [
     "MINRES",
     "Auto",
     "Exact",
+    "Gram",
     "Identity",
     "Neumann",
     "Nystrom",
