@@ -304,6 +304,10 @@ def baselines(data: Data, config: Config) -> tuple[dict[str, float], dict[str, f
         ),
         "clean subset": fit(data.train_x, data.train_y, (~data.corrupted).double(), config.l2),
     }
+    if config.copies > 1:
+        clean = (~data.corrupted).double()[: config.num_images]
+        images, labels = data.train_x[: len(clean)], data.train_y[: len(clean)]
+        models["clean subset, no copies"] = fit(images, labels, clean, config.l2)
     losses = {
         f"{l2:g}": float(cross_entropy(data.validation_x @ everything[l2], data.validation_y))
         for l2 in L2_GRID

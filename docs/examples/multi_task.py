@@ -4,8 +4,10 @@ Few digits have labels, and many are unlabelled. One network learns four further
 unlabelled ones, which share its hidden layer with the main task. Some help, and one cannot: its
 labels are random. What each is worth is learned on validation images of the main task:
 
-    inner:  p*(z) = argmin over p of  sum_k weight_k(z) ce_k(p) + l2/2 |p|^2,   weight = K softmax(z)
+    inner:  p*(z) = argmin over p of  sum_k weights(z)_k ce_k(p) + l2/2 |p|^2
     outer:  min over z of the cross-entropy of p*(z) on the main task's validation images
+
+with weights(z) = K softmax(z) for the K tasks, which are one on average.
 
     python docs/examples/multi_task.py --run-dir runs/multi_task
 """
@@ -94,7 +96,7 @@ def make_data(seed: int, config: Config) -> Data:
     draw = torch.Generator().manual_seed(seed)
     sizes = (config.num_labelled, config.num_validation, config.num_further)
     rows = torch.randperm(len(x), generator=draw)
-    labelled, validation, further, test = rows.split([*sizes, len(x) - sum(sizes)])
+    labelled, validation, further, test = torch.split(rows, [*sizes, len(x) - sum(sizes)])
     turns = torch.randint(4, (len(further),), generator=draw)
     images = x[further].reshape(-1, 8, 8)
     turned = torch.stack([image.rot90(int(k)) for image, k in zip(images, turns, strict=True)])
@@ -119,28 +121,36 @@ def initial_params(seed: int, config: Config) -> Params:
         return torch.randn(fan_in, fan_out, generator=draw, dtype=F64) / fan_in**0.5
 
     params = {"hidden": normal(64, config.hidden), "bias": torch.zeros(config.hidden, dtype=F64)}
-    for task, answers in TASKS.items():
-        params[task] = normal(config.hidden, answers)
-        params[f"{task}, bias"] = torch.zeros(answers, dtype=F64)
+    for task, classes in TASKS.items():
+        params[task] = normal(config.hidden, classes)
+        params[f"{task}, bias"] = torch.zeros(classes, dtype=F64)
     return params
 
 
-def logits(params: Params, task: str, x: Tensor) -> Tensor:
-    """The answers of the network to one task."""
-    hidden = torch.tanh(x @ params["hidden"] + params["bias"])
+def features(params: Params, x: Tensor) -> Tensor:
+    """The hidden layer, which the tasks share."""
+    return torch.tanh(x @ params["hidden"] + params["bias"])
+
+
+def answers(params: Params, task: str, hidden: Tensor) -> Tensor:
+    """The logits of one task."""
     return hidden @ params[task] + params[f"{task}, bias"]
 
 
 def weights_of(z: Tensor) -> Tensor:
     """The weight of each task: positive, one on average, all one at z = 0."""
-    return len(z) * z.softmax(0)
+    weights: Tensor = len(z) * z.softmax(0)
+    return weights
 
 
 def inner_loss(params: Params, weights: Tensor, data: Data, l2: float) -> Tensor:
     """Weighted losses of the tasks, and the L2 term."""
     total = 0.5 * l2 * torch.stack([leaf.square().sum() for leaf in params.values()]).sum()
+    hidden: dict[int, Tensor] = {}  # by the images: three tasks share theirs
     for weight, (task, (x, y)) in zip(weights, data.tasks.items(), strict=True):
-        total = total + weight * cross_entropy(logits(params, task, x), y)
+        if id(x) not in hidden:
+            hidden[id(x)] = features(params, x)
+        total = total + weight * cross_entropy(answers(params, task, hidden[id(x)]), y)
     return total
 
 
@@ -168,12 +178,13 @@ def train(params: Params, weights: Tensor, data: Data, config: Config) -> Params
 
 def main_loss(params: Params, examples: tuple[Tensor, Tensor]) -> Tensor:
     """Cross-entropy of the main task."""
-    return cross_entropy(logits(params, MAIN, examples[0]), examples[1])
+    return cross_entropy(answers(params, MAIN, features(params, examples[0])), examples[1])
 
 
 def accuracy(params: Params, examples: tuple[Tensor, Tensor]) -> float:
     """Share of the digits that are recognised."""
-    return float((logits(params, MAIN, examples[0]).argmax(1) == examples[1]).double().mean())
+    best = answers(params, MAIN, features(params, examples[0])).argmax(1)
+    return float((best == examples[1]).double().mean())
 
 
 # ------------------------------------------------------------------ outer problem: the task weights
@@ -313,7 +324,7 @@ def draw(rows: dict[str, Any], seeds: dict[int, dict[str, Any]]) -> Figure:
         left.plot(paths[:, :, k].mean(0), line, color=colour, lw=2, label=task)
         lowest, highest = paths[:, :, k].amin(0), paths[:, :, k].amax(0)
         left.fill_between(range(paths.shape[1]), lowest, highest, color=colour, alpha=0.12, lw=0)
-    left.set_title(f"Task weights (mean and range of {len(seeds)} seeds)", loc="left")
+    left.set_title("Task weights (mean and range of the seeds)", loc="left")
     left.set_xlabel("outer step")
     left.legend(frameon=False, loc="upper left")
 
@@ -338,9 +349,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--outer-steps", type=int, default=Config.outer_steps)
     parser.add_argument("--further", type=int, default=Config.num_further, help="images")
+    parser.add_argument("--inner-steps", type=int, default=Config.inner_steps, help="of L-BFGS")
     options = parser.parse_args(arguments)
     options.run_dir.mkdir(parents=True, exist_ok=True)
-    config = Config(outer_steps=options.outer_steps, num_further=options.further)
+    config = Config(
+        outer_steps=options.outer_steps,
+        num_further=options.further,
+        inner_steps=options.inner_steps,
+    )
     # The network is small: more threads in a process cost more than they bring.
     torch.set_num_threads(1)
 

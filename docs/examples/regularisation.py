@@ -448,11 +448,12 @@ def draw(results: dict[str, Any]) -> Figure:
             # Seeds differ in their splits and not in their work: number k is one point for all.
             curves = [row["methods"][name]["curve"] for row in rows]
             points = np.array([curve[: min(map(len, curves))] for curve in curves]).mean(0)
+            points[:, 0] /= statistics.mean(row["methods"]["random"]["seconds"] for row in rows)
             for axes, values in zip(column, points.T[1:], strict=True):
                 axes.plot(points[:, 0], values, line, color=colour, lw=1.8, label=name)
                 axes.plot(points[-1:, 0], values[-1:], "o", color=colour, ms=4)
         column[0].set_title(task, loc="left")
-        column[1].set_xlabel("seconds")
+        column[1].set_xlabel("time; the random search takes 1")
         column[1].set_xscale("log")
     panels[0, 0].set_ylabel("validation loss, best so far")
     panels[1, 0].set_ylabel("test loss of those strengths")
