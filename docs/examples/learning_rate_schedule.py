@@ -168,13 +168,17 @@ def gradient(run: Run, z: Tensor, horizon: int, data: Data) -> Tensor:
     num_steps = len(run.batches)
     for first in range(0, num_steps, horizon):
         window = slice(first, min(first + horizon, num_steps))
+
+        def optimizer(z: Tensor, window: slice = window) -> hypergrad.SGD:
+            return hypergrad.SGD(lr=rates_of(z, num_steps)[window])
+
         result = hypergrad.unrolled_hypergradient(
             lambda params, z, batch: loss(params, batch),
             lambda params, z: loss(params, data.validation),
             params,
             z,
             num_steps=window.stop - first,
-            optimizer=lambda z, window=window: hypergrad.SGD(lr=rates_of(z, num_steps)[window]),
+            optimizer=optimizer,
             batches=run.batches[window],
         )
         params, total = result.inner_params, total + result.grad

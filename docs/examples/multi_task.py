@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -118,7 +119,7 @@ def initial_params(seed: int, config: Config) -> Params:
     draw = torch.Generator().manual_seed(seed)
 
     def normal(fan_in: int, fan_out: int) -> Tensor:
-        return torch.randn(fan_in, fan_out, generator=draw, dtype=F64) / fan_in**0.5
+        return torch.randn(fan_in, fan_out, generator=draw, dtype=F64) / math.sqrt(fan_in)
 
     params = {"hidden": normal(64, config.hidden), "bias": torch.zeros(config.hidden, dtype=F64)}
     for task, classes in TASKS.items():
@@ -139,8 +140,7 @@ def answers(params: Params, task: str, hidden: Tensor) -> Tensor:
 
 def weights_of(z: Tensor) -> Tensor:
     """The weight of each task: positive, one on average, all one at z = 0."""
-    weights: Tensor = len(z) * z.softmax(0)
-    return weights
+    return len(z) * z.softmax(0)
 
 
 def inner_loss(params: Params, weights: Tensor, data: Data, l2: float) -> Tensor:
@@ -322,9 +322,8 @@ def draw(rows: dict[str, Any], seeds: dict[int, dict[str, Any]]) -> Figure:
     paths = torch.tensor([seed["learned"]["weights"] for seed in seeds.values()])
     for k, (task, (colour, line)) in enumerate(looks.items()):
         left.plot(paths[:, :, k].mean(0), line, color=colour, lw=2, label=task)
-        lowest, highest = paths[:, :, k].amin(0), paths[:, :, k].amax(0)
-        left.fill_between(range(paths.shape[1]), lowest, highest, color=colour, alpha=0.12, lw=0)
-    left.set_title("Task weights (mean and range of the seeds)", loc="left")
+        left.plot(paths[:, :, k].T, line, color=colour, lw=0.7, alpha=0.35)
+    left.set_title("Task weights (thick: the mean of the seeds)", loc="left")
     left.set_xlabel("outer step")
     left.legend(frameon=False, loc="upper left")
 
