@@ -6,9 +6,10 @@ sizes follow a curve through six points, whose logarithms are the outer paramete
     inner:  w_(t+1) = w_t - lr_t(z) grad ce(w_t; batch_t),    t = 0, ..., T - 1
     outer:  min over z of the mean, over starts and batches, of the validation loss of w_T
 
-The gradient goes back through all T steps, or (truncated) through windows of them: then z is asked
-to make the loss at the end of each window small, and not what that is good for afterwards. The
-rivals are the best constant rate and the best linear decay of a grid.
+The gradient goes back through all T steps; or, truncated, through the last 40 of them, to learn how
+a constant rate should end; or through windows of 20 steps, each asked to make the loss at its own
+end small, and not what that is good for afterwards. The rivals are the best constant rate and the
+best linear decay of a grid.
 
     python docs/examples/learning_rate_schedule.py --run-dir runs/learning_rate_schedule
 """
@@ -48,7 +49,10 @@ class Config:
         batch_size: examples a step.
         hidden: units of the one hidden layer.
         num_knots: points of the schedule; log rates are linear between them.
-        first_rate: the rate in every step before the schedule is learned.
+        first_rate: the rate in every step before the schedule is learned; the schedule whose end
+            alone is learned begins as the best constant rate instead.
+        truncate: steps that the truncated gradient goes through.
+        window: steps in a window.
         outer_steps: Adam steps on z.
         outer_lr: Adam's step size at first; it falls to zero along a cosine.
         runs: trainings, each with a start and batches of its own, for one outer gradient.
@@ -63,6 +67,8 @@ class Config:
     hidden: int = 32
     num_knots: int = 6
     first_rate: float = 0.1
+    truncate: int = 40
+    window: int = 20
     outer_steps: int = 40
     outer_lr: float = 0.15
     runs: int = 2
@@ -135,7 +141,7 @@ def rates_of(z: Tensor, num_steps: int) -> Tensor:
 
 
 def train(run: Run, rates: Tensor, data: Data) -> dict[str, Any]:
-    """Train with these rates: validation loss every fifth step, and how well it ends."""
+    """Train with these rates: validation loss every fifth step, where it ends and how well."""
     params, curve = run.start, []
     sgd = hypergrad.SGD(lr=rates)
     state = sgd.init(params)
@@ -152,42 +158,56 @@ def train(run: Run, rates: Tensor, data: Data) -> dict[str, Any]:
         "test_loss": float(loss(params, data.test)),
         "test_accuracy": float((logits(params, x).argmax(1) == y).double().mean()),
         "curve": [*curve, float(loss(params, data.validation))],
+        "params": params,
     }
 
 
 # ----------------------------------------------------------------------- outer problem: the schedul
 
 
-def gradient(run: Run, z: Tensor, horizon: int, data: Data) -> Tensor:
-    """The gradient in z of the validation loss at the end of every window of ``horizon`` steps.
+def gradient(
+    run: Run, z: Tensor, data: Data, *, window: int | None = None, truncate: int | None = None
+) -> Tensor:
+    """The gradient in z of the validation loss at the end of the training, or of every window.
 
-    With a horizon of all steps, that is the gradient through the whole training. With a shorter
-    one, each window begins at parameters that are held constant.
+    Each window begins at parameters that are held constant. A truncated gradient is exact in the
+    rates of the steps it goes through, as the steps before do not depend on them, and zero in all
+    others.
     """
     params, total = run.start, torch.zeros_like(z)
     num_steps = len(run.batches)
-    for first in range(0, num_steps, horizon):
-        window = slice(first, min(first + horizon, num_steps))
+    for first in range(0, num_steps, window or num_steps):
+        steps = slice(first, min(first + (window or num_steps), num_steps))
 
-        def optimizer(z: Tensor, window: slice = window) -> hypergrad.SGD:
-            return hypergrad.SGD(lr=rates_of(z, num_steps)[window])
+        def optimizer(z: Tensor, steps: slice = steps) -> hypergrad.SGD:
+            return hypergrad.SGD(lr=rates_of(z, num_steps)[steps])
 
         result = hypergrad.unrolled_hypergradient(
             lambda params, z, batch: loss(params, batch),
             lambda params, z: loss(params, data.validation),
             params,
             z,
-            num_steps=window.stop - first,
+            num_steps=steps.stop - first,
             optimizer=optimizer,
-            batches=run.batches[window],
+            mode="truncated" if truncate else "reverse",
+            truncate=truncate,
+            batches=run.batches[steps],
         )
         params, total = result.inner_params, total + result.grad
     return total
 
 
-def learn_schedule(horizon: int, seed: int, data: Data, config: Config, progress: Any) -> Tensor:
+ALL, LAST, WINDOWS = "all", "last", "windows"
+ROUTES = (ALL, LAST, WINDOWS)
+
+
+def learn_schedule(
+    route: str, first_rate: float, seed: int, data: Data, config: Config, progress: Any
+) -> Tensor:
     """Adam on the logarithms of the rates, on new starts and batches at each step."""
-    z = torch.full((config.num_knots,), config.first_rate).log()
+    z = torch.full((config.num_knots,), first_rate).log()
+    window = config.window if route == WINDOWS else None
+    truncate = config.truncate if route == LAST else None
     adam = torch.optim.Adam([z], lr=config.outer_lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.outer_steps)
     for step in range(config.outer_steps):
@@ -195,7 +215,7 @@ def learn_schedule(horizon: int, seed: int, data: Data, config: Config, progress
         for k in range(config.runs):
             number = step * config.runs + k
             run = make_run(1_000_000 * (seed + 1) + number, data, config)
-            grad = gradient(run, z, horizon, data)
+            grad = gradient(run, z, data, window=window, truncate=truncate)
             total += grad * min(1.0, config.clip / max(float(grad.norm()), 1e-30))
         z.grad = total / config.runs
         adam.step()
@@ -232,29 +252,32 @@ def best_of_grid(shape: Tensor, data: Data, config: Config, progress: Any) -> di
     return min(tried, key=lambda row: row["validation_loss"])
 
 
-def name_of(horizon: int, config: Config) -> str:
+def name_of(route: str, config: Config) -> str:
     """What a learned schedule is called."""
-    through = "all" if horizon >= config.num_steps else f"windows of {horizon}"
-    return f"learned through {through} steps"
+    if route == LAST:
+        return f"learned through the last {config.truncate} steps"
+    return "learned through " + (
+        f"windows of {config.window} steps" if route == WINDOWS else "all steps"
+    )
 
 
-def run_all(horizons: Sequence[int], seeds: Sequence[int], config: Config) -> dict[str, Any]:
-    """The rivals, and a schedule for each horizon and seed."""
+def run_all(routes: Sequence[str], seeds: Sequence[int], config: Config) -> dict[str, Any]:
+    """The rivals, and a schedule for each route and seed."""
     data = make_data(0)
-    constant = torch.ones(config.num_steps)
+    ones = torch.ones(config.num_steps)
     linear = torch.linspace(1, 0, config.num_steps + 1)[: config.num_steps]
-    total = 2 * config.grid[2] + len(horizons) * len(seeds) * config.outer_steps
+    total = 2 * config.grid[2] + len(routes) * len(seeds) * config.outer_steps
     with tqdm(total=total, unit="step") as progress:
         progress.set_description("grid")
-        schedules = {
-            "best constant rate": [best_of_grid(constant, data, config, progress)],
-            "best linear decay": [best_of_grid(linear, data, config, progress)],
-        }
-        for horizon in horizons:
-            rows = schedules[name_of(horizon, config)] = []
+        constant = best_of_grid(ones, data, config, progress)
+        decay = best_of_grid(linear, data, config, progress)
+        schedules = {"best constant rate": [constant], "best linear decay": [decay]}
+        for route in routes:
+            rows = schedules[name_of(route, config)] = []
+            first_rate = constant["rates"][0] if route == LAST else config.first_rate
             for seed in seeds:
-                progress.set_description(f"horizon {horizon}, seed {seed}")
-                z = learn_schedule(horizon, seed, data, config, progress)
+                progress.set_description(f"{route}, seed {seed}")
+                z = learn_schedule(route, first_rate, seed, data, config, progress)
                 rows.append(evaluate(rates_of(z.detach(), config.num_steps), data, config))
     return {"config": asdict(config), "schedules": schedules}
 
@@ -311,20 +334,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/learning_rate_schedule"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Config.num_steps, help="of one training")
-    parser.add_argument("--horizons", type=int, nargs="+", default=[100, 50, 20])
+    parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
+    parser.add_argument("--truncate", type=int, default=Config.truncate, help="to the last steps")
     parser.add_argument("--outer-steps", type=int, default=Config.outer_steps)
     parser.add_argument("--evaluations", type=int, default=Config.num_evaluations)
     options = parser.parse_args(arguments)
     options.run_dir.mkdir(parents=True, exist_ok=True)
     config = Config(
         num_steps=options.steps,
+        truncate=options.truncate,
         outer_steps=options.outer_steps,
         num_evaluations=options.evaluations,
     )
     # The network is small: more threads in a process cost more than they bring.
     torch.set_num_threads(1)
 
-    results = run_all(options.horizons, options.seeds, config)
+    results = run_all(options.routes, options.seeds, config)
     print_table(results)
     (options.run_dir / "results.json").write_text(json.dumps(results), "utf-8")
     with (options.run_dir / "results.csv").open("w", encoding="utf-8", newline="") as file:
