@@ -191,7 +191,7 @@ def test_learned_weights_recover_the_gap(
         assert row["test_accuracy"] > baseline["everything, tuned l2"]
         assert row["test_accuracy"] > baseline["everything + validation, tuned l2"]
         for report in results["seeds"].values():
-            assert report["solvers"][name]["separation"] > (0.95 if copies == 1 else 0.9)
+            assert report["solvers"][name]["separation"] > (0.95 if copies == 1 else 0.85)
         if copies == 2:
             # Shifts harm this model, so the ceiling of the same inner problem is a low one. That of
             # the clean images without their copies is not.
