@@ -191,6 +191,7 @@ def gradient(
             optimizer=optimizer,
             mode="truncated" if truncate else "reverse",
             truncate=truncate,
+            checkpoint_every=num_steps,  # one graph: it is small, and no step is done twice
             batches=run.batches[steps],
         )
         params, total = result.inner_params, total + result.grad
