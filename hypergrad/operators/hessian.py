@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -22,16 +23,15 @@ from ..transforms import (
 from .base import LinearOperator
 from .modes import (
     MEMORY_CAP,
-    MOST_TRIED,
+    Block,
     ChunkSize,
     Footprint,
     Memory,
     Mode,
     Way,
-    agree,
+    explore,
     identity,
     remembered,
-    timed,
 )
 from .point import Point, check_differentiable, check_loss, report_unused
 
@@ -144,7 +144,12 @@ class HessianOperator(LinearOperator):
                 self.loss_fn(self.layout.unflatten_leaves(leaves), *self.batch), "the loss"
             )
             grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-            return torch.stack([self._pulled(grads, leaves, row, create=True) for row in block])
+            rows = self.layout.split(block, block.shape[:1])
+            products = [
+                self._flat([x[None] for x in pulled(grads, leaves, row, create=True)])
+                for row in zip(*(leaf.unbind() for leaf in rows), strict=True)
+            ]
+            return torch.cat(products)
 
     def _functional(self, block: Tensor) -> Tensor:
         """Reverse-over-reverse products by ``torch.func``, where plain autograd may not run."""
@@ -175,78 +180,72 @@ class HessianOperator(LinearOperator):
             return f"{super().__repr__()[:-1]}, mode auto ({found})>"
         return f"{super().__repr__()[:-1]}, mode {mode}>"
 
-    def _apply(self, block: Tensor) -> Tensor:
-        self._point.check_fresh(self.layout)
+    def matvec(self, v: Tree) -> Tree:
+        """As :meth:`hypergrad.LinearOperator.matvec`, without passing by a flat vector."""
         if building_no_graph():
+            return super().matvec(v)
+        directions = [leaf.detach()[None] for leaf in self.layout.leaves(v)]
+        return self.layout.unflatten_leaves([leaf[0] for leaf in self._products(directions)])
+
+    def matmat(self, v: Tree) -> Tree:
+        """As :meth:`hypergrad.LinearOperator.matmat`, without passing by a flat block."""
+        if building_no_graph():
+            return super().matmat(v)
+        directions = [leaf.detach() for leaf in self.layout.leaves(v, batched=True)]
+        return self.layout.unflatten_leaves(self._products(directions))
+
+    def _apply(self, block: Tensor) -> Tensor:
+        if building_no_graph():
+            self._point.check_fresh(self.layout)
             if self.mode == "forward_over_reverse":
-                return self._forward_over_reverse(block)
+                directions = self.layout.split(block, block.shape[:1])
+                return self._flat(self._forward_over_reverse(directions))
             return self._functional(block).detach()
-        if self.mode == "auto":
-            return self._by_choice(block)
-        return self._products(self._way(len(block)), block)
+        out = torch.empty_like(block)
+        lead = block.shape[:1]
+        sizes = [math.prod(shape) for shape in self.layout.shapes]
+        views = [
+            piece.view(lead + shape)
+            for piece, shape in zip(out.split_with_sizes(sizes, 1), self.layout.shapes, strict=True)
+        ]
+        self._products(self.layout.split(block, lead), views)
+        return out
 
-    def _products(self, way: Way, block: Tensor) -> Tensor:
-        if way is Way.FORWARD:
-            return self._forward_over_reverse(block)
-        return (
-            self._reverse_one_by_one(block)
-            if way is Way.ONE_BY_ONE
-            else self._reverse_in_batches(block)
-        )
+    def _flat(self, leaves: Block) -> Tensor:
+        count = len(leaves[0])
+        return torch.cat([leaf.reshape(count, -1).to(self.dtype) for leaf in leaves], dim=1)
 
-    def _by_choice(self, block: Tensor) -> Tensor:
-        """In the way that is best as far as is known, which these products may tell more of."""
-        choice = self._remembered().choice(len(block), self.device)
-        way = self._way(len(block))
-        if choice.settled:
-            return self._or_one_by_one(way, block)
-        count = min(len(block), MOST_TRIED)
-        other = choice.trial(count)
-        head = block.new_empty(0, self.layout.dim)
-        if other is not None and other not in self._refused:
-            head = self._tried(other, block[:count])
-        rest = block[len(head) :]
-        if not len(rest):
-            return head
-        products, seconds = timed(lambda: self._or_one_by_one(way, rest), self.device)
-        if way not in self._refused:
-            choice.record(way, len(rest), seconds)
-        return torch.cat([head, products]) if len(head) else products
+    def _products(self, directions: Block, out: Block | None = None) -> Block:
+        """The products with a block of directions by leaves, written to ``out`` if there is one.
 
-    def _tried(self, way: Way, block: Tensor) -> Tensor:
-        """Products in a way that is not known yet; none of them if it turns out not to work."""
-        choice = self._remembered().choice(len(block), self.device)
-        try:
-            products, seconds = timed(lambda: self._products(way, block), self.device)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError):
-                choice.refused.add(way)
-            self._refused.add(way)
-            return block[:0]
-        if way not in choice.seconds and not agree(
-            products[:1], self._reverse_one_by_one(block[:1])
-        ):
-            # The loss is not the same function at each call: only the kept graph is one operator.
-            choice.refused.add(way)
-            return block[:0]
-        choice.record(way, len(block), seconds)
-        return products
+        By leaves, because one copy of large parameters costs a tenth of a gradient.
+        """
+        self._point.check_fresh(self.layout)
+        count = len(directions[0])
+        way = self._way(count)
+        if self.mode != "auto":
+            return self._make(way, directions, out)
+        choice = self._remembered().choice(count, self.device)
+        return explore(choice, way, self._refused, self._make, directions, out)
 
-    def _or_one_by_one(self, way: Way, block: Tensor) -> Tensor:
-        """In this way, or one by one over the kept graph where it does not work."""
+    def _make(self, way: Way, directions: Block, out: Block | None) -> Block:
+        count = len(directions[0])
         if way is Way.ONE_BY_ONE:
-            return self._reverse_one_by_one(block)
-        try:
-            return self._products(way, block)
-        except RuntimeError as error:
-            # Too little memory, or an operation that vmap cannot batch, if the loop gets
-            # through; if not, the fault is another, and both errors are shown.
-            try:
-                products = self._reverse_one_by_one(block)
-            except RuntimeError as fault:
-                raise fault from error
-            self._refused.add(way)
-            return products
+            return self._reverse_one_by_one(directions, out)
+        size = min(self._chunk(way, count), count)
+        make = self._forward_over_reverse if way is Way.FORWARD else self._reverse_in_batches
+        if size == count and out is None:
+            return make(directions)
+        out = self._room(count) if out is None else out
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            for leaf, product in zip(out, make([x[part] for x in directions]), strict=True):
+                leaf[part] = product
+        return out
+
+    def _room(self, count: int) -> Block:
+        pairs = zip(self.layout.shapes, self.layout.dtypes, strict=True)
+        return [torch.empty(count, *s, dtype=d, device=self.device) for s, d in pairs]
 
     def _way(self, count: int) -> Way:
         """How a block of ``count`` vectors is multiplied."""
@@ -285,77 +284,38 @@ class HessianOperator(LinearOperator):
             self._memory = remembered(key, lambda: Footprint.of(built.gradients, tensors))
         return self._memory
 
-    def _reverse_one_by_one(self, block: Tensor) -> Tensor:
+    def _reverse_one_by_one(self, directions: Block, out: Block | None) -> Block:
         built = self._build()
-        out = torch.empty_like(block)
-        for row, product in zip(block, out, strict=True):
-            self._pulled(built.gradients, built.leaves, row, out=product)
+        count = len(directions[0])
+        if count == 1 and out is None:
+            products = pulled(built.gradients, built.leaves, [x[0] for x in directions])
+            return [x[None] for x in owned(products, directions)]
+        out = self._room(count) if out is None else out
+        rows = zip(*(leaf.unbind() for leaf in directions), strict=True)
+        for row, into in zip(rows, zip(*(leaf.unbind() for leaf in out), strict=True), strict=True):
+            products = pulled(built.gradients, built.leaves, row)
+            for leaf, product in zip(into, products, strict=True):
+                leaf.copy_(product)
         return out
 
-    def _reverse_in_batches(self, block: Tensor) -> Tensor:
+    def _reverse_in_batches(self, directions: Block) -> Block:
         built = self._build()
-        out = torch.empty_like(block)
-        size = self._chunk(Way.TOGETHER, len(block))
-        for rows, products in zip(torch.split(block, size), torch.split(out, size), strict=True):
-            self._pulled(built.gradients, built.leaves, rows, batched=True, out=products)
-        return out
+        with forward_mode("the loss", remedy='chunk_size=1, or mode="auto"'):
+            products = pulled(built.gradients, built.leaves, directions, batched=True)
+        return owned(products, directions)
 
-    def _pulled(
-        self,
-        gradients: Sequence[Tensor | None],
-        leaves: list[Tensor],
-        vectors: Tensor,
-        *,
-        batched: bool = False,
-        create: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """d/dp <grad(p), v> on the kept graph of the gradient: one backward pass a product.
-
-        ``vectors`` is one of shape (n,), or with ``batched`` a block that goes through the graph at
-        once, by ``vmap``.  The products are written to ``out``, if there is one.
-        """
-        lead = tuple(vectors.shape[:1]) if batched else ()
-        directions = self.layout.split(vectors, lead)
-        pairs = [
-            (grad, direction)
-            for grad, direction in zip(gradients, directions, strict=True)
-            if grad is not None and grad.requires_grad
-        ]
-        if not pairs:
-            return torch.zeros_like(vectors) if out is None else out.zero_()
-        products = torch.autograd.grad(
-            [grad for grad, _ in pairs],
-            leaves,
-            grad_outputs=[direction for _, direction in pairs],
-            retain_graph=True,
-            create_graph=create,
-            is_grads_batched=batched,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        # Leaves that the products do not reach have plain zeros, without the leading dimension.
-        flat = [
-            product.expand(lead + shape).reshape((*lead, -1)).to(self.dtype)
-            for product, shape in zip(products, self.layout.shapes, strict=True)
-        ]
-        return torch.cat(flat, dim=-1, out=out)
-
-    def _forward_over_reverse(self, block: Tensor) -> Tensor:
+    def _forward_over_reverse(self, directions: Block) -> Block:
         """Forward-mode products of the gradient, batched over the block by vmap."""
         point = self.layout.unflatten_leaves([leaf.detach() for leaf in self._point.params])
         gradient = torch.func.grad(lambda params: self.loss_fn(params, *self.batch).reshape(()))
 
-        def product(vector: Tensor) -> Tensor:
-            tangent = self.layout.unflatten(vector)
-            directional = torch.func.jvp(gradient, (point,), (tangent,))[1]
-            return torch.cat(
-                [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(directional)]
-            )
+        def product(*leaves: Tensor) -> list[Tensor]:
+            tangent = self.layout.unflatten_leaves(list(leaves))
+            return self.layout.leaves_unchecked(torch.func.jvp(gradient, (point,), (tangent,))[1])
 
         with forward_mode("the loss", remedy='mode="reverse_over_reverse"'):
-            size = min(self._chunk(Way.FORWARD, len(block)), len(block))
-            return torch.func.vmap(product, chunk_size=size)(block).detach()
+            products: Block = torch.func.vmap(product)(*directions)
+        return owned([leaf.detach() for leaf in products], directions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,6 +325,52 @@ class _Built:
     loss: Tensor
     leaves: list[Tensor]
     gradients: tuple[Tensor | None, ...]
+
+
+def pulled(
+    gradients: Sequence[Tensor | None],
+    leaves: list[Tensor],
+    directions: Sequence[Tensor],
+    *,
+    batched: bool = False,
+    create: bool = False,
+) -> list[Tensor]:
+    """d/dp <grad(p), v> by leaves, on the kept graph of the gradient: one backward pass a product.
+
+    With ``batched`` each direction has one more leading dimension, and all go through the graph at
+    once, by ``vmap``.
+    """
+    pairs = [
+        (grad, direction)
+        for grad, direction in zip(gradients, directions, strict=True)
+        if grad is not None and grad.requires_grad
+    ]
+    if not pairs:
+        return [torch.zeros_like(direction) for direction in directions]
+    products = torch.autograd.grad(
+        [grad for grad, _ in pairs],
+        leaves,
+        grad_outputs=[direction for _, direction in pairs],
+        retain_graph=True,
+        create_graph=create,
+        is_grads_batched=batched,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    # Leaves that the products do not reach have plain zeros, without the leading dimension.
+    return [x.expand(like.shape) for x, like in zip(products, directions, strict=True)]
+
+
+def owned(products: Sequence[Tensor], directions: Block) -> Block:
+    """The products in memory of their own: autograd passes some tensors on as they are."""
+    taken = {x.untyped_storage().data_ptr() for x in directions}
+    result = []
+    for product in products:
+        place = product.untyped_storage().data_ptr()
+        copy = place in taken or not product.is_contiguous()
+        result.append(product.clone(memory_format=torch.contiguous_format) if copy else product)
+        taken.add(place)
+    return result
 
 
 def hessian(

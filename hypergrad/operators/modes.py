@@ -7,13 +7,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..errors import LossError
+
 Mode = Literal["auto", "reverse_over_reverse", "forward_over_reverse"]
 ChunkSize = int | Literal["auto"] | None
+#: The leaves of stacked trees: each with one more leading dimension.
+Block: TypeAlias = list[Tensor]
 
 #: Bytes that the vectors carried together may take by default; see :func:`hypergrad.hessian`.
 MEMORY_CAP = 2**28
@@ -230,11 +234,102 @@ def identity(function: Callable[..., Any]) -> Hashable:
     """What stays the same where a function is defined anew in every turn of a loop: its code."""
     inner = getattr(function, "func", function)  # of a functools.partial
     inner = getattr(inner, "__func__", inner)  # of a bound method
-    code: Hashable = getattr(inner, "__code__", None)
-    return type(inner) if code is None else code
+    if hasattr(inner, "__code__"):
+        return (inner.__code__,)
+    return (type(inner),)
 
 
-def timed(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+def explore(
+    choice: Choice,
+    way: Way,
+    refused: set[Way],
+    make: Callable[[Way, Block, Block | None], Block],
+    directions: Block,
+    out: Block | None,
+) -> Block:
+    """Products in ``way``, the best known; some of them in another, when it is time to try one.
+
+    Args:
+        choice: of ways for blocks of this size; it learns from these products.
+        way: the way to go.
+        refused: gains the ways that failed.
+        make: makes products of a block in a way, into the leaves of its last argument if any.
+        directions: the block.
+        out: where the products go, or None for memory of their own.
+    """
+    device = directions[0].device
+    if choice.settled:
+        return _or_one_by_one(way, refused, make, directions, out)
+    count = len(directions[0])
+    few = min(count, MOST_TRIED)
+    other = choice.trial(few)
+    done = 0
+    if other is not None and other not in refused:
+        if out is None:
+            out = [torch.empty_like(leaf) for leaf in directions]
+        head = [leaf[:few] for leaf in directions], [leaf[:few] for leaf in out]
+        done = few if _tried(choice, other, refused, make, *head) else 0
+    if done == count and out is not None:
+        return out
+    rest = [leaf[done:] for leaf in directions]
+    into = None if out is None else [leaf[done:] for leaf in out]
+    products, seconds = _timed(lambda: _or_one_by_one(way, refused, make, rest, into), device)
+    if way not in refused:
+        choice.record(way, count - done, seconds)
+    return products if out is None else out
+
+
+def _tried(
+    choice: Choice,
+    way: Way,
+    refused: set[Way],
+    make: Callable[[Way, Block, Block | None], Block],
+    directions: Block,
+    out: Block,
+) -> bool:
+    """Products in a way that is not known yet; False if it turns out not to work."""
+    try:
+        _, seconds = _timed(lambda: make(way, directions, out), directions[0].device)
+    except (RuntimeError, LossError) as error:
+        # A fault of the loop's own shows there; this one only rules the way out.
+        refused.add(way)
+        if not isinstance(error, torch.OutOfMemoryError):
+            choice.refused.add(way)
+        return False
+    if way not in choice.seconds:
+        known = make(Way.ONE_BY_ONE, [leaf[:1] for leaf in directions], None)
+        if not all(_agree(x[:1], y) for x, y in zip(out, known, strict=True)):
+            # The loss is another function at each call: only the kept graph is one operator.
+            choice.refused.add(way)
+            return False
+    choice.record(way, len(directions[0]), seconds)
+    return True
+
+
+def _or_one_by_one(
+    way: Way,
+    refused: set[Way],
+    make: Callable[[Way, Block, Block | None], Block],
+    directions: Block,
+    out: Block | None,
+) -> Block:
+    """In this way, or one by one over the kept graph where it does not work."""
+    if way is Way.ONE_BY_ONE:
+        return make(way, directions, out)
+    try:
+        return make(way, directions, out)
+    except (RuntimeError, LossError) as error:
+        # Too little memory, or an operation that vmap cannot batch, if the loop gets through; if
+        # not, the fault is another, and both errors are shown.
+        try:
+            products = make(Way.ONE_BY_ONE, directions, out)
+        except (RuntimeError, LossError) as fault:
+            raise fault from error
+        refused.add(way)
+        return products
+
+
+def _timed(work: Callable[[], Block], device: torch.device) -> tuple[Block, float]:
     """What ``work`` computes, and the seconds that it took."""
     _wait_for(device)
     start = time.perf_counter()
@@ -249,11 +344,12 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def agree(left: Tensor, right: Tensor) -> bool:
-    """Whether two products are the same to rounding, amplified as deep models do.
+def _agree(left: Tensor, right: Tensor) -> bool:
+    """Whether the leaves of two products are the same to rounding, amplified as deep models do.
 
     They are not where the loss draws random numbers or reads what changes from call to call.
     """
-    size = torch.maximum(left.abs().max(), right.abs().max())
-    eps = torch.finfo(left.dtype).eps
-    return bool((left - right).abs().max() <= eps**0.5 * size)
+    allowed = torch.finfo(left.dtype).eps ** 0.5
+    size = torch.linalg.vector_norm(right, dtype=torch.float32)
+    gap = torch.linalg.vector_norm(left - right, dtype=torch.float32)
+    return bool(gap <= allowed * size + torch.finfo(torch.float32).tiny)
