@@ -358,7 +358,10 @@ def pulled(
         materialize_grads=True,
     )
     # Leaves that the products do not reach have plain zeros, without the leading dimension.
-    return [x.expand(like.shape) for x, like in zip(products, directions, strict=True)]
+    return [
+        x if x.shape == like.shape else x.expand(like.shape)
+        for x, like in zip(products, directions, strict=True)
+    ]
 
 
 def owned(products: Sequence[Tensor], directions: Block) -> Block:
@@ -401,8 +404,8 @@ def hessian(
             ``memory_cap`` allows.  None: one in reverse mode, all in forward mode, ``"auto"``
             with ``mode="auto"``.
         memory_cap: bytes that ``"auto"`` plans with for what is carried, beside the block and its
-            products: for each vector the tensors that the graph of the gradient has saved, and
-            three times the parameters.  One vector is carried even where that is more.
+            products: for each vector three times the parameters and the tensors that the graph of
+            the gradient has saved.  One vector is carried even where that is more.
 
     Returns:
         An operator at the values that ``params`` had when it was made.  It keeps the graph of

@@ -52,6 +52,8 @@ class Way(Enum):
     TOGETHER = "together over the kept graph"
     FORWARD = "together in forward mode"
 
+    __hash__ = object.__hash__  # that of Enum is slow, and asked for at every product
+
     @property
     def mode(self) -> Mode:
         """The ``mode`` of :func:`hypergrad.hessian` that it belongs to."""
@@ -91,10 +93,10 @@ class Footprint:
     def chunk_size(self, vector: int, cap: int) -> int:
         """How many vectors of ``vector`` bytes fit below ``cap`` with what a product carries.
 
-        A backward pass holds, at worst, a cotangent of everything that the graph has saved; beside
-        it stand the vector, the product by leaves and the product put together.
+        A vector carries at worst, in forward mode, a tangent and a cotangent of all that the graph
+        has saved and of the parameters, and once more of what is at work.
         """
-        return max(1, cap // (self.saved + 3 * vector))
+        return max(1, cap // (3 * (self.saved + vector)))
 
     def light(self, device: torch.device) -> bool:
         """Whether the calls cost more than the arithmetic."""
@@ -350,6 +352,7 @@ def _agree(left: Tensor, right: Tensor) -> bool:
     They are not where the loss draws random numbers or reads what changes from call to call.
     """
     allowed = torch.finfo(left.dtype).eps ** 0.5
-    size = torch.linalg.vector_norm(right, dtype=torch.float32)
-    gap = torch.linalg.vector_norm(left - right, dtype=torch.float32)
-    return bool(gap <= allowed * size + torch.finfo(torch.float32).tiny)
+    wide = torch.promote_types(left.dtype, torch.float32)
+    size = torch.linalg.vector_norm(right, dtype=wide)
+    gap = torch.linalg.vector_norm(left - right, dtype=wide)
+    return bool(gap <= allowed * size)
