@@ -25,8 +25,9 @@ class PeakMemory(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.peak = self.now = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self.now: int = 0
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(
@@ -59,7 +60,8 @@ def _stored(tree: Any) -> list[Tensor]:
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """Bytes of tensors that ``work`` makes, at most at once."""
-    with PeakMemory() as memory:
+    memory = PeakMemory()
+    with memory:
         kept = work()
         del kept
     return memory.peak
@@ -76,7 +78,7 @@ def wide_model(
 
     def weight(rows: int, columns: int) -> Tensor:
         drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float32)
-        return (drawn / columns**0.5).to(dtype)
+        return drawn.div(columns**0.5).to(dtype)
 
     params = {
         "first": weight(width, width),

@@ -248,7 +248,7 @@ class Nystrom(Solver):
         if self.negative_curvature in ("absolute", "clip") and sketch.smallest_eigenvalue < 0:
             # The policy changed the system on purpose: along the basis the answer is exact for
             # the changed one, so only what lies outside can be wrong.
-            norms = row_norms(residual - (residual @ sketch.basis.T) @ sketch.basis)
+            norms = row_norms(sketch.outside(residual))
         statuses = []
         for norm, size, along in zip(
             norms.tolist(), system.b_norms.tolist(), curvatures, strict=True

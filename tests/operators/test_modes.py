@@ -120,7 +120,7 @@ def test_a_loss_that_changes_between_calls_stays_on_its_kept_graph(
 ) -> None:
     monkeypatch.setattr(modes, "_BUDGET", 100.0)
     monkeypatch.setattr(modes, "_FIRST_FORWARD", 0.0)
-    calls = []
+    calls: list[None] = []
 
     def drifting(p: Tensor) -> Tensor:
         calls.append(None)
