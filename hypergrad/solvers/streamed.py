@@ -94,10 +94,7 @@ def streamed_approximation(
         eigenvalues, combination = _eigenpairs(core)
         if core.indefinite or not _vouched(system, core, eigenvalues, combination):
             return _ritz_pairs(system, _orthonormal(rows, system.b.dtype))
-    basis = _recombine(combination, rows)
-    # The squares that the combination was made of cost digits of the small eigenpairs.
-    if len(basis):
-        basis = _polished(basis, system.b.dtype)
+    basis = _polished(_recombine(combination, rows), system.b.dtype)
     return Approximation.truncated(eigenvalues, basis, rank, trace, generic=True)
 
 
@@ -135,10 +132,19 @@ def _orthonormal(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _polished(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearly orthonormal rows as orthonormal ones, each changed as little as can be."""
-    gram = _inner(rows, rows, dtype)
-    values, vectors = torch.linalg.eigh(gram)
-    return _recombine((vectors / values.sqrt()) @ vectors.T, rows)
+    """Nearly orthonormal rows as orthonormal ones, in place, each changed as little as can be.
+
+    The squares that they were made of cost digits; each turn squares what is left of that.
+    """
+    eye = torch.eye(len(rows), dtype=dtype, device=rows.device)
+    for _ in range(3):
+        gram = _inner(rows, rows, dtype)
+        rounding = len(rows) * torch.finfo(rows.dtype).eps
+        if len(rows) == 0 or float((gram - eye).abs().max()) <= rounding:
+            break
+        values, vectors = torch.linalg.eigh(gram)
+        _recombine((vectors / values.sqrt()) @ vectors.T, rows)
+    return rows
 
 
 def _largest_norm(rows: Tensor) -> float:
@@ -258,7 +264,6 @@ def _ritz_pairs(system: DampedSystem, rows: Tensor) -> Approximation:
 
     It is the Frobenius norm of (I - Q Q')A Q, which the products give one at a time.
     """
-    rows = _rounded(system, rows)
     k = len(rows)
     small, missed = system.b.new_zeros(k, k), 0.0
     for i in range(k):
