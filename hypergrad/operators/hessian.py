@@ -235,7 +235,7 @@ class HessianOperator(LinearOperator):
         size = min(self._chunk(way, count), count)
         make = self._forward_over_reverse if way is Way.FORWARD else self._reverse_in_batches
         if size == count and out is None:
-            return make(directions)
+            return owned(make(directions), directions)
         out = self._room(count) if out is None else out
         for start in range(0, count, size):
             part = slice(start, start + size)
@@ -301,8 +301,7 @@ class HessianOperator(LinearOperator):
     def _reverse_in_batches(self, directions: Block) -> Block:
         built = self._build()
         with forward_mode("the loss", remedy='chunk_size=1, or mode="auto"'):
-            products = pulled(built.gradients, built.leaves, directions, batched=True)
-        return owned(products, directions)
+            return pulled(built.gradients, built.leaves, directions, batched=True)
 
     def _forward_over_reverse(self, directions: Block) -> Block:
         """Forward-mode products of the gradient, batched over the block by vmap."""
@@ -315,7 +314,7 @@ class HessianOperator(LinearOperator):
 
         with forward_mode("the loss", remedy='mode="reverse_over_reverse"'):
             products: Block = torch.func.vmap(product)(*directions)
-        return owned([leaf.detach() for leaf in products], directions)
+        return [leaf.detach() for leaf in products]
 
 
 @dataclass(frozen=True, eq=False)
@@ -421,7 +420,8 @@ def hessian(
         UnusedParameterWarning: the loss does not depend on some leaves; their rows are zero.
 
     Cost: one forward pass and one gradient with a graph when made; then a product is worth about
-    two gradients.  Under ``torch.compile`` its products are part of the graph, without a break.
+    two gradients.  Under ``torch.compile`` ``matvec`` and ``matmat`` are part of the graph, without
+    a break (``@`` is not: PyTorch 2.13 does not trace it for objects that are no tensors).
     Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 6 (1994).
 
     Examples:
