@@ -93,7 +93,9 @@ def nystrom_sketch(
     Cost: k HVPs in one block and one to vouch for the largest eigenvalue; k more if there is
     negative curvature or rounding asks for a second pass (2 k more where both do); 5 for the
     complement, 10 for a diagonal, 10 for each time an automatic rank looks at its error;
-    O(n k^2) operations, three n x k blocks of memory.
+    O(n k^2) operations, three n x k blocks of memory; of 2^25 numbers or more (Gaussian, of fixed
+    rank) one block in the products' dtype and three vectors, and where there is negative curvature
+    the Ritz pairs are those on the range of A Omega alone.
     Sources: Hataya and Yamada, AISTATS 2023 (columns); Frangella, Tropp, Udell, arXiv 2110.02820
     (Gaussian, algorithm 2.1; automatic rank, section 5.4); Nakatsukasa and Park, arXiv 2212.01127
     (indefinite A).
@@ -251,7 +253,7 @@ class Nystrom(Solver):
         if self.negative_curvature in ("absolute", "clip") and sketch.smallest_eigenvalue < 0:
             # The policy changed the system on purpose: along the basis the answer is exact for
             # the changed one, so only what lies outside can be wrong.
-            norms = row_norms(residual - (residual @ sketch.basis.T) @ sketch.basis)
+            norms = row_norms(sketch.outside(residual))
         statuses = []
         for norm, size, along in zip(
             norms.tolist(), system.b_norms.tolist(), curvatures, strict=True
