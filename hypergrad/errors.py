@@ -65,7 +65,7 @@ class NotSymmetricError(HypergradError, ValueError):
 
 
 class NegativeCurvatureError(HypergradError, ValueError):
-    """A sketch met negative curvature and its policy is to refuse it."""
+    """Negative curvature where a sketch's policy, a factor or a preconditioner refuses it."""
 
 
 class DampingError(HypergradError, ValueError):
@@ -80,12 +80,20 @@ class SolverOptionError(HypergradError, ValueError):
     """A solver was configured with a value outside its range."""
 
 
+class ConstraintError(HypergradError, ValueError):
+    """Bounds that leave no point, or a point outside of a constraint that it was said to meet."""
+
+
 class PreconditionerError(HypergradError, ValueError):
     """A preconditioner is not positive definite."""
 
 
 class OperatorTooLargeError(HypergradError, MemoryError):
     """A dense matrix of the operator would not fit in the memory allowed for it."""
+
+
+class MissingPackageError(HypergradError, ImportError):
+    """An optional package is asked for and not installed."""
 
 
 class DifferentiationError(HypergradError, RuntimeError):

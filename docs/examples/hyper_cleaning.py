@@ -11,6 +11,9 @@ once through ``hypergrad.cg_ihvp``. Nothing in it knows which labels are wrong, 
 only ever measured.
 
     python docs/examples/hyper_cleaning.py --run-dir runs/hyper_cleaning
+
+With ``--copies 2`` the training set is twice as large: every image of it once more, shifted by a
+pixel, with a label that is replaced, or not, on its own.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ class Config:
     """Every choice that is made.
 
     Attributes:
-        num_train: training examples; 250 more are for validation and the other 547 for the test.
+        num_images: images to train on; 250 more are for validation and the other 547 for the test.
+        copies: training examples made of each image: itself, and copies shifted by one pixel.
         num_validation: clean validation examples, used in the outer loss only.
         corrupted_share: share of the training labels that are replaced by another class.
         l2: strength of the L2 term: about where training on everything has its lowest
@@ -55,12 +59,14 @@ class Config:
         cg_rtol: relative residual at which CG stops.
         outer_steps: Adam steps on the weights.
         outer_lr: Adam's step size, in logits.
-        outer_eps: Adam's epsilon, of the size of a typical gradient. With a tiny one all weights
-            move equally fast: those that hardly matter as fast as those that do the harm.
+        outer_eps: Adam's epsilon times the number of examples, of the size of a typical gradient
+            times that number. With a tiny one all weights move equally fast: those that hardly
+            matter as fast as those that do the harm.
         inner_tolerance: largest entry of the inner gradient at which training has converged.
     """
 
-    num_train: int = 1000
+    num_images: int = 1000
+    copies: int = 1
     num_validation: int = 250
     corrupted_share: float = 0.4
     l2: float = 1e-3
@@ -69,8 +75,13 @@ class Config:
     cg_rtol: float = 1e-3
     outer_steps: int = 60
     outer_lr: float = 0.3
-    outer_eps: float = 3e-4
+    outer_eps: float = 0.3
     inner_tolerance: float = 1e-6
+
+    @property
+    def num_train(self) -> int:
+        """Training examples."""
+        return self.num_images * self.copies
 
 
 # --------------------------------------------------------------------------------------- the data
@@ -90,6 +101,15 @@ class Data:
     test_y: Tensor
 
 
+def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
+    """The images moved by one pixel up, down, left or right, drawn one by one; zeros come in."""
+    padded = torch.nn.functional.pad(x[:, :64].reshape(-1, 8, 8), (1, 1, 1, 1))
+    windows = [padded[:, r : r + 8, c : c + 8] for r, c in ((2, 1), (0, 1), (1, 2), (1, 0))]
+    drawn = torch.randint(4, (len(x),), generator=generator)
+    moved = torch.stack(windows)[drawn, torch.arange(len(x))].reshape(-1, 64)
+    return torch.cat([moved, x[:, 64:]], dim=1)
+
+
 def make_data(seed: int, config: Config) -> Data:
     """Split the digits and corrupt the training labels, all drawn with the seed."""
     digits = load_digits()
@@ -97,18 +117,22 @@ def make_data(seed: int, config: Config) -> Data:
     x, y = torch.cat([pixels, torch.ones(len(pixels), 1)], dim=1), torch.tensor(digits.target)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator)
-    n, m = config.num_train, config.num_validation
-    train, validation, test = order[:n], order[n : n + m], order[n + m :]
+    k, m = config.num_images, config.num_validation
+    train, validation, test = order[:k], order[k : k + m], order[k + m :]
+    # The copies are made of training images only, after the split: no test image has a relative.
+    train_x = torch.cat(
+        [x[train], *(shifted(x[train], generator) for _ in range(1, config.copies))]
+    )
+    true = y[train].repeat(config.copies)
 
+    n = config.num_train
     wrong = torch.randperm(n, generator=generator)[: round(config.corrupted_share * n)]
-    labels = y[train].clone()
+    labels = true.clone()
     # A shift by 1 to 9 is one of the nine other classes, each as likely.
     labels[wrong] = (labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=generator)) % 10
     corrupted = torch.zeros(n, dtype=torch.bool)
     corrupted[wrong] = True
-    return Data(
-        x[train], labels, corrupted, y[train], x[validation], y[validation], x[test], y[test]
-    )
+    return Data(train_x, labels, corrupted, true, x[validation], y[validation], x[test], y[test])
 
 
 # ---------------------------------------------------------------- inner problem: weighted training
@@ -215,7 +239,7 @@ def learn_weights(data: Data, solver: str, config: Config, seed: int, progress: 
     start = time.perf_counter()
     ihvp = make_ihvp(solver, config, seed)
     logits = torch.zeros(config.num_train, dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([logits], lr=config.outer_lr, eps=config.outer_eps)
+    adam = torch.optim.Adam([logits], lr=config.outer_lr, eps=config.outer_eps / config.num_train)
     w = torch.zeros(65, 10, dtype=torch.float64)
     learned = Learned(torch.empty(0), [], [], [], 0, 0.0, 0.0)
     progress.set_description(f"seed {seed}, {solver}_ihvp")
@@ -280,6 +304,10 @@ def baselines(data: Data, config: Config) -> tuple[dict[str, float], dict[str, f
         ),
         "clean subset": fit(data.train_x, data.train_y, (~data.corrupted).double(), config.l2),
     }
+    if config.copies > 1:
+        clean = (~data.corrupted).double()[: config.num_images]
+        images, labels = data.train_x[: len(clean)], data.train_y[: len(clean)]
+        models["clean subset, no copies"] = fit(images, labels, clean, config.l2)
     losses = {
         f"{l2:g}": float(cross_entropy(data.validation_x @ everything[l2], data.validation_y))
         for l2 in L2_GRID
@@ -454,9 +482,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--outer-steps", type=int, default=Config.outer_steps)
+    parser.add_argument("--copies", type=int, default=Config.copies, help="examples an image")
     options = parser.parse_args(arguments)
     options.run_dir.mkdir(parents=True, exist_ok=True)
-    config = Config(outer_steps=options.outer_steps)
+    config = Config(outer_steps=options.outer_steps, copies=options.copies)
     # The products are small: more threads in a process cost more than they bring.
     torch.set_num_threads(1)
 

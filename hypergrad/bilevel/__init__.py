@@ -2,7 +2,16 @@
 
 from .certificate import HypergradientCertificate, hypergradient_certificate
 from .check import HypergradientCheck, Verdict, check_hypergradient
+from .constraints import (
+    project_box,
+    project_simplex,
+    sigmoid_box,
+    sigmoid_box_inverse,
+    softmax_simplex,
+    softmax_simplex_inverse,
+)
 from .darts import darts_hypergradient
+from .games import StackelbergCheck, check_stackelberg, stackelberg_gradient
 from .hypergradient import Hypergradient, hypergradient
 from .implicit import ImplicitFunction, ImplicitSolution, implicit
 from .optimizers import SGD, Adam, InnerOptimizer
@@ -34,13 +43,22 @@ __all__ = [
     "PowerSchedule",
     "SingleLoop",
     "SingleLoopState",
+    "StackelbergCheck",
     "StocBiO",
     "UnrolledHypergradient",
     "Verdict",
     "check_hypergradient",
+    "check_stackelberg",
     "darts_hypergradient",
     "hypergradient",
     "hypergradient_certificate",
     "implicit",
+    "project_box",
+    "project_simplex",
+    "sigmoid_box",
+    "sigmoid_box_inverse",
+    "softmax_simplex",
+    "softmax_simplex_inverse",
+    "stackelberg_gradient",
     "unrolled_hypergradient",
 ]

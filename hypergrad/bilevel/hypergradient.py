@@ -59,10 +59,11 @@ def hypergradient(
         outer_loss: f, called as ``outer_loss(inner_params, outer_params)``; a real scalar.
         inner_params: w*, any tree: what your own loop found.  Not modified, no flag changed.
             (Losses are called as they are: a BatchNorm in training mode advances its statistics.)
-            For a stochastic inner loss, fix the batch (or the seed) for the call: the products
-            of one solve must be those of one matrix.
+            Each loss is called once, so that a minibatch or a dropout mask that it draws is one
+            for the whole call: all products are those of one matrix.
         outer_params: y, any tree.
-        solver: how the linear system is solved: ``CG()`` (if None), ``Nystrom(rank=20)``, ...
+        solver: how the linear system is solved: ``CG()`` (if None), ``Nystrom(rank=20)``, ...; a
+            :class:`hypergrad.ReusedSketch` carries a sketch from outer step to outer step.
         damping: see :func:`hypergrad.solve`.
         x0: warm start for the linear system, shaped like ``inner_params``, such as the ``ihvp``
             of the step before.

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import LossError, NonFiniteError, SolverOptionError
-from ..pytree import Tree, TreeLayout
-from ..transforms import building_no_graph, reaches_beyond, tangents, transforming
-from .base import LinearOperator
-from .evaluation import Evaluation
-from .hessian import Point, check_differentiable, report_unused
+from ..errors import LossError, NegativeCurvatureError, NonFiniteError
+from ..pytree import Tree, working_dtype
+from ..transforms import building_no_graph
+from .outputs import OutputOperator, Weight
 
 
-class GaussNewtonOperator(LinearOperator):
+class GaussNewtonOperator(OutputOperator):
     """J' (d2 loss / d outputs2) J; made by :func:`ggn`."""
 
     def __init__(
@@ -29,131 +26,131 @@ class GaussNewtonOperator(LinearOperator):
         batch: tuple[Any, ...],
         *,
         chunk_size: int | None = None,
+        check_convex: bool = False,
     ) -> None:
-        super().__init__(TreeLayout.of(params, name="params"))
         if not batch:
             raise LossError(
                 "ggn needs at least the model's inputs: ggn(model_fn, loss_fn, params, inputs, "
                 "*targets) with model_fn(params, inputs) and loss_fn(outputs, *targets)."
             )
-        if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
-            raise SolverOptionError(
-                f"chunk_size is {chunk_size!r}, expected None or an integer >= 1."
-            )
-        originals = self.layout.leaves(params, name="params")
-        check_differentiable(originals)
-        self.model_fn, self.loss_fn, self.chunk_size = model_fn, loss_fn, chunk_size
-        self._point = Point(originals, batch)
-        self._evaluating = Evaluation(model_fn, self.layout, originals, batch[:1])
-        self._built: _Built | None = None
-        self._more: bool | None = None
+        super().__init__(model_fn, params, batch, chunk_size=chunk_size)
+        self.loss_fn = loss_fn
         if not building_no_graph():  # a solve builds it later, from the plain tensors
             self._build()
+            if check_convex:
+                self._roots(self.outputs)
 
-    def _functions(self) -> tuple[Callable[[Tree], Any], Callable[[Tensor], Any]]:
-        """The outputs of the parameters, and the loss of the outputs."""
-        inputs, targets = self._point.batch[0], self._point.batch[1:]
-        return lambda p: self.model_fn(p, inputs), lambda out: self.loss_fn(out, *targets)
+    def _loss(self, outputs: Tensor) -> Tensor:
+        return self.loss_fn(outputs, *self._point.batch[1:])
 
-    def _build(self) -> _Built:
-        """The product, linearised once at the detached parameters."""
-        if self._built is None:
-            model, loss_fn = self._functions()
-            report_unused(self.layout, self._unused(model), "the output of model_fn")
-            point = [leaf.detach() for leaf in self._point.params]
-            with torch.enable_grad():
-                outputs, product = self._linearised(point)
-                loss = loss_fn(outputs)
-            if not isinstance(loss, Tensor) or loss.ndim != 0:
-                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
-            if not bool(torch.isfinite(loss)):
-                raise NonFiniteError(f"the loss is {float(loss)}; expected a finite number.")
-            self._built = _Built(outputs, loss, product)
-        return self._built
+    def _checked(self, outputs: Tensor) -> list[Tensor]:
+        loss = self._loss(outputs)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise LossError(f"loss_fn returned {got}, expected a scalar torch.Tensor.")
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the loss is {float(loss)}; expected a finite number.")
+        return [loss]
 
-    def _unused(self, model: Callable[[Tree], Any]) -> list[bool]:
-        # torch.func gives zeros for parameters that the model ignores; autograd tells them apart.
-        leaves = [leaf.detach().requires_grad_() for leaf in self._point.params]
-        with torch.enable_grad(), self._evaluating():
-            outputs = model(self.layout.unflatten_leaves(leaves))
-            if not isinstance(outputs, Tensor):
-                raise LossError(
-                    f"model_fn returned a {type(outputs).__name__}, expected one torch.Tensor."
-                )
-            used: tuple[Tensor | None, ...] = (None,) * len(leaves)
-            if outputs.requires_grad:
-                used = torch.autograd.grad(outputs.sum(), leaves, allow_unused=True)
-        return [grad is None for grad in used]
+    def _weight(self, outputs: Tensor) -> Weight:
+        return _hessian_of(self._loss, outputs)
 
-    def _linearised(self, params: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The model's outputs at ``params``, and the product with a flat vector there."""
-        model, loss_fn = self._functions()
-        point = self.layout.unflatten_leaves(params)
-        with self._evaluating():
-            passed = torch.func.vjp(model, point)
-        outputs, pull_back = passed[0], passed[1]
-        loss_hessian: list[Callable[[Tensor], Any]] = []
+    def _roots(self, outputs: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(self._blocks(outputs.detach()))
+        if not torch.compiler.is_compiling():
+            self._check_convex(values, outputs)
+            # Directions without curvature, such as the one that softmax does not see, need no row.
+            floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().max()
+            seen = max(int((values > floor).sum(dim=-1).max()), 1)
+            values, vectors = values[:, -seen:], vectors[..., -seen:]
+        roots: Tensor = values.clamp(min=0.0).sqrt()[..., None] * vectors.mT
+        return roots
 
-        def product(vector: Tensor) -> Tensor:
-            if not loss_hessian:
-                # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch
-                # (mse_loss, huber_loss) have no other through their gradients.
-                loss_hessian.append(torch.func.vjp(torch.func.grad(loss_fn), outputs)[1])
-            tangent = self.layout.unflatten(vector)
-            with self._evaluating():
-                pushed = torch.func.jvp(model, (point,), (tangent,))[1]
-                (weighted,) = loss_hessian[0](pushed)
-                (pulled,) = pull_back(weighted)
-            return torch.cat(
-                [x.reshape(-1).to(self.dtype) for x in self.layout.leaves_unchecked(pulled)]
-            )
+    def _check_convex(self, values: Tensor, outputs: Tensor) -> None:
+        """Raise unless the loss is convex at the outputs, to rounding."""
+        smallest, largest = float(values.min()), float(values.abs().max())
+        eps = torch.finfo(values.dtype).eps
+        if smallest >= -(eps**0.25) * largest:
+            return
+        # Where a softmax is sure of every sample, rounding is all that is left of p - p^2.  It is
+        # that of p: of the size of the curvature where nothing is sure.
+        elsewhere = float(self._blocks(torch.zeros_like(outputs)).abs().max())
+        if math.isfinite(elsewhere) and smallest >= -100 * eps * elsewhere:
+            return
+        sample = int(values.amin(dim=-1).argmin())
+        where = f" (sample {sample})" if len(values) > 1 else ""
+        raise NegativeCurvatureError(
+            f"loss_fn is not convex in the outputs: its Hessian there has an eigenvalue of "
+            f"{smallest:.3g}{where}, the largest magnitude being {largest:.3g}. The Gauss-Newton "
+            "matrix is then not positive semi-definite and has no factor F'F: use a convex loss, "
+            "hypergrad.hessian with MINRES, or raise damping with CG."
+        )
 
-        return outputs, product
+    def _blocks(self, outputs: Tensor) -> Tensor:
+        """The Hessian of the loss in the outputs, shape (groups, c, c), in the working dtype.
 
-    def _tensors(self) -> list[Tensor]:
-        return self._point.tensors
-
-    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
-        other = copy.copy(self)
-        other._point, other._built, other._more = self._point.replaced(tensors), None, None
-        return other
-
-    def _transposed(self) -> LinearOperator:
-        return self  # symmetric by construction
-
-    def _depends_on_more(self) -> bool:
-        if transforming() or tangents():
-            return self._point.depends_on_more(self)
-        if self._more is None:
-            built = self._build()
-            known = [x for x in self._point.batch_tensors if x.requires_grad]
-            self._more = reaches_beyond([built.outputs, built.loss], known)
-        return self._more
-
-    def _attached(self, block: Tensor) -> Tensor:
-        self._point.check_fresh(self.layout)
-        product = self._linearised(self._point.params)[1]
-        return torch.func.vmap(product, randomness="same")(block)
-
-    def _apply(self, block: Tensor) -> Tensor:
-        self._point.check_fresh(self.layout)
-        if building_no_graph():
-            return self._attached(block).detach()
-        product = self._build().product
-        if block.shape[0] == 1:
-            return product(block[0]).detach()[None]
-        products = torch.func.vmap(product, chunk_size=self.chunk_size, randomness="same")
-        return products(block).detach()
+        One group a sample where no two samples are coupled, else one group of all outputs.
+        """
+        # Where a softmax is sure, p - p^2 cancels: a wide dtype keeps what is left.
+        wide = outputs.to(working_dtype(outputs.dtype, outputs.device))
+        targets = [_widened(x, outputs.dtype, wide.dtype) for x in self._point.batch[1:]]
+        try:
+            product = _hessian_of(lambda out: self.loss_fn(out, *targets), wide)
+            return _blocks_of(product, wide)
+        except RuntimeError as error:
+            # Such as a tensor of the outputs' own dtype in the loss's closure.
+            if wide.dtype == outputs.dtype or isinstance(error, torch.OutOfMemoryError):
+                raise
+        return _blocks_of(self._weight(outputs), outputs).to(wide.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class _Built:
-    """What one pass through the model and the loss leaves behind."""
+def _hessian_of(loss_fn: Callable[[Tensor], Tensor], outputs: Tensor) -> Weight:
+    # The Hessian is symmetric, so reverse mode serves; some losses of PyTorch (mse_loss,
+    # huber_loss) have no other through their gradients.
+    pull = torch.func.vjp(torch.func.grad(loss_fn), outputs)[1]
 
-    outputs: Tensor
-    loss: Tensor
-    product: Callable[[Tensor], Tensor]
+    def product(tangent: Tensor) -> Tensor:
+        weighted: Tensor = pull(tangent)[0]
+        return weighted
+
+    return product
+
+
+def _widened(target: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
+    return target.to(wide) if isinstance(target, Tensor) and target.dtype == narrow else target
+
+
+def _blocks_of(product: Weight, outputs: Tensor) -> Tensor:
+    """Blocks on the diagonal of a symmetric matrix on outputs, that outside of which it is zero."""
+    count = outputs.shape[0] if outputs.ndim else 1
+    groups = 1 if torch.compiler.is_compiling() or _coupled(product, outputs) else count
+    size = outputs.numel() // groups
+    # Column j of every block at once.
+    probes = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+    stacked = probes[:, None].expand(size, groups, size).reshape(size, *outputs.shape)
+    columns = torch.func.vmap(product)(stacked).detach().reshape(size, groups, size)
+    blocks = columns.movedim(0, -1)
+    return 0.5 * (blocks + blocks.mT)
+
+
+def _coupled(product: Weight, outputs: Tensor) -> bool:
+    """Whether a symmetric matrix on outputs couples any two samples.
+
+    Two samples have different binary numbers.  Of a vector on the samples whose bit is set, the
+    product on the others is zero for each bit (and exactly so: zeros were multiplied) if and only
+    if no two are coupled.
+    """
+    count = outputs.shape[0] if outputs.ndim else 1
+    seeded = torch.Generator().manual_seed(0)
+    dense = torch.randn(outputs.shape, generator=seeded).to(outputs)
+    numbers = torch.arange(count, device=outputs.device)
+    for bit in range((count - 1).bit_length()):
+        chosen = (numbers >> bit) & 1 == 1
+        image = product(torch.where(chosen.reshape(-1, *[1] * (outputs.ndim - 1)), dense, 0.0))
+        size = image.abs().max()
+        if bool((image[~chosen].abs() > torch.finfo(image.dtype).eps * size).any()):
+            return True
+    return False
 
 
 def ggn(
@@ -162,6 +159,7 @@ def ggn(
     params: Tree,
     *batch: Any,
     chunk_size: int | None = None,
+    check_convex: bool = False,
 ) -> GaussNewtonOperator:
     """The generalised Gauss-Newton matrix J' H J of ``loss_fn(model_fn(params, inputs), ...)``.
 
@@ -173,9 +171,17 @@ def ggn(
         loss_fn: ``loss_fn(outputs, *targets) -> scalar``; its reduction (mean or sum) counts.
         params: any tree of floating-point tensors.
         *batch: ``inputs`` first, then what ``loss_fn`` needs.
-        chunk_size: how many vectors are carried at a time in a block of products.
+        chunk_size: how many vectors are carried at a time in a block of products, and how many
+            rows of the factor; None for all vectors, and as many rows as hold 2^24 numbers.
+        check_convex: whether to look at the eigenvalues of H, and refuse a loss that is not convex
+            at these outputs; not under ``torch.compile`` and transforms, which hide values.
+
+    Returns:
+        An operator J'HJ = F'F with, at most, a row for each number in the outputs, for
+        :class:`hypergrad.Gram`.  Its products compile to one graph with ``torch.compile``.
 
     Raises:
+        NegativeCurvatureError: with ``check_convex``, H has a negative eigenvalue.
         LossError: no inputs, outputs that are no tensor or do not depend on ``params``, or a loss
             that is no scalar.
         NonFiniteError: the loss is nan or inf.
@@ -185,7 +191,9 @@ def ggn(
         UnusedParameterWarning: the outputs do not depend on some leaves; their rows are zero.
 
     Cost: one gradient and one forward pass when made.  A product is one forward-mode pass, one
-    product with H and one reverse pass, about two gradients.
+    product with H and one reverse pass, about two gradients.  H is taken apart only for F and for
+    ``check_convex``: as many products with it as outputs a sample, of all samples at once where the
+    loss couples no two.
     Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient
     descent", Neural Computation 14 (2002).
 
@@ -197,4 +205,6 @@ def ggn(
         >>> g @ torch.tensor([1.0, 2.0])
         tensor([ 9., 18.])
     """
-    return GaussNewtonOperator(model_fn, loss_fn, params, batch, chunk_size=chunk_size)
+    return GaussNewtonOperator(
+        model_fn, loss_fn, params, batch, chunk_size=chunk_size, check_convex=check_convex
+    )

@@ -133,6 +133,10 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
     :class:`hypergrad.GMRES`) check what they can see of it; a matrix that is not is multiplied as
     it stands, never transposed.
 
+    Products with tensors, and with callables made of tensor code, are part of the graph under
+    ``torch.compile``, without a break.  Those of SciPy, linear_operator and curvlinops are not:
+    they leave PyTorch, or decide on values.
+
     Args:
         obj: a :class:`LinearOperator` (returned as it is), a callable ``v -> A v`` on trees, a
             square ``torch.Tensor`` (dense or sparse) or NumPy array, a SciPy sparse matrix or

@@ -19,8 +19,10 @@ from ..transforms import apply, pullback, tangents, transforming
 from .base import LinearOperator
 from .evaluation import seeded
 from .gauss_newton import GaussNewtonOperator
-from .hessian import HessianOperator, Mode, Point, check_differentiable, report_unused
+from .hessian import HessianOperator
 from .loader import Loader, Progress
+from .modes import Mode
+from .point import Point, check_differentiable, report_unused
 from .sampled import SampledOperator
 
 Reduction = Literal["mean", "sum"]
@@ -266,7 +268,7 @@ def _unused(operator: HessianOperator | GaussNewtonOperator) -> list[bool]:
     """Which leaves a minibatch does not use."""
     if isinstance(operator, HessianOperator):
         return [gradient is None for gradient in operator.gradients]
-    return operator._unused(operator._functions()[0])
+    return operator._unused()
 
 
 def _requires_grad(batch: tuple[Any, ...]) -> bool:

@@ -38,6 +38,8 @@ class SampledOperator(LinearOperator):
         TreeStructureError: the operators act on different trees.
 
     Cost: a product with one of the operators a product; with all of them one with :attr:`mean`.
+    ``torch.compile`` cannot trace a product, which depends on the value of a random number; those
+    of :attr:`mean` it can.
 
     Examples:
         >>> import torch, hypergrad
@@ -73,7 +75,8 @@ class SampledOperator(LinearOperator):
                 "for each operator."
             )
         total = math.fsum(numbers)
-        self.probabilities = torch.tensor([w / total for w in numbers], dtype=torch.float64)
+        self._shares = [w / total for w in numbers]
+        self.probabilities = torch.tensor(self._shares, dtype=torch.float64)
         self.generator = generator
 
     @property
@@ -92,5 +95,5 @@ class _Mean(LinearOperator):
         self.sampled = sampled
 
     def _apply(self, block: Tensor) -> Tensor:
-        parts = zip(self.sampled.probabilities.tolist(), self.sampled.operators, strict=True)
+        parts = zip(self.sampled._shares, self.sampled.operators, strict=True)
         return sum((weight * part._apply(block) for weight, part in parts), torch.zeros_like(block))

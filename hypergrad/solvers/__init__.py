@@ -5,11 +5,13 @@ from .cg import CG
 from .choice import Auto
 from .exact import Exact
 from .gmres import GMRES
+from .gram import Gram
 from .identity import Identity
 from .minres import MINRES
 from .neumann import Neumann
 from .nystrom import Nystrom, nystrom_sketch
 from .nystrom_pcg import NystromPCG
+from .reused import ReusedSketch
 from .sketch import NystromSketch
 from .solve import solve
 
@@ -19,11 +21,13 @@ __all__ = [
     "MINRES",
     "Auto",
     "Exact",
+    "Gram",
     "Identity",
     "Neumann",
     "Nystrom",
     "NystromPCG",
     "NystromSketch",
+    "ReusedSketch",
     "Solution",
     "SolveInfo",
     "Solver",

@@ -74,7 +74,10 @@ class SolveInfo:
             for a sketch that was complete below its rank.
         direction: a unit tree of non-positive curvature, when CG met one.
         columns: one report a right-hand side, for a batch; else empty.
-        reason: why this solver ran, where ``solver="auto"`` chose it; else None.
+        reason: why this solver ran, where ``solver="auto"`` chose it, or what became of the sketch
+            of a :class:`hypergrad.ReusedSketch`; else None.
+        sketch_hvps: of a :class:`hypergrad.ReusedSketch`, the products that went into a new or
+            refreshed sketch: 0 where that of an earlier solve served.  None for other solvers.
     """
 
     status: Status
@@ -90,6 +93,7 @@ class SolveInfo:
     direction: Tree | None = None
     columns: tuple[SolveInfo, ...] = ()
     reason: str | None = None
+    sketch_hvps: int | None = None
 
     @property
     def message(self) -> str:
@@ -132,6 +136,7 @@ class Outcome:
         directions: unit vectors of non-positive curvature by row.
         solver: what ran, where the configuration chose another.
         reason: why it did.
+        sketch_hvps: see :class:`SolveInfo`.
         backward_solver: what solves the system once more when the answer is differentiated, with
             all that was prepared, such as a sketch; None for the same configuration.
     """
@@ -146,6 +151,7 @@ class Outcome:
     directions: dict[int, Tensor] = field(default_factory=dict)
     solver: Solver | None = None
     reason: str | None = None
+    sketch_hvps: int | None = None
     backward_solver: Solver | None = None
 
 
@@ -161,13 +167,14 @@ class DampedSystem:
         tolerances: shape (m,): absolute tolerance on the scaled residuals, with rtol and atol.
         damping: the damping, or "auto" until :meth:`resolve_damping`.
         num_hvps: products so far.
+        start_norms: shape (m,): the residual norms that the last solve began with.
     """
 
     def __init__(
         self, operator: LinearOperator, b: Tensor, scales: Tensor, damping: Damping
     ) -> None:
         self.operator, self.b, self.scales, self.damping = operator, b, scales, damping
-        self.b_norms = row_norms(b)
+        self.b_norms = self.start_norms = row_norms(b)
         self.num_hvps = 0
 
     def tolerances(self, rtol: float, atol: float) -> Tensor:
@@ -224,9 +231,12 @@ class DampedSystem:
         """Where to start, and the residual there; a warm start no better than zero is not used."""
         zero = torch.zeros_like(self.b)
         if x0 is None:
+            self.start_norms = self.b_norms
             return zero, self.b.clone()
         residual = self.residual(x0, damping)
-        better = (row_norms(residual) < self.b_norms)[:, None]
+        norms = row_norms(residual)
+        self.start_norms = torch.minimum(norms, self.b_norms)
+        better = (norms < self.b_norms)[:, None]
         return torch.where(better, x0, zero), torch.where(better, residual, self.b)
 
     def resolve_damping(self) -> float:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..pytree import row_norms
-from .base import check_skew
+from ..spectrum import damping_from_extremes
+from .base import DampedSystem, check_skew
 
 #: A core eigenvalue within this many times the core's rounding carries no information.
 _CORE_NOISE = 3.0
@@ -17,6 +18,9 @@ _PRODUCT_NOISE = 4.0
 #: Relative change of the answer by amplified rounding that is worth a second pass, as a power of
 #: eps: 7e-5 in float32, 4e-10 in float64.
 _WORTH_A_PASS = 0.6
+#: By how much, relatively, the sketch's largest eigenvalue may exceed its Rayleigh quotient: more
+#: than the rounding of 16-bit products, less than what would matter.
+ABOVE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,15 @@ class Core:
             sizes=row_norms(products),
             gram=vectors.T @ gram @ vectors * ((top / size) ** 2 if size > 0 else 1.0),
             noise=max(float(skew), eps * size / n**0.5),
-            silence=_PRODUCT_NOISE * eps * size,
+            silence=cls.silent(eps, size),
             size=size,
             eps=eps,
         )
+
+    @staticmethod
+    def silent(eps: float, size: float) -> float:
+        """Size below which a product is rounding, of products of norm ``size``."""
+        return _PRODUCT_NOISE * eps * size
 
     @property
     def kept(self) -> Tensor:
@@ -152,3 +161,47 @@ def squared_svd(half: Tensor) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(half.T)
     left, singular, _ = torch.linalg.svd(r)
     return singular**2, left.T @ q.T
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """U diag(L) U' as it comes out of one of the ways to make it.
+
+    Attributes:
+        eigenvalues: L, largest first.
+        basis: U'.
+        tail: see :class:`NystromSketch`.
+        lowest: smallest Ritz value; 0 where none was computed.
+        complete: whether directions were dropped as rounding: A had no more to show.
+        trace: leave-one-out estimate of A's trace; None where there is none.
+    """
+
+    eigenvalues: Tensor
+    basis: Tensor
+    tail: float
+    lowest: float = 0.0
+    complete: bool = False
+    trace: float | None = None
+
+    @classmethod
+    def truncated(
+        cls, eigenvalues: Tensor, basis: Tensor, rank: int, trace: float | None, generic: bool
+    ) -> Approximation:
+        """Eigenpairs of a core of size ``rank``; no tail where the operator had no more to show.
+
+        A product of zero shows that only for a vector with a part along everything (``generic``):
+        a column of zeros says nothing of the other columns.
+        """
+        complete = len(eigenvalues) == 0 or (generic and len(eigenvalues) < rank)
+        tail = 0.0 if complete or rank == basis.shape[1] else float(eigenvalues[-1])
+        return cls(eigenvalues, basis, tail, complete=complete, trace=trace)
+
+    def damping(self, system: DampedSystem, tail: float) -> float:
+        """The system's damping, or what ``"auto"`` would make of it."""
+        if system.damping != "auto":
+            return float(system.damping)
+        values = self.eigenvalues
+        largest = float(values.abs().max()) if len(values) else 0.0
+        return damping_from_extremes(
+            min(self.lowest, 0.0), largest, rounding=system.rounding, tail=tail
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -93,7 +93,9 @@ def nystrom_sketch(
     Cost: k HVPs in one block and one to vouch for the largest eigenvalue; k more if there is
     negative curvature or rounding asks for a second pass (2 k more where both do); 5 for the
     complement, 10 for a diagonal, 10 for each time an automatic rank looks at its error;
-    O(n k^2) operations, three n x k blocks of memory.
+    O(n k^2) operations, three n x k blocks of memory; of 2^25 numbers or more (Gaussian, of fixed
+    rank) one block in the products' dtype and three vectors, and where there is negative curvature
+    the Ritz pairs are those on the range of A Omega alone.
     Sources: Hataya and Yamada, AISTATS 2023 (columns); Frangella, Tropp, Udell, arXiv 2110.02820
     (Gaussian, algorithm 2.1; automatic rank, section 5.4); Nakatsukasa and Park, arXiv 2212.01127
     (indefinite A).
@@ -209,6 +211,11 @@ class Nystrom(Solver):
             any_damping=any_damping,
         )
 
+    def _holding(self, sketch: NystromSketch) -> Nystrom:
+        """The same configuration, which solves with a sketch that is made."""
+        options = {field.name: getattr(self, field.name) for field in fields(Nystrom)}
+        return _Sketched(**options, made=sketch)
+
     def _capped(self, sketch: NystromSketch) -> bool:
         """Whether an automatic rank ended short of its tolerance."""
         return sketch.condition_bound is not None and sketch.condition_bound > 1.0 + self.tol
@@ -229,9 +236,7 @@ class Nystrom(Solver):
             damping=damping,
             rank=sketch.rank,
             smallest_eigenvalue=sketch.smallest_eigenvalue,
-            backward_solver=_Sketched(
-                self.rank, self.sketch, self.generator, self.negative_curvature, made=sketch
-            ),
+            backward_solver=self._holding(sketch),
         )
 
     def _statuses(
@@ -248,7 +253,7 @@ class Nystrom(Solver):
         if self.negative_curvature in ("absolute", "clip") and sketch.smallest_eigenvalue < 0:
             # The policy changed the system on purpose: along the basis the answer is exact for
             # the changed one, so only what lies outside can be wrong.
-            norms = row_norms(residual - (residual @ sketch.basis.T) @ sketch.basis)
+            norms = row_norms(sketch.outside(residual))
         statuses = []
         for norm, size, along in zip(
             norms.tolist(), system.b_norms.tolist(), curvatures, strict=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -85,11 +85,16 @@ class NystromPCG(Solver):
             outcome,
             rank=sketch.rank,
             smallest_eigenvalue=sketch.smallest_eigenvalue,
-            backward_solver=_Sketched(**_options(self), made=sketch),
+            backward_solver=self._holding(sketch),
         )
 
     def _sketch_of(self, system: DampedSystem) -> NystromSketch:
         return self._nystrom()._sketch_of(system)
+
+    def _holding(self, sketch: NystromSketch) -> NystromPCG:
+        """The same configuration, which solves with a sketch that is made."""
+        options = {field.name: getattr(self, field.name) for field in fields(NystromPCG)}
+        return _Sketched(**options, made=sketch)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,3 @@ class _Sketched(NystromPCG):
     def _sketch_of(self, system: DampedSystem) -> NystromSketch:
         assert self.made is not None
         return self.made
-
-
-def _options(solver: NystromPCG) -> dict[str, Any]:
-    return {field.name: getattr(solver, field.name) for field in fields(NystromPCG)}

@@ -219,6 +219,7 @@ def reports(outcome: Outcome, system: DampedSystem, solver: Solver) -> list[Solv
                 damping=outcome.damping,
                 solver=outcome.solver or solver,
                 reason=outcome.reason,
+                sketch_hvps=outcome.sketch_hvps,
                 rank=outcome.rank,
                 smallest_eigenvalue=outcome.smallest_eigenvalue,
                 direction=None

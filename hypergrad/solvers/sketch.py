@@ -15,6 +15,7 @@ from ..spectrum import ExtremeEigenvalues, damping_from_extremes, lanczos_extrem
 from .base import DampedSystem, Damping, check_damping, check_option, is_count
 from .complement import TAIL_THAT_MATTERS, Complement
 from .embedding import SketchKind
+from .streamed import combined, projected
 
 #: Named here too, for those that take a sketch's options.
 __all__ = ["NegativeCurvature", "NystromSketch", "SketchKind"]
@@ -33,7 +34,8 @@ class NystromSketch:
 
     Attributes:
         eigenvalues: L, shape (r,), largest first.
-        basis: U', orthonormal rows of shape (r, n) in the flat coordinates of ``layout``.
+        basis: U', orthonormal rows of shape (r, n) in the flat coordinates of ``layout``; in the
+            dtype of the solvers' vectors, or, where that would be too large, of A's products.
         layout: of the trees that A acts on.
         operator_dtype: dtype of A's products.
         smallest_eigenvalue: smallest eigenvalue seen: the smallest Ritz value where there is
@@ -75,6 +77,11 @@ class NystromSketch:
     trace_estimate: float | None = None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors that the sketch is applied to by solvers."""
+        return self.eigenvalues.dtype
+
+    @property
     def rank(self) -> int:
         """r, the number of eigenpairs kept; at most the rank asked for."""
         return len(self.eigenvalues)
@@ -91,38 +98,48 @@ class NystromSketch:
             tail=self.tail,
         )
 
-    def solve(self, v: Tree, damping: Damping = "auto") -> Tree:
+    def solve(self, v: Tree, damping: Damping = "auto", *, batched: bool = False) -> Tree:
         """(U diag(L) U' + damping I)^-1 v, with no further HVP.
 
         Symmetric positive definite with norm at most 1/damping whenever L >= 0, by construction.
+
+        Args:
+            v: right-hand side, a tree like the operator's argument.
+            damping: the multiple of the identity, > 0, or ``"auto"``.
+            batched: whether v stacks m right-hand sides: every leaf has one more leading dimension.
 
         Raises:
             DampingError: damping is not positive.
             TreeStructureError, LeafTypeError, DeviceError: v does not fit the operator.
         """
         rho = self.auto_damping() if damping == "auto" else positive_damping(damping)
-        vector = self.layout.flatten(v)
-        self.layout.check_finite(vector, "v")
-        x = self.solve_block(vector.to(self.basis.dtype)[None], rho).to(self.layout.dtype)
-        x = self.layout.narrowed(x)[0]
+        block = self.layout.rows(v, batched=batched).detach()
+        self.layout.check_finite(block, "v")
+        x = self.solve_block(block.to(self.dtype), rho).to(self.layout.dtype)
+        x = self.layout.narrowed(x)
         self.layout.check_finite(x, "the answer")
-        return self.layout.unflatten(x)
+        return self.layout.unflatten_block(x) if batched else self.layout.unflatten(x[0])
 
     def solve_block(self, block: Tensor, damping: float) -> Tensor:
-        """:meth:`solve` for rows of shape (m, n) in the dtype of :attr:`basis`.
+        """:meth:`solve` for rows of shape (m, n) in :attr:`dtype`.
 
-        x = (c v + U [(damping / (L + damping) - c) U'v]) / damping, with c = 1 where the
+        x = (U [damping / (L + damping)] U'v + c (v - U U'v)) / damping, with c = 1 where the
         complement was not measured.  The Woodbury form is the same in exact arithmetic, but
         subtracts numbers (L + damping)/damping times larger than the answer.
         """
+        along = projected(block, self.basis)
         if self.rank == self.layout.dim:  # nothing lies outside, so nothing needs to cancel there
-            return ((block @ self.basis.T) / self._damped(damping)) @ self.basis
-        shrink = damping / self._damped(damping)
+            return combined(along / self._damped(damping), self.basis)
+        # v - U U'v is divided by the damping, and so is what it holds of the basis by rounding,
+        # some eps |v|: where v lies in the range of A, as much as |A|/damping times eps of the
+        # answer. A second projection takes it out.
+        outside = block - combined(along, self.basis)
+        rest = projected(outside, self.basis)
+        along = (along + rest) * (damping / self._damped(damping))
         if self.complement is None or self.tail <= TAIL_THAT_MATTERS * damping:
-            return (block + ((block @ self.basis.T) * (shrink - 1.0)) @ self.basis) / damping
-        outside = damping * self.complement.inverse(damping)
-        inside = ((block @ self.basis.T) * (shrink - outside)) @ self.basis
-        return (outside * block + inside) / damping
+            return (outside + combined(along - rest, self.basis)) / damping
+        share = damping * self.complement.inverse(damping)
+        return (share * outside + combined(along - share * rest, self.basis)) / damping
 
     def _damped(self, damping: float) -> Tensor:
         """L + damping, kept away from zero by the rounding of the sum.
@@ -180,7 +197,7 @@ class NystromSketch:
             return system.product(vector[None])[0] - self._image(vector[None])[0]
 
         return lanczos_extremes(
-            difference, self.layout.dim, num_steps, self.basis.dtype, self.layout.device, generator
+            difference, self.layout.dim, num_steps, self.dtype, self.layout.device, generator
         )
 
     def trace(
@@ -225,13 +242,17 @@ class NystromSketch:
         system = bare_system(operator, self.layout)
         place = self.layout.device if generator is None else generator.device
         bits = torch.randint(0, 2, (num_probes, self.layout.dim), generator=generator, device=place)
-        signs = (2 * bits - 1).to(self.basis)
+        signs = (2 * bits - 1).to(device=self.basis.device, dtype=self.dtype)
         along = (signs * (system.product(signs) - self._image(signs))).sum(1)
         return float(self.eigenvalues.sum() + along.mean())
 
     def _image(self, rows: Tensor) -> Tensor:
         """U diag(L) U' times each row."""
-        return ((rows @ self.basis.T) * self.eigenvalues) @ self.basis
+        return combined(projected(rows, self.basis) * self.eigenvalues, self.basis)
+
+    def outside(self, rows: Tensor) -> Tensor:
+        """Rows of shape (m, n) without their part in the basis."""
+        return rows - combined(projected(rows, self.basis), self.basis)
 
     def update(
         self,
@@ -316,7 +337,7 @@ class NystromSketch:
 class _Preconditioner(LinearOperator):
     def __init__(self, sketch: NystromSketch, damping: float) -> None:
         super().__init__(sketch.layout)
-        self.basis = sketch.basis
+        self.sketch, self.basis = sketch, sketch.basis
         size = sketch.eigenvalues.abs()
         self.weights = (sketch.tail + damping) / (size + damping)
         # Where the smallest weight is rounding next to one, w - 1 forgets it.
@@ -324,14 +345,13 @@ class _Preconditioner(LinearOperator):
         self.careful = bool((self.weights < least).any())
 
     def _apply(self, block: Tensor) -> Tensor:
-        wide = block.to(self.basis.dtype)
-        inside = wide @ self.basis.T
+        wide = block.to(self.weights.dtype)
+        inside = projected(wide, self.basis)
         if not self.careful:
-            return (wide + (inside * (self.weights - 1.0)) @ self.basis).to(block.dtype)
-        outside = wide - inside @ self.basis
-        # Once more: what is left of the basis is rounding, of which r'M r must not be made.
-        outside = outside - (outside @ self.basis.T) @ self.basis
-        return (outside + (inside * self.weights) @ self.basis).to(block.dtype)
+            return (wide + combined(inside * (self.weights - 1.0), self.basis)).to(block.dtype)
+        # Twice: what is left of the basis is rounding, of which r'M r must not be made.
+        outside = self.sketch.outside(self.sketch.outside(wide))
+        return (outside + combined(inside * self.weights, self.basis)).to(block.dtype)
 
 
 def bare_system(
@@ -343,7 +363,8 @@ def bare_system(
         like = layout.unflatten(torch.zeros(layout.dim, dtype=layout.dtype, device=layout.device))
     op = as_operator(operator, like=like)
     dtype = working_dtype(op.dtype, op.device)
-    empty = torch.zeros(1, op.layout.dim, dtype=dtype, device=op.device)
+    # One zero, seen n times: it takes no memory.
+    empty = torch.zeros(1, 1, dtype=dtype, device=op.device).expand(1, op.layout.dim)
     return DampedSystem(op, empty, torch.ones_like(empty[:, 0]), damping)
 
 

@@ -10,16 +10,14 @@ from torch import Tensor
 
 from ..errors import NegativeCurvatureError, RankError
 from ..pytree import Tree
-from ..spectrum import damping_from_extremes, lanczos_extremes
+from ..spectrum import lanczos_extremes
 from .base import DampedSystem
 from .complement import TAIL_THAT_MATTERS, Complement, ComplementKind, measure_complement
-from .core import Core
+from .core import ABOVE, Approximation, Core
 from .embedding import DIAGONAL_PROBES, Embedding, SketchKind, extension
 from .sketch import NegativeCurvature, NystromSketch
+from .streamed import streamed_approximation, streamed_complement, worth_streaming
 
-#: By how much, relatively, the sketch's largest eigenvalue may exceed its Rayleigh quotient: more
-#: than the rounding of 16-bit products, less than what would matter.
-_ABOVE = 1e-2
 #: Below this, relatively, what Ritz pairs miss is taken for amplified rounding.
 _NEARLY_COMPLETE = 1e-3
 #: Test matrices whose rows have, with probability one, a part along every eigenvector.
@@ -49,27 +47,6 @@ class SketchOptions:
     any_damping: bool = False
 
 
-@dataclass(frozen=True)
-class _Approximation:
-    """U diag(L) U' as it comes out of one of the ways to make it.
-
-    Attributes:
-        eigenvalues: L, largest first.
-        basis: U'.
-        tail: see :class:`NystromSketch`.
-        lowest: smallest Ritz value; 0 where none was computed.
-        complete: whether directions were dropped as rounding: A had no more to show.
-        trace: leave-one-out estimate of A's trace; None where there is none.
-    """
-
-    eigenvalues: Tensor
-    basis: Tensor
-    tail: float
-    lowest: float = 0.0
-    complete: bool = False
-    trace: float | None = None
-
-
 def make_sketch(
     system: DampedSystem,
     rank: int | Literal["auto"],
@@ -94,6 +71,9 @@ def make_sketch(
             f"1 <= rank <= {n}."
         )
     before = system.num_hvps
+    if options.rank != "auto" and options.sketch == "gaussian" and worth_streaming(options.rank, n):
+        found = streamed_approximation(system, options.rank, options.generator)
+        return _finish(system, found, options, before, None, streamed=True)
     source = Embedding(
         options.sketch,
         options.generator,
@@ -147,7 +127,7 @@ def _diagonal(system: DampedSystem, options: SketchOptions) -> Tensor:
 
 def _grown(
     system: DampedSystem, source: Embedding, options: SketchOptions
-) -> tuple[_Approximation, float]:
+) -> tuple[Approximation, float]:
     """Double the rank until the preconditioned condition number is bounded by 1 + tol, or the cap.
 
     The bound is 1 + (last eigenvalue + |A - A_nys|) / damping (Frangella, Tropp and Udell, arXiv
@@ -165,7 +145,7 @@ def _grown(
         if not last and _too_small(system, omega, y, options):
             continue
         found = _approximate(system, omega, y, options.sketch)
-        damping = _damping(system, found, tail=0.0)
+        damping = found.damping(system, tail=0.0)
         missed = found.tail
         if found.tail > 0 and (last or found.tail <= options.tol * damping):
             missed += _error(system, found)
@@ -178,11 +158,11 @@ def _too_small(system: DampedSystem, omega: Tensor, y: Tensor, options: SketchOp
     core = Core.of(omega, y, system.operator.dtype)
     if core.indefinite:
         return False
-    found = _truncated(*core.decompose(), len(y), None, options.sketch in _GENERIC)
-    return found.tail > options.tol * _damping(system, found, tail=0.0)
+    found = Approximation.truncated(*core.decompose(), len(y), None, options.sketch in _GENERIC)
+    return found.tail > options.tol * found.damping(system, tail=0.0)
 
 
-def _error(system: DampedSystem, found: _Approximation) -> float:
+def _error(system: DampedSystem, found: Approximation) -> float:
     """An upper estimate of |A - A_nys|; see :meth:`NystromSketch.error_estimate`."""
 
     def difference(vector: Tensor) -> Tensor:
@@ -194,17 +174,6 @@ def _error(system: DampedSystem, found: _Approximation) -> float:
     return max(ends.largest_bound, -ends.smallest)
 
 
-def _damping(system: DampedSystem, found: _Approximation, tail: float) -> float:
-    """The system's damping, or what ``"auto"`` would make of it."""
-    if system.damping != "auto":
-        return float(system.damping)
-    values = found.eigenvalues
-    largest = float(values.abs().max()) if len(values) else 0.0
-    return damping_from_extremes(
-        min(found.lowest, 0.0), largest, rounding=system.rounding, tail=tail
-    )
-
-
 def _approximate(
     system: DampedSystem,
     omega: Tensor,
@@ -212,7 +181,7 @@ def _approximate(
     kind: SketchKind | None,
     *,
     generic: bool = False,
-) -> _Approximation:
+) -> Approximation:
     """The approximation from the products ``y`` of ``omega``, in the form that is safe.
 
     Args:
@@ -230,8 +199,8 @@ def _approximate(
     # Drawn uniformly, each row is a random one given the others; columns of zeros tell no more.
     uniform = kind in _GENERIC or (kind == "columns" and bool(core.kept.all()))
     trace = core.trace(eigenvalues) if uniform else None
-    found = _truncated(eigenvalues, basis, len(y), trace, generic)
-    damping = _damping(system, found, tail=found.tail)
+    found = Approximation.truncated(eigenvalues, basis, len(y), trace, generic)
+    damping = found.damping(system, tail=found.tail)
     if core.blurred(damping) or core.noisy(eigenvalues, damping):
         return _second_pass(system, y, trace, generic)
     return found
@@ -239,22 +208,27 @@ def _approximate(
 
 def _finish(
     system: DampedSystem,
-    found: _Approximation,
+    found: Approximation,
     options: SketchOptions,
     before: int,
     condition_bound: float | None,
+    *,
+    streamed: bool = False,
 ) -> NystromSketch:
     """Look at the signs and at what lies outside, and hand over."""
     operator, eigenvalues = system.operator, found.eigenvalues
     smallest = _smallest(found, torch.finfo(operator.dtype).eps)
     complement: Complement | None = None
-    least = TAIL_THAT_MATTERS * _damping(system, found, tail=found.tail)
+    least = TAIL_THAT_MATTERS * found.damping(system, tail=found.tail)
     matters = found.tail > (0.0 if options.any_damping else least)
     if options.complement == "quadrature" and smallest >= 0 and matters:
         size = float(eigenvalues.abs().max())
-        complement, lowest = measure_complement(
-            system.product, found.basis, size, system.rounding, options.generator
-        )
+        if streamed:
+            complement, lowest = streamed_complement(system, found.basis, size, options.generator)
+        else:
+            complement, lowest = measure_complement(
+                system.product, found.basis, size, system.rounding, options.generator
+            )
         smallest = min(smallest, lowest)
     if smallest < 0:
         eigenvalues = _apply_policy(eigenvalues, smallest, options.negative_curvature)
@@ -286,15 +260,15 @@ def _vouched(system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tenso
         return core.size == 0 or not bool((core.sizes > core.silence).any())
     largest = float(eigenvalues[0])
     # |A| >= |A Omega| for orthonormal Omega, and then no product is needed.
-    if largest <= core.size * (1 + _ABOVE):
+    if largest <= core.size * (1 + ABOVE):
         return True
     top = system.rounded(basis[:1])
-    return float((top * system.product(top)).sum()) >= largest * (1 - _ABOVE)
+    return float((top * system.product(top)).sum()) >= largest * (1 - ABOVE)
 
 
 def _second_pass(
     system: DampedSystem, y: Tensor, trace: float | None, generic: bool
-) -> _Approximation:
+) -> Approximation:
     """Sketch once more, with the range Q of Y as test matrix; see :func:`_rayleigh_ritz`.
 
     Q leans towards the eigenvectors that matter, so its core is as well conditioned as A there.
@@ -306,10 +280,10 @@ def _second_pass(
     eigenvalues, basis = core.decompose()
     if core.indefinite or not _vouched(system, core, eigenvalues, basis):
         return _ritz_pairs(q, image, len(q))
-    return _truncated(eigenvalues, basis, len(y), trace, generic)
+    return Approximation.truncated(eigenvalues, basis, len(y), trace, generic)
 
 
-def _rayleigh_ritz(system: DampedSystem, omega: Tensor, y: Tensor) -> _Approximation:
+def _rayleigh_ritz(system: DampedSystem, omega: Tensor, y: Tensor) -> Approximation:
     """Ritz pairs on the span of Omega and A Omega.
 
     Ritz values never leave the spectrum.  Omega belongs to the space because the range of A Omega
@@ -334,7 +308,7 @@ def _rayleigh_ritz(system: DampedSystem, omega: Tensor, y: Tensor) -> _Approxima
     return found
 
 
-def _ritz_pairs(q: Tensor, image: Tensor, rank: int) -> _Approximation:
+def _ritz_pairs(q: Tensor, image: Tensor, rank: int) -> Approximation:
     """The ``rank`` pairs of largest size on the span of q, given its image under A.
 
     The tail is the size of what is left out: Ritz values not kept, and the coupling (I - QQ')AQ
@@ -349,23 +323,10 @@ def _ritz_pairs(q: Tensor, image: Tensor, rank: int) -> _Approximation:
         missed = max(missed, float(values[by_size[rank]].abs()))
     kept = by_size[:rank]
     kept = kept[values[kept].argsort(descending=True)]
-    return _Approximation(values[kept], vectors[:, kept].T @ q, missed, float(values[0]))
+    return Approximation(values[kept], vectors[:, kept].T @ q, missed, float(values[0]))
 
 
-def _truncated(
-    eigenvalues: Tensor, basis: Tensor, rank: int, trace: float | None, generic: bool
-) -> _Approximation:
-    """Eigenpairs of a core of size ``rank``; no tail where the operator had no more to show.
-
-    A product of zero shows that only for a vector with a part along everything (``generic``): a
-    column of zeros says nothing of the other columns.
-    """
-    complete = len(eigenvalues) == 0 or (generic and len(eigenvalues) < rank)
-    tail = 0.0 if complete or rank == basis.shape[1] else float(eigenvalues[-1])
-    return _Approximation(eigenvalues, basis, tail, complete=complete, trace=trace)
-
-
-def _smallest(found: _Approximation, eps: float) -> float:
+def _smallest(found: Approximation, eps: float) -> float:
     """Smallest eigenvalue seen; 0 when that is rounding, or when the sketch met a null space."""
     values = found.eigenvalues
     if len(values) == 0:

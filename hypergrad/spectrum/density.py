@@ -69,6 +69,44 @@ class SpectralDensity:
             return TraceEstimate(estimate.value, 0.0, self.num_hvps)
         return estimate
 
+    def top(self, count: int) -> Tensor:
+        """The ``count`` largest eigenvalues as far as the runs have found them, largest first.
+
+        The k-th largest Ritz value of a Lanczos run is at most the k-th largest eigenvalue, by
+        Cauchy's interlacing theorem, so the largest one over the probes is the best of them: no
+        entry is above its eigenvalue, up to rounding.  Those at the end of the spectrum that stand
+        apart are exact first; more steps reach further down.  One run sees a multiple eigenvalue
+        once.
+
+        Args:
+            count: how many, from one to the number of steps that the runs took.
+
+        Returns:
+            Shape (count,), float64 on the CPU.
+
+        Raises:
+            SolverOptionError: ``count`` is below one, or no run took so many steps.
+
+        Examples:
+            >>> import torch, hypergrad
+            >>> a = torch.diag(torch.tensor([9.0, 5.0, *[0.1] * 50, -1.0], dtype=torch.float64))
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> density = hypergrad.spectral_density(a, num_probes=2, generator=generator)
+            >>> density.top(3).numpy().round(4).tolist()
+            [9.0, 5.0, 0.1]
+        """
+        check_count(count, "count")
+        # Padding repeats the largest node, with a weight of zero.
+        values = torch.where(self.weights > 0, self.nodes, -torch.inf)
+        ranked = values.sort(dim=1, descending=True).values.max(dim=0).values
+        found = int(torch.isfinite(ranked).sum())
+        if count > found:
+            raise SolverOptionError(
+                f"count is {count}, but the longest Lanczos run found {found} values. Take more "
+                "steps (num_steps); where a run ended early it has seen all that its probe can."
+            )
+        return ranked[:count]
+
     def moment(self, order: int) -> float:
         """The mean of the eigenvalues to the power ``order``: trace(A^order) / n."""
         check_count(order, "order")

@@ -197,7 +197,7 @@ def test_blocks_go_through_the_graph_at_once(chunk_size: int | None) -> None:
     one_by_one = hypergrad.hessian(model_loss(model), params, x, y, mode="reverse_over_reverse")
     block = gaussian(10, op.layout.dim, seed=4)
     torch.testing.assert_close(op._apply(block), one_by_one._apply(block), rtol=1e-12, atol=1e-12)
-    assert op._batches
+    assert op.chosen(10)[1] > 1
 
 
 def test_a_loss_that_vmap_cannot_batch_is_multiplied_one_by_one() -> None:
@@ -225,10 +225,77 @@ def test_a_loss_that_vmap_cannot_batch_is_multiplied_one_by_one() -> None:
 
     op = hypergrad.hessian(lambda p: apply(Square, p).sum(), gaussian(5))
     assert torch.equal(op.to_dense(), torch.eye(5, dtype=F64))
-    assert not op._batches
+    assert op.chosen(5) == ("reverse_over_reverse", 1)
 
 
 def test_leaves_that_products_do_not_reach_have_zeros_in_a_block_too() -> None:
     tree = {"a": gaussian(3), "b": gaussian(2)}
     op = hypergrad.hessian(lambda t: (t["a"] ** 2).sum() + t["b"].sum() ** 1, tree)
     assert torch.equal(op.to_dense(), torch.diag(torch.tensor([2.0] * 3 + [0.0] * 2, dtype=F64)))
+
+
+def low_precision_problem(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Any, Tensor, Tensor]:
+    params = {"first": gaussian(12, 6, seed=1) / 3, "last": gaussian(6, seed=2) / 2}
+    x, y = gaussian(20, 12, seed=3), gaussian(20, seed=4)
+    params = {name: leaf.to(dtype) for name, leaf in params.items()}
+
+    def loss(p: Any, x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (torch.tanh(x @ p["first"]) @ p["last"] - y).square().mean()
+
+    return loss, params, x.to(dtype), y.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_products_are_as_good_as_their_dtype(mode: Any, dtype: torch.dtype) -> None:
+    loss, params, *batch = low_precision_problem(dtype)
+    op = hypergrad.hessian(loss, params, *batch, mode=mode)
+    wide = {name: leaf.double() for name, leaf in params.items()}
+    reference = hypergrad.hessian(loss, wide, *[x.double() for x in batch])
+    block = gaussian(5, op.layout.dim, seed=5).to(dtype)
+    got, expected = op._apply(block), reference._apply(block.double())
+    assert got.dtype == dtype
+    # Some ten operations deep, each rounded once.
+    error = float((got.double() - expected).norm() / expected.norm())
+    assert error <= 20 * torch.finfo(dtype).eps
+
+
+def test_recurrences_on_narrow_products_are_wider() -> None:
+    loss, params, *batch = low_precision_problem(torch.bfloat16)
+    op = hypergrad.hessian(loss, params, *batch)
+    v = {name: torch.ones_like(leaf) for name, leaf in params.items()}
+    damping = 1.0
+    solution = hypergrad.solve(op, v, hypergrad.CG(rtol=1e-2), damping=damping)
+    assert solution.info.converged
+    assert solution.value["first"].dtype == torch.bfloat16
+    sketch = hypergrad.nystrom_sketch(op, 3, damping=damping)
+    assert sketch.eigenvalues.dtype == F32
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_subset_of_the_parameters(mode: Any, frozen: bool) -> None:
+    model, params, x, y = mlp()
+    loss = model_loss(model)
+    if frozen:
+        model.requires_grad_(False)
+    whole = hypergrad.hessian(loss, params, x, y).to_dense()
+    head = {name: p for name, p in params.items() if name.startswith("2.")}
+    op = hypergrad.hessian(loss, head, x, y, mode=mode)
+    count = sum(p.numel() for p in head.values())
+    assert op.shape == (count, count)
+    torch.testing.assert_close(op.to_dense(), whole[-count:, -count:], rtol=1e-10, atol=1e-12)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_adapter_of_low_rank() -> None:
+    model, params, x, y = mlp()
+    model.requires_grad_(False)
+    adapter = {"down": gaussian(1, 3, seed=6), "up": gaussian(5, 1, seed=7)}
+
+    def loss(p: Any, x: Tensor, y: Tensor) -> Tensor:
+        tuned = {"0.weight": params["0.weight"] + p["up"] @ p["down"]}
+        return ((torch.func.functional_call(model, tuned, x) - y) ** 2).mean()
+
+    got = hypergrad.hessian(loss, adapter, x, y).to_dense()
+    torch.testing.assert_close(got, reference(lambda t: loss(t, x, y), adapter))

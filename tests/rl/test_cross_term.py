@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.tabular import ACTIONS, GAMMA, LAMBDA, STATES, TabularMDP
 from hypergrad_rl.advantages import discount_matrix, gae
 from hypergrad_rl.objectives import cross_term_weights
-from tests.rl.tabular import ACTIONS, GAMMA, LAMBDA, STATES, TabularMDP
 
 ROLLOUTS = 60_000
 Weights = Callable[..., Tensor]

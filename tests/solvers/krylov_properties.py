@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,12 +37,6 @@ V_SCALES = {
     F64: (1.0, 3.7, 1e-200, 1e-30, 1e30, 1e200),
     F32: (1.0, 3.7, 1e-22, 1e-12, 1e12, 1e22),
 }
-
-#: What tests/conftest.py chose.
-PROFILE = settings()
-#: Four properties for each of three solvers: some hundreds of examples in the default profile,
-#: as many thousands in the slow one.
-drawn = settings(max_examples=20 if PROFILE.max_examples <= 50 else PROFILE.max_examples)
 
 #: From a tolerance to a solver; NystromPCG draws its rank itself.
 Make = Callable[[float], hypergrad.Solver]

@@ -19,7 +19,6 @@ from tests.solvers.krylov_properties import (
     check_scale_invariance,
     check_the_status_never_lies,
     definite_spectra,
-    drawn,
     exponents,
     float64_trees,
     indefinite_systems,
@@ -354,21 +353,18 @@ def make(rtol: float) -> hypergrad.Solver:
 
 
 @quick_and_thorough
-@drawn
 @given(system=indefinite_systems)
 def test_the_status_never_lies(effort: str, system: System) -> None:
     check_the_status_never_lies(system, make)
 
 
 @quick_and_thorough
-@drawn
 @given(system=indefinite_systems, of_v=exponents, of_a=exponents)
 def test_scales_do_not_matter(effort: str, system: System, of_v: int, of_a: int) -> None:
     check_scale_invariance(system, make, of_v, of_a)
 
 
 @quick_and_thorough
-@drawn
 @given(like=float64_trees, spectrum=definite_spectra, seed=seeds)
 def test_the_order_of_leaves_does_not_matter(
     effort: str, like: Any, spectrum: str, seed: int
@@ -377,7 +373,6 @@ def test_the_order_of_leaves_does_not_matter(
 
 
 @quick_and_thorough
-@drawn
 @given(system=indefinite_systems)
 def test_a_block_is_its_rows(effort: str, system: System) -> None:
     check_a_block_is_its_rows(system, make)

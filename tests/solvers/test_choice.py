@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -229,7 +230,7 @@ def test_a_budget_is_kept_to(budget: int, m: int, damping: float) -> None:
 
 
 @quick_and_thorough
-@settings(max_examples=100)
+@settings(max_examples=2000 if os.environ.get("HYPOTHESIS_PROFILE") == "slow" else 200)
 @given(
     problem=problems(SPECTRA, max_dim=60),
     seed=seeds,

@@ -18,7 +18,6 @@ from tests.solvers.krylov_properties import (
     check_the_status_never_lies,
     damped_systems,
     definite_spectra,
-    drawn,
     exponents,
     float64_trees,
     quietly,
@@ -53,21 +52,18 @@ def half_of(n: int) -> Make:
 
 
 @quick_and_thorough
-@drawn
 @given(system=damped_systems)
 def test_the_status_never_lies(effort: str, system: System) -> None:
     check_the_status_never_lies(system, half_of(system.problem.n))
 
 
 @quick_and_thorough
-@drawn
 @given(system=damped_systems, of_v=exponents, of_a=exponents)
 def test_scales_do_not_matter(effort: str, system: System, of_v: int, of_a: int) -> None:
     check_scale_invariance(system, half_of(system.problem.n), of_v, of_a, exact=False)
 
 
 @quick_and_thorough
-@drawn
 @given(like=float64_trees, spectrum=definite_spectra, seed=seeds)
 def test_the_order_of_leaves_does_not_matter(
     effort: str, like: Any, spectrum: str, seed: int
@@ -76,7 +72,6 @@ def test_the_order_of_leaves_does_not_matter(
 
 
 @quick_and_thorough
-@drawn
 @given(system=damped_systems)
 def test_a_block_is_its_rows(effort: str, system: System) -> None:
     check_a_block_is_its_rows(system, half_of(system.problem.n))

@@ -505,3 +505,24 @@ def test_16_bit_products_keep_the_map_positive_and_bounded() -> None:
         values = torch.linalg.eigvalsh(0.5 * (inverse + inverse.T)) * 1e-2
         assert float(values[0]) > 0
         assert float(values[-1]) <= 1 + 1e-4
+
+
+# Many right-hand sides ----------------------------------------------------------------------------
+
+
+def test_a_sketch_solves_stacked_trees_as_it_solves_each() -> None:
+    matrix = symmetric(torch.logspace(0, -3, 12, dtype=F64), seed=1).matrix
+
+    def product(v: dict[str, Tensor]) -> dict[str, Tensor]:
+        image = matrix @ torch.cat([v["a"].flatten(), v["b"]])
+        return {"a": image[:6].reshape(2, 3), "b": image[6:]}
+
+    stacked = {"a": gaussian(5, 2, 3, seed=2), "b": gaussian(5, 6, seed=3)}
+    trees = [{name: leaf[i] for name, leaf in stacked.items()} for i in range(5)]
+    sketch = hypergrad.nystrom_sketch(product, 4, trees[0], generator=generator(0))
+    answer = sketch.solve(stacked, 0.1, batched=True)
+    for i, tree in enumerate(trees):
+        for name, leaf in sketch.solve(tree, 0.1).items():
+            torch.testing.assert_close(answer[name][i], leaf, rtol=1e-12, atol=1e-12)
+    with pytest.raises(hypergrad.TreeStructureError):
+        sketch.solve(stacked, 0.1)

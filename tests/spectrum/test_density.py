@@ -197,3 +197,51 @@ def test_the_plot_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         density.plot()
+
+
+@quick_and_thorough
+@given(
+    problem=problems(SPECTRA | {}, max_dim=20),
+    steps=st.integers(1, 25),
+    probes=st.integers(1, 6),
+    seed=seeds,
+)
+def test_top_is_never_above_the_eigenvalues(
+    effort: str, problem: Problem, steps: int, probes: int, seed: int
+) -> None:
+    density = hypergrad.spectral_density(
+        problem.matrix, num_steps=steps, num_probes=probes, generator=generator(seed)
+    )
+    longest = int((density.weights > 0).sum(dim=1).max())
+    top = density.top(longest)
+    exact = torch.linalg.eigvalsh(problem.matrix).flip(0)[:longest]
+    assert bool((top <= exact + 100 * torch.finfo(F64).eps * problem.norm).all())
+    assert bool((top.diff() <= 0).all())
+    assert float(top[0]) == density.largest
+    with pytest.raises(hypergrad.SolverOptionError, match="longest Lanczos run"):
+        density.top(longest + 1)
+
+
+def test_top_finds_what_stands_apart_and_no_padding() -> None:
+    values = torch.cat([torch.tensor([10.0, 8.0, 5.0]), torch.linspace(-1.0, 1.0, 60)]).to(F64)
+    density = hypergrad.spectral_density(
+        symmetric(values, seed=3).matrix, num_steps=25, num_probes=3, generator=generator(0)
+    )
+    torch.testing.assert_close(density.top(3), values[:3], rtol=1e-10, atol=0)
+    # Runs of different lengths: the identity's columns see one, two or three eigenvalues each.
+    block = torch.zeros(6, 6, dtype=F64)
+    block[0, 0] = 4.0
+    block[1:3, 1:3] = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    block[3:, 3:] = torch.tensor([[0.5, 0.1, 0.0], [0.1, 0.5, 0.1], [0.0, 0.1, 0.5]])
+    density = hypergrad.spectral_density(block, num_steps=6, num_probes=6)
+    exact = torch.linalg.eigvalsh(block).flip(0)
+    top = density.top(3)
+    assert float(top[0]) == pytest.approx(4.0)
+    assert bool((top <= exact[:3] + 1e-12).all())
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True])
+def test_top_needs_a_count(count: Any) -> None:
+    density = hypergrad.spectral_density(torch.eye(3, dtype=F64), num_steps=2, num_probes=1)
+    with pytest.raises(hypergrad.SolverOptionError, match="count"):
+        density.top(count)

@@ -33,14 +33,16 @@ class TabularMDP:
     value_change: Tensor  # u
 
     @classmethod
-    def random(cls, seed: int) -> TabularMDP:
+    def random(cls, seed: int, *, stay: float = 0.0) -> TabularMDP:
+        """``stay`` is the probability that the state does not move, whatever the action."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         return cls(
-            transition=(2 * normal(STATES, ACTIONS, STATES)).softmax(-1),
+            transition=(1 - stay) * (2 * normal(STATES, ACTIONS, STATES)).softmax(-1)
+            + stay * torch.eye(STATES, dtype=torch.float64)[:, None],
             reward=normal(STATES, ACTIONS),
             end=0.15 * torch.rand(STATES, ACTIONS, generator=generator, dtype=torch.float64),
             start=normal(STATES).softmax(-1),
@@ -50,18 +52,27 @@ class TabularMDP:
             value_change=normal(STATES),
         )
 
-    def frozen_targets(self, theta: Tensor) -> list[Tensor]:
+    def lambda_action_values(
+        self, theta: Tensor, values: Tensor, gae_lambda: float = LAMBDA
+    ) -> list[Tensor]:
+        """E[A_t + V(s_t) | s_t, a_t], (STATES, ACTIONS) for t = 0..T-1, under any V.
+
+        A_t is the generalised advantage under V of a rollout that goes on by theta's policy.
+        """
+        policy, next_value = theta.softmax(-1), self.transition @ values
+        advantage = torch.zeros(STATES, dtype=torch.float64)
+        found = []
+        for _ in range(STEPS):
+            ahead = next_value + gae_lambda * (self.transition @ advantage)
+            found.append(self.reward + (1 - self.end) * GAMMA * ahead)
+            advantage = (policy * found[-1]).sum(-1) - values
+        return found[::-1]
+
+    def frozen_targets(self, theta: Tensor, gae_lambda: float = LAMBDA) -> list[Tensor]:
         """E[G_t | s_t = s] for t = 0..T-1, differentiable in theta."""
         policy = theta.softmax(-1)
-        next_value = self.transition @ self.frozen_values
-        advantage = torch.zeros(STATES, dtype=torch.float64)
-        targets = []
-        for _ in range(STEPS):
-            alive = 1 - self.end
-            q = self.reward + alive * GAMMA * (next_value + LAMBDA * (self.transition @ advantage))
-            advantage = (policy * q).sum(-1) - self.frozen_values
-            targets.append(advantage + self.frozen_values)
-        return targets[::-1]
+        values = self.lambda_action_values(theta, self.frozen_values, gae_lambda)
+        return [(policy * q).sum(-1) for q in values]
 
     def state_distributions(self, theta: Tensor) -> list[Tensor]:
         """P(s_t = s) for t = 0..T-1, differentiable in theta; an ended episode restarts."""
