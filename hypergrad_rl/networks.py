@@ -26,8 +26,8 @@ def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator)
         weight = torch.empty(fan_out, fan_in)
         gain = head_gain if i == last else math.sqrt(2.0)
         torch.nn.init.orthogonal_(weight, gain, generator=generator)
-        params[f"weight{i}"] = weight.requires_grad_()
-        params[f"bias{i}"] = torch.zeros(fan_out, requires_grad=True)
+        params[f"weight{i}"] = weight
+        params[f"bias{i}"] = torch.zeros(fan_out)
     return params
 
 
@@ -49,6 +49,28 @@ def init_critic(obs_dim: int, hidden: Sequence[int], generator: torch.Generator)
 def critic_value(params: Params, obs: Tensor) -> Tensor:
     """V_w(s): (..., obs_dim) -> (...)."""
     return mlp(params, obs).squeeze(-1)
+
+
+def value_kernel(params: Params, obs: Tensor) -> Tensor:
+    """K = J J' with J = dV_w(s)/dw at each of N states (N, obs_dim): (N, N), without forming J.
+
+    A layer's part of J has the rows delta_i (a_i, 1)', with a_i its input and delta_i the gradient
+    of V(s_i) in its output; so its part of K is (delta_i . delta_j) (a_i . a_j + 1). That is N^2
+    times the sum of the widths, where J J' is N^2 times their products.
+    """
+    inputs = [obs]
+    depth = len(params) // 2
+    for i in range(depth - 1):
+        layer = torch.nn.functional.linear(inputs[-1], params[f"weight{i}"], params[f"bias{i}"])
+        inputs.append(torch.tanh(layer))
+    # The head is linear with one output: its delta is 1.
+    kernel = inputs[-1] @ inputs[-1].T + 1
+    delta = params[f"weight{depth - 1}"].expand(len(obs), -1)
+    for i in reversed(range(depth - 1)):
+        delta = delta * (1 - inputs[i + 1].square())
+        kernel = kernel + (delta @ delta.T) * (inputs[i] @ inputs[i].T + 1)
+        delta = delta @ params[f"weight{i}"]
+    return kernel
 
 
 class Policy(Protocol):
@@ -103,7 +125,7 @@ class GaussianPolicy:
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
         """Parameters; head gain 0.01: the first policy hardly depends on the state."""
         params = init_mlp([obs_dim, *hidden, self.action_dim], 0.01, generator)
-        return {**params, "log_std": torch.zeros(self.action_dim, requires_grad=True)}
+        return {**params, "log_std": torch.zeros(self.action_dim)}
 
     def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise."""

@@ -39,6 +39,15 @@ class Batch(Rollout):
     advantages: Tensor  # GAE under w0
     targets: Tensor  # lambda-returns G_t = A_t + V_w0(s_t)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields in order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...], rows: Tensor) -> Batch:
+        """The given rows of every field."""
+        return cls(*[tensor[rows] for tensor in tensors])
+
     def select(self, envs: Tensor) -> Batch:
         """The whole trajectories of some environments: (len(envs), T, ...)."""
         return Batch(**{f.name: getattr(self, f.name)[envs] for f in fields(self)})

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.blpo import BLPO
 from hypergrad_rl.checkpoint import load_checkpoint, save_checkpoint
+from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
 from hypergrad_rl.envs import VectorEnv
 from hypergrad_rl.errors import RunDirectoryError
@@ -30,7 +31,7 @@ CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.csv", "checkpoint.pt"
 def make_agent(config: Config, env: VectorEnv, generator: torch.Generator) -> Agent:
     """The agent that ``config`` describes, with parameters drawn from ``generator``."""
     kind = PPO if isinstance(config, PPOConfig) else BLPO
-    return kind(config, env.policy, env.obs_dim, generator)
+    return kind(config, env.policy, env.obs_dim, generator, backend_of(config))
 
 
 @dataclass
