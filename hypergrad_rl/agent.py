@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypergrad_rl.config import AgentConfig
 from hypergrad_rl.errors import CheckpointError
 from hypergrad_rl.functional import AdamState, shapes_of, unflatten
 from hypergrad_rl.networks import Params, Policy, init_critic
-from hypergrad_rl.rollout import Batch, Rollout, make_batch
+from hypergrad_rl.rollout import Batch, Rollout, example_rollout, make_batch
 
 
 class Agent(ABC):
@@ -32,7 +33,7 @@ class Agent(ABC):
         critic = init_critic(obs_dim, config.hidden, generator)
         self.actor_shapes, self.critic_shapes = shapes_of(actor), shapes_of(critic)
         self.actor_state, self.critic_state = AdamState.of(actor), AdamState.of(critic)
-        self.backend = backend
+        self.obs_dim, self.backend = obs_dim, backend
 
     @property
     def actor(self) -> Params:
@@ -51,17 +52,19 @@ class Agent(ABC):
         ``progress`` is the fraction of the training that is done.
         """
 
-    def warm_up(self, rollout: Rollout) -> None:
-        """Compile everything that ``update`` runs, on a rollout of the shapes to come.
+    def warm_up(self) -> float:
+        """Compile all that ``update`` runs, on made-up data; the seconds it took (0 for eager).
 
         The agent stays as it is.
         """
         if self.backend is None:
-            return
-        state = self.actor_state, self.critic_state, self.generator.get_state()
-        self.update(rollout, progress=0.0)
-        self.actor_state, self.critic_state = state[:2]
-        self.generator.set_state(state[2])
+            return 0.0
+        start = time.perf_counter()
+        states, generator = (self.actor_state, self.critic_state), self.generator.get_state()
+        self.update(example_rollout(self.policy, self.actor, self.config, self.obs_dim), 0.0)
+        (self.actor_state, self.critic_state) = states
+        self.generator.set_state(generator)
+        return time.perf_counter() - start
 
     def make_batch(self, rollout: Rollout) -> Batch:
         """The rollout with what stays fixed while the agent improves on it."""

@@ -333,7 +333,8 @@ class BLPO(Agent):
         self, actor: AdamState, d: Params, c: Params | None, rates: Tensor
     ) -> tuple[AdamState, dict[str, Tensor]]:
         """One step of the actor along d - c, c within its bound."""
-        step, stats = d, dict[str, Tensor]()
+        step = d
+        stats: dict[str, Tensor] = {}
         if c is not None:
             step, stats = combine(d, c, self.config.correction_bound)
         return adam(actor, flatten(step), rates[0], self.config.adam_eps), stats

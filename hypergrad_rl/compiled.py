@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._inductor.exc import InductorError
 
 from hypergrad_rl.config import AgentConfig
 
-#: Gradient steps of a training above which ``compile="auto"`` compiles.  Compiling takes about a
-#: minute and saves 0.5 to 2 ms of each step: see docs/rl.md for the figures.
-WORTH_COMPILING = 50_000
+#: Gradients of a training from which on ``compile="auto"`` compiles: it saves 0.6 to 0.8 ms of each
+#: (docs/rl.md has the figures) and takes up to a minute, where the cache has nothing of it yet.
+WORTH_COMPILING = 75_000
 
 
 def backend_of(config: AgentConfig) -> str | None:
@@ -42,6 +41,9 @@ class Compiled:
             if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
                 options["isolate_recompiles"] = True
             self.run = torch.compile(function, **options)
+            from torch._inductor.exc import InductorError  # half a second to import
+
+            self.failure: type[Exception] = InductorError
 
     def __call__(self, *inputs: Any) -> Any:
         """The results of ``function(*inputs)``, as constants."""
@@ -50,10 +52,11 @@ class Compiled:
                 return self.function(*inputs)
             try:
                 return self.run(*inputs)
-            except InductorError as error:
-                reason = str(error.inner_exception).strip().split("\n")[0]
+            except self.failure as error:
+                cause = getattr(error, "inner_exception", error)
+                reason = str(cause).strip().split("\n")[0]
                 warnings.warn(
-                    f"torch.compile failed ({type(error.inner_exception).__name__}: {reason}), so "
+                    f"torch.compile failed ({type(cause).__name__}: {reason}), so "
                     "updates run uncompiled, with equal results but slower; install a C++ "
                     "compiler, or pass compile=False to go without",
                     RuntimeWarning,

@@ -29,6 +29,16 @@ class Rollout:
     done: Tensor  # terminated or truncated
 
 
+def example_rollout(policy: Policy, actor: Params, config: AgentConfig, obs_dim: int) -> Rollout:
+    """Made-up transitions in the shapes and dtypes of a real rollout: to compile with."""
+    shape = config.num_envs, config.num_steps
+    generator = torch.Generator().manual_seed(0)
+    obs, next_obs = torch.randn(2, *shape, obs_dim, generator=generator)
+    none = torch.zeros(shape, dtype=torch.bool)
+    rewards = torch.randn(shape, generator=generator)
+    return Rollout(obs, policy.act(actor, obs, None), rewards, next_obs, none, none.clone())
+
+
 @dataclass
 class Batch(Rollout):
     """A rollout with everything that stays fixed while the policy is improved on it."""
