@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Params = dict[str, Tensor]
+#: One step of a policy on NumPy arrays: (observations, noise) -> actions.
+Step = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.generic]]
 
 
 def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator) -> Params:
@@ -39,6 +43,25 @@ def mlp(params: Params, x: Tensor) -> Tensor:
         if i < depth - 1:
             x = torch.tanh(x)
     return x
+
+
+def numpy_mlp(params: Params) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """``mlp`` of these parameters on NumPy arrays.
+
+    For the handful of states that a rollout asks about at a time what counts is the cost of a call:
+    64-64 network, 4 states, one thread: 7 us, PyTorch 17 us, compiled by PyTorch 50 us.
+    """
+    arrays = [leaf.detach().numpy() for leaf in params.values()]
+    layers = [(w.T.copy(), b) for w, b in zip(arrays[::2], arrays[1::2], strict=True)]
+
+    def forward(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        for weight, bias in layers[:-1]:
+            x = np.tanh(x @ weight + bias)
+        weight, bias = layers[-1]
+        result: NDArray[np.float32] = x @ weight + bias
+        return result
+
+    return forward
 
 
 def init_critic(obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
@@ -85,6 +108,9 @@ class Policy(Protocol):
     def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
         """Actions drawn with ``noise``; the most likely ones for None."""
 
+    def numpy_step(self, params: Params) -> Step:
+        """``act`` on NumPy arrays, for the rollouts under these parameters."""
+
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """The pair log pi(a|s) and entropy of pi(.|s), each (...)."""
 
@@ -108,6 +134,11 @@ class CategoricalPolicy:
         """Sampled actions (...) int64; the most likely ones for ``noise=None``."""
         logits = mlp(params, obs)
         return (logits if noise is None else logits + noise).argmax(-1)
+
+    def numpy_step(self, params: Params) -> Step:
+        """``act`` on NumPy arrays, for the rollouts under these parameters."""
+        logits = numpy_mlp(params)
+        return lambda obs, noise: (logits(obs) + noise).argmax(-1)
 
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """The pair log pi(a|s) and entropy of pi(.|s), each (...)."""
@@ -135,6 +166,12 @@ class GaussianPolicy:
         """Sampled actions (..., action_dim); the means for ``noise=None``."""
         mean = mlp(params, obs)
         return mean if noise is None else mean + params["log_std"].exp() * noise
+
+    def numpy_step(self, params: Params) -> Step:
+        """``act`` on NumPy arrays, for the rollouts under these parameters."""
+        mean = numpy_mlp({name: leaf for name, leaf in params.items() if name != "log_std"})
+        std = params["log_std"].detach().exp().numpy()
+        return lambda obs, noise: mean(obs) + std * noise
 
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Log density of the (unclipped) actions and the entropy, each (...)."""

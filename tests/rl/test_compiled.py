@@ -235,6 +235,18 @@ def test_the_kernel_is_that_of_the_jacobian() -> None:
         )
 
 
+@pytest.mark.parametrize("actions", POLICIES)
+def test_a_rollout_s_policy_is_the_one_that_is_trained(actions: str) -> None:
+    """Of NumPy in rollouts, of PyTorch elsewhere."""
+    policy, generator = POLICIES[actions], torch.Generator().manual_seed(0)
+    actor = policy.init(OBS, (6, 5), generator)
+    actor = {n: p + 0.3 * torch.randn(p.shape, generator=generator) for n, p in actor.items()}
+    obs = torch.randn(50, OBS, generator=generator)
+    noise = policy.noise(50, 1, generator)[:, 0]
+    taken = torch.from_numpy(policy.numpy_step(actor)(obs.numpy(), noise.numpy()))
+    torch.testing.assert_close(taken, policy.act(actor, obs, noise), rtol=1e-5, atol=1e-6)
+
+
 def test_adam_is_torch_s() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(6, generator=generator, dtype=torch.float64)
