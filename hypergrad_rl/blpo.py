@@ -36,7 +36,7 @@ from hypergrad_rl.agent import Agent, mean_stats, policy_stats
 from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import BLPOConfig
 from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
-from hypergrad_rl.networks import Params, Policy, critic_value, value_kernel
+from hypergrad_rl.networks import Params, Policy, ValueJacobian, critic_value
 from hypergrad_rl.objectives import (
     clipped_surrogate,
     cross_term_weights,
@@ -145,13 +145,14 @@ def critic_response(
     with J J' (N x N) formed once, without J. Both matrices have the same non-zero eigenvalues,
     hence the same Nyström rank serves. The residual is that of the system solved.
     """
+    jacobian = ValueJacobian(critic, batch.obs.flatten(0, -2))
     if config.curvature == "ggn" and config.solver != "identity":
-        obs = batch.obs.flatten(0, -2)
-        rhs = _directional(lambda w: critic_value(w, obs), critic, v)
-        u, residual = _solve((2 / len(rhs)) * value_kernel(critic, obs), rhs, config, omega)
-        return u.view_as(batch.targets), residual
-    x, residual = inverse_hvp(critic, batch, v, config, omega)
-    return _directional(lambda w: critic_value(w, batch.obs), critic, x), residual
+        rhs = jacobian.times(v)
+        u, residual = _solve((2 / len(rhs)) * jacobian.kernel(), rhs, config, omega)
+    else:
+        x, residual = inverse_hvp(critic, batch, v, config, omega)
+        u = jacobian.times(x)
+    return u.view_as(batch.targets), residual
 
 
 def _solve(curvature: Any, v: Any, config: BLPOConfig, omega: Tensor | None) -> tuple[Any, Tensor]:

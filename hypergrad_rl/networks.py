@@ -74,26 +74,38 @@ def critic_value(params: Params, obs: Tensor) -> Tensor:
     return mlp(params, obs).squeeze(-1)
 
 
-def value_kernel(params: Params, obs: Tensor) -> Tensor:
-    """K = J J' with J = dV_w(s)/dw at each of N states (N, obs_dim): (N, N), without forming J.
+class ValueJacobian:
+    """J = dV_w(s)/dw at N states (N, obs_dim), layer by layer in factors: never formed.
 
     A layer's part of J has the rows delta_i (a_i, 1)', with a_i its input and delta_i the gradient
-    of V(s_i) in its output; so its part of K is (delta_i . delta_j) (a_i . a_j + 1). That is N^2
-    times the sum of the widths, where J J' is N^2 times their products.
+    of V(s_i) in its output. So its part of J J' is (delta_i . delta_j) (a_i . a_j + 1): N^2 times
+    the sum of the widths, where forming J costs N, and the product N^2, times their products.
     """
-    inputs = [obs]
-    depth = len(params) // 2
-    for i in range(depth - 1):
-        layer = torch.nn.functional.linear(inputs[-1], params[f"weight{i}"], params[f"bias{i}"])
-        inputs.append(torch.tanh(layer))
-    # The head is linear with one output: its delta is 1.
-    kernel = inputs[-1] @ inputs[-1].T + 1
-    delta = params[f"weight{depth - 1}"].expand(len(obs), -1)
-    for i in reversed(range(depth - 1)):
-        delta = delta * (1 - inputs[i + 1].square())
-        kernel = kernel + (delta @ delta.T) * (inputs[i] @ inputs[i].T + 1)
-        delta = delta @ params[f"weight{i}"]
-    return kernel
+
+    def __init__(self, params: Params, obs: Tensor) -> None:
+        inputs = [obs]
+        depth = len(params) // 2
+        for i in range(depth - 1):
+            out = torch.nn.functional.linear(inputs[-1], params[f"weight{i}"], params[f"bias{i}"])
+            inputs.append(torch.tanh(out))
+        delta = torch.ones_like(obs[:, :1])  # the head is linear with one output
+        deltas = [delta]
+        for i in reversed(range(1, depth)):
+            delta = (delta @ params[f"weight{i}"]) * (1 - inputs[i].square())
+            deltas.insert(0, delta)
+        self.factors = list(zip(deltas, inputs, strict=True))
+
+    def kernel(self) -> Tensor:
+        """J J', (N, N)."""
+        return torch.stack([(d @ d.T) * (a @ a.T + 1) for d, a in self.factors]).sum(0)
+
+    def times(self, v: Params) -> Tensor:
+        """J v, (N,), for v shaped like the parameters."""
+        parts = [
+            (d * torch.nn.functional.linear(a, v[f"weight{i}"], v[f"bias{i}"])).sum(-1)
+            for i, (d, a) in enumerate(self.factors)
+        ]
+        return torch.stack(parts).sum(0)
 
 
 class Policy(Protocol):
