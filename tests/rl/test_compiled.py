@@ -20,6 +20,7 @@ from hypergrad_rl.networks import (
     CategoricalPolicy,
     GaussianPolicy,
     Policy,
+    ValueJacobian,
     critic_value,
     init_critic,
 )
