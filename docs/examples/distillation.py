@@ -208,7 +208,9 @@ def fit_network(init: Params, x: Tensor, y: Tensor, lr: float, num_steps: int) -
 # ---------------------------------------------------------------------------------- the distilling
 
 
-def accuracy(model: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor, y: Tensor) -> float:
+def accuracy(
+    model: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor, y: Tensor
+) -> float:
     """Share of the images that are classified as labelled."""
     return float((model(params, x).argmax(dim=1) == y).double().mean())
 
@@ -343,7 +345,9 @@ def run_seed(seed: int, config: Config, progress: Any) -> tuple[dict[str, Any], 
     }
     scores["whole set"] = evaluate(data.train_x, data.train_y, data, config, generator)
     draws = [evaluate(images, LABELS, data, config, generator) for images in real]
-    scores["random real"] = {model: [s for draw in draws for s in draw[model]] for model in draws[0]}
+    scores["random real"] = {
+        model: [s for draw in draws for s in draw[model]] for model in draws[0]
+    }
     figures = {
         "test_accuracy": {name: scores[name] for name in SOURCES},
         "softmax_by_step": softmax.test_accuracy,
@@ -408,9 +412,10 @@ def draw(
             model = max((m for m in mean[source] if m.startswith(kind)), key=mean[source].get)
             value = mean[source][model]
             axes.axhline(value, color="#555555", linestyle=line, lw=1.2)
-            axes.annotate(SOURCES[source], (1.0, value), (0, -3 if source == "class means" else 3),
-                          ("axes fraction", "data"), "offset points", color="#555555", ha="right",
-                          va="top" if source == "class means" else "bottom", fontsize=9)  # fmt: skip
+            side, offset = ("top", -3) if source == "class means" else ("bottom", 3)
+            axes.annotate(SOURCES[source], (1.0, value), (0, offset), ("axes fraction", "data"),
+                          "offset points", color="#555555", ha="right", va=side,
+                          fontsize=9)  # fmt: skip
         axes.set_title(titles[kind], loc="left", fontsize=10)
         axes.set_xlabel("outer step")
     return figure
