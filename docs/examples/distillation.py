@@ -74,12 +74,12 @@ class Config:
     num_validation: int = 250
     l2: float = 1e-2
     inner_tolerance: float = 1e-7
-    softmax_steps: int = 40
+    softmax_steps: int = 60
     hidden: int = 64
     network_lr: float = 0.5
     network_inner_steps: int = 40
-    network_steps: int = 300
-    outer_lr: float = 0.03
+    network_steps: int = 150
+    outer_lr: float = 0.05
     num_draws: int = 5
 
 
@@ -177,14 +177,16 @@ def differentiable_softmax(config: Config) -> hypergrad.ImplicitFunction:
 def network(params: Params, x: Tensor) -> Tensor:
     """Scores of a network with one hidden layer, shape (n, 10)."""
     hidden = torch.tanh(x @ params["weight1"] + params["bias1"])
-    return hidden @ params["weight2"] + params["bias2"]
+    scores: Tensor = hidden @ params["weight2"] + params["bias2"]
+    return scores
 
 
 def fresh_network(config: Config, generator: torch.Generator) -> Params:
     """A random start, uniform within 1 / sqrt(inputs) as in ``torch.nn.Linear``."""
 
     def uniform(inputs: int, *shape: int) -> Tensor:
-        return (2 * torch.rand(*shape, generator=generator, dtype=F64) - 1) / inputs**0.5
+        bound: float = inputs**-0.5
+        return bound * (2 * torch.rand(*shape, generator=generator, dtype=F64) - 1)
 
     return {
         "weight1": uniform(64, 64, config.hidden),
@@ -393,14 +395,18 @@ def draw(
     colours = {"softmax": "#0072B2", "network": "#D55E00"}  # Okabe and Ito
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(14, 4.9), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(8, 6))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(8, 6))[0]
     left.suptitle(f"Ten images that stand for a thousand (seed {seed})")
-    for part, (source, ten) in zip(left.subfigures(4, 1), images.items(), strict=True):
+    parts = left.subfigures(4, 1, squeeze=False)[:, 0]
+    for part, (source, ten) in zip(parts, images.items(), strict=True):
         part.suptitle(SOURCES[source], x=0.01, ha="left", fontsize=10)
         for cell, image in zip(part.subplots(1, 10), ten, strict=True):
             cell.imshow(image.reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
             cell.set(xticks=[], yticks=[])
-    right.suptitle(f"Test accuracy while distilling (mean and range of {len(reports)} seeds)")
+            cell.spines[:].set_visible(False)
+    right.suptitle(
+        f"Test accuracy while distilling (mean and range, seeds {', '.join(map(str, reports))})"
+    )
     panels = right.subplots(1, 2, sharey=True)
     titles = {"softmax": "softmax regression, implicit", "network": "network, unrolled"}
     for axes, (kind, colour) in zip(panels, colours.items(), strict=True):

@@ -24,7 +24,7 @@ import argparse
 import csv
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ SOLVERS: dict[str, hypergrad.Solver] = {
 #: For the starts that are not meta-learned, the best on the test tasks themselves counts.
 PROXIMAL_GRID = (1.0, 0.1, 0.01)
 Params = dict[str, Tensor]
+Loss = Callable[[Params, Params], Tensor]
+Problem = tuple[Loss, Loss, Params, Params]
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,12 @@ class Config:
     light: float = 0.3
     hidden: int = 64
     proximal: float = 1.0
-    inner_tolerance: float = 1e-4
-    meta_steps: int = 100
+    inner_tolerance: float = 1e-3
+    meta_steps: int = 60
     meta_batch: int = 8
     meta_lr: float = 3e-3
     test_tasks: int = 100
-    curve_every: int = 20
+    curve_every: int = 15
 
 
 # --------------------------------------------------------------------------------------- the tasks
@@ -100,7 +102,7 @@ class Tasks:
 
     def batches(self, size: int) -> Iterator[Tasks]:
         """The same tasks, a few at a time."""
-        pairs = zip(self.support_x.split(size), self.query_x.split(size), strict=True)
+        pairs = zip(torch.split(self.support_x, size), torch.split(self.query_x, size), strict=True)
         for support_x, query_x in pairs:
             yield Tasks(support_x, self.support_y, query_x, self.query_y)
 
@@ -217,7 +219,7 @@ def adapt(theta: Params, tasks: Tasks, proximal: float, config: Config) -> Param
 def task_accuracy(theta: Params, tasks: Tasks, proximal: float, config: Config) -> float:
     """Share of the query images that are classified rightly after training on the tasks."""
     right = []
-    for some in tasks.batches(20):
+    for some in tasks.batches(config.meta_batch):
         phi = adapt(theta, some, proximal, config)
         right.append((network(phi, some.query_x).argmax(-1) == tasks.query_y).double().mean(1))
     return float(torch.cat(right).mean())
@@ -228,7 +230,7 @@ def task_accuracy(theta: Params, tasks: Tasks, proximal: float, config: Config) 
 
 def meta_gradient(
     theta: Params, tasks: Tasks, solver: hypergrad.Solver, config: Config
-) -> tuple[hypergrad.Hypergradient, Any]:
+) -> tuple[hypergrad.Hypergradient, Problem]:
     """The gradient in theta of the mean query loss of a batch of tasks, and the problem.
 
     The tasks are independent, so that H is block diagonal and one solve serves them all.
@@ -404,7 +406,7 @@ def draw_figure(
     looks = {IMAML: ("#0072B2", "-"), FIRST_ORDER: ("#D55E00", "--")}  # Okabe and Ito
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(14, 4.6), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(5, 6, 7))
+    left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=(5, 6, 7))[0]
 
     left.suptitle("A task: one image a digit, then queries")
     columns = left.subplots(4, config.way)
@@ -434,7 +436,7 @@ def draw_figure(
     axes.set(xlabel="meta-step", ylabel="accuracy after one image a digit", ylim=(0, 1))
     axes.legend(frameon=False, loc="lower right")
 
-    right.suptitle(f"Mean and 95% interval of {len(reports)} seeds; a dot is a seed")
+    right.suptitle(f"Mean and 95% interval over seeds {', '.join(map(str, reports))}; a dot a seed")
     axes = right.subplots()
     for row, (name, (mean, half)) in enumerate(summary["test_accuracy"].items()):
         colour = looks.get(name, ("#555555", ""))[0]
