@@ -413,12 +413,13 @@ def draw(
         points = list(zip(*(r[f"{kind}_by_step"] for r in reports.values()), strict=True))
         axes.fill_between(range(len(points)), [min(p) for p in points], [max(p) for p in points],
                           color=colour, alpha=0.2, lw=0)  # fmt: skip
-        axes.plot([statistics.mean(p) for p in points], color=colour, lw=1.8)
+        average = [statistics.mean(p) for p in points]
+        axes.plot(average, color=colour, lw=1.8)
         for source, line in (("random real", ":"), ("class means", "-."), ("whole set", "-")):
             model = max((m for m in mean[source] if m.startswith(kind)), key=mean[source].get)
             value = mean[source][model]
             axes.axhline(value, color="#555555", linestyle=line, lw=1.2)
-            side, offset = ("top", -3) if source == "class means" else ("bottom", 3)
+            side, offset = ("top", -3) if average[-1] > value else ("bottom", 3)  # off the curve
             axes.annotate(SOURCES[source], (1.0, value), (0, offset), ("axes fraction", "data"),
                           "offset points", color="#555555", ha="right", va=side,
                           fontsize=9)  # fmt: skip
@@ -454,6 +455,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     mean = mean_over_seeds(list(reports.values()))
     results = {"config": asdict(config), "mean": mean, "seeds": reports}
     (options.run_dir / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
+    lists = {
+        seed: {source: ten.tolist() for source, ten in sets.items()}
+        for seed, sets in images.items()
+    }
+    (options.run_dir / "images.json").write_text(json.dumps(lists), "utf-8")
     with (options.run_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["seed", "trained_on", "model", "test_accuracy"])
@@ -465,7 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     figure = draw(images[seed], reports, mean, seed)
     figure.savefig(options.run_dir / "distillation.png", dpi=110)
     plt.close(figure)
-    print(f"\nresults.json, results.csv and distillation.png are in {options.run_dir}")
+    print("\nresults.json, results.csv, images.json and distillation.png are in", options.run_dir)
     return results
 
 

@@ -12,7 +12,7 @@ theta by a proximal term, and the query images say how good a start theta was:
     outer:  min over theta of the mean of query(phi*(theta)) over tasks
 
 The gradient in theta is (I + H / lambda)^-1 grad query(phi*), with H the Hessian of the support
-loss: the implicit theorem (Rajeswaran, Finn, Kakade, Levine, arXiv 1909.04630, equation 6), which
+loss: the implicit theorem (Rajeswaran, Finn, Kakade, Levine, arXiv 1909.04630, lemma 1), which
 ``hypergrad.hypergradient`` applies to a batch of tasks in one call.
 
     python docs/examples/imaml.py --run-dir runs/imaml

@@ -128,6 +128,10 @@ def test_one_short_run(example: dict[str, Any], tmp_path: Path) -> None:
 
     written = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert written["mean"] == mean
+    images = json.loads((tmp_path / "images.json").read_text("utf-8"))
+    ten = torch.tensor(images["1"]["distilled, network"], dtype=torch.float64)
+    assert ten.shape == (10, 64)
+    assert 0.0 <= float(ten.min()) <= float(ten.max()) <= 1.0
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     # Three sets and the whole one with 1 + 2 + 2 trainings, two draws of real images likewise.

@@ -86,13 +86,14 @@ def test_a_task_shows_different_images_of_one_digit_a_label(
 
 
 def test_training_on_a_task_knows_of_no_other(example: dict[str, Any], config: Any) -> None:
+    config = replace(config, inner_tolerance=1e-5)
     theta, tasks = problem(example, config, 3)
     together = example["adapt"](theta, tasks, config.proximal, config)
     for index, alone in enumerate(tasks.batches(1)):
         phi = example["adapt"](theta, alone, config.proximal, config)
         for name, leaf in phi.items():
-            # Both end within |gradient| / curvature of the minimum, 1e-7 sqrt(211) / 0.3.
-            torch.testing.assert_close(together[name][index], leaf[0], rtol=0, atol=1e-5)
+            # Both end within |gradient| / curvature of the minimum, 1e-5 sqrt(211) / 0.3.
+            torch.testing.assert_close(together[name][index], leaf[0], rtol=0, atol=1e-3)
 
 
 def test_gradient_is_the_papers(example: dict[str, Any], config: Any) -> None:
@@ -132,12 +133,12 @@ def test_interval_is_students(example: dict[str, Any]) -> None:
 
 
 def test_one_short_run(example: dict[str, Any], tmp_path: Path) -> None:
-    options = ["--seeds", "1", "--meta-steps", "30", "--test-tasks", "40"]
+    options = ["--seeds", "1", "--meta-steps", "24", "--test-tasks", "24"]
     results = example["main"](["--run-dir", str(tmp_path), *options])
     accuracy = results["seeds"][1]["test_accuracy"]
     for name in (example["IMAML"], example["FIRST_ORDER"]):
-        # Four times the standard error of 1600 queries at one half is 0.05.
-        assert accuracy[name] > accuracy[example["RANDOM"]] + 0.05
+        # The queries are 960 for both: a difference by chance has a standard error below 0.023.
+        assert accuracy[name] > accuracy[example["RANDOM"]] + 0.07
     solvers = results["seeds"][1]["solvers"]
     assert solvers[example["IMAML"]]["relative_residual"] <= 1e-3
     assert solvers[example["IMAML"]]["certificate"].startswith("The hypergradient is within")
