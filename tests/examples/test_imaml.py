@@ -162,3 +162,8 @@ def test_imaml_beats_the_start_that_is_not_learned(example: dict[str, Any], tmp_
         assert low > mean + half  # the two intervals are apart
         ahead, error = summary["imaml_ahead_by"][name]
         assert ahead > error  # and so is the difference, seed by seed, from zero
+    # Smaller, and of no agreed size: what H and what learning to learn add.
+    for name in (example["PRETRAINED"], example["FIRST_ORDER"]):
+        assert summary["imaml_ahead_by"][name][0] > 0
+    for report in results["seeds"].values():
+        assert report["solvers"][example["IMAML"]]["relative_residual"] <= 1e-3
