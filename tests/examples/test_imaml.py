@@ -133,12 +133,12 @@ def test_interval_is_students(example: dict[str, Any]) -> None:
 
 
 def test_one_short_run(example: dict[str, Any], tmp_path: Path) -> None:
-    options = ["--seeds", "1", "--meta-steps", "24", "--test-tasks", "24"]
+    options = ["--seeds", "1", "--meta-steps", "30", "--test-tasks", "24"]
     results = example["main"](["--run-dir", str(tmp_path), *options])
     accuracy = results["seeds"][1]["test_accuracy"]
-    for name in (example["IMAML"], example["FIRST_ORDER"]):
-        # The queries are 960 for both: a difference by chance has a standard error below 0.023.
-        assert accuracy[name] > accuracy[example["RANDOM"]] + 0.07
+    # The queries are 960 for all: a difference by chance has a standard error below 0.023.
+    assert accuracy[example["IMAML"]] > accuracy[example["RANDOM"]] + 0.05
+    assert accuracy[example["FIRST_ORDER"]] > accuracy[example["RANDOM"] + ", same lambda"] + 0.05
     solvers = results["seeds"][1]["solvers"]
     assert solvers[example["IMAML"]]["relative_residual"] <= 1e-3
     assert solvers[example["IMAML"]]["certificate"].startswith("The hypergradient is within")
