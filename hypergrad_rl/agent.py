@@ -1,34 +1,49 @@
-"""What PPO and BLPO share: parameters, optimisers, their state, and statistics."""
+"""What PPO and BLPO share: parameters, their optimisers' state, and statistics."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad_rl.config import AgentConfig
+from hypergrad_rl.errors import CheckpointError
+from hypergrad_rl.functional import AdamState, shapes_of, unflatten
 from hypergrad_rl.networks import Params, Policy, init_critic
-from hypergrad_rl.rollout import Batch, Rollout, make_batch
+from hypergrad_rl.rollout import Batch, Rollout, example_rollout, make_batch
 
 
 class Agent(ABC):
-    """Actor and critic parameters with an Adam optimiser each; what PPO and BLPO share."""
+    """Actor and critic with an Adam state each; what PPO and BLPO share."""
 
     def __init__(
-        self, config: AgentConfig, policy: Policy, obs_dim: int, generator: torch.Generator
+        self,
+        config: AgentConfig,
+        policy: Policy,
+        obs_dim: int,
+        generator: torch.Generator,
+        backend: str | None = None,
     ) -> None:
+        """``backend``: of ``torch.compile``, which the minibatch update runs by; None: eagerly."""
         self.config, self.policy, self.generator = config, policy, generator
-        self.actor: Params = policy.init(obs_dim, config.hidden, generator)
-        self.critic: Params = init_critic(obs_dim, config.hidden, generator)
-        self.actor_optimizer = torch.optim.Adam(
-            self.actor.values(), config.learning_rate, eps=config.adam_eps, fused=True
-        )
-        self.critic_optimizer = torch.optim.Adam(
-            self.critic.values(), config.critic_learning_rate, eps=config.adam_eps, fused=True
-        )
+        actor = policy.init(obs_dim, config.hidden, generator)
+        critic = init_critic(obs_dim, config.hidden, generator)
+        self.actor_shapes, self.critic_shapes = shapes_of(actor), shapes_of(critic)
+        self.actor_state, self.critic_state = AdamState.of(actor), AdamState.of(critic)
+        self.obs_dim, self.backend = obs_dim, backend
+
+    @property
+    def actor(self) -> Params:
+        """The actor's parameters, views of its flat vector."""
+        return unflatten(self.actor_state.params, self.actor_shapes)
+
+    @property
+    def critic(self) -> Params:
+        """The critic's parameters, views of its flat vector."""
+        return unflatten(self.critic_state.params, self.critic_shapes)
 
     @abstractmethod
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
@@ -36,6 +51,20 @@ class Agent(ABC):
 
         ``progress`` is the fraction of the training that is done.
         """
+
+    def warm_up(self) -> float:
+        """Compile all that ``update`` runs, on made-up data; the seconds it took (0 for eager).
+
+        The agent stays as it is.
+        """
+        if self.backend is None:
+            return 0.0
+        start = time.perf_counter()
+        states, generator = (self.actor_state, self.critic_state), self.generator.get_state()
+        self.update(example_rollout(self.policy, self.actor, self.config, self.obs_dim), 0.0)
+        (self.actor_state, self.critic_state) = states
+        self.generator.set_state(generator)
+        return time.perf_counter() - start
 
     def make_batch(self, rollout: Rollout) -> Batch:
         """The rollout with what stays fixed while the agent improves on it."""
@@ -45,33 +74,29 @@ class Agent(ABC):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on: parameters, optimisers, the generator."""
+        """Everything needed to go on: parameters, Adam's state, the generator."""
         return {
-            "actor": {name: p.detach() for name, p in self.actor.items()},
-            "critic": {name: p.detach() for name, p in self.critic.items()},
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "actor": self.actor,
+            "critic": self.critic,
+            "actor_adam": self.actor_state._asdict(),
+            "critic_adam": self.critic_state._asdict(),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state that ``state_dict`` returned."""
-        with torch.no_grad():
-            for params, saved in ((self.actor, state["actor"]), (self.critic, state["critic"])):
-                for name, p in params.items():
-                    p.copy_(saved[name])
-        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        states = AdamState(**state["actor_adam"]), AdamState(**state["critic_adam"])
+        for name, mine, other in (
+            ("actor", self.actor_state, states[0]),
+            ("critic", self.critic_state, states[1]),
+        ):
+            if mine.params.shape != other.params.shape:
+                raise CheckpointError(
+                    f"the checkpoint's {name} has {other.params.numel()} parameters, that of the "
+                    f"configuration {mine.params.numel()}; config.json is not that of this run"
+                )
+        self.actor_state, self.critic_state = states
         self.generator.set_state(state["generator"])
-
-
-def apply_gradient(
-    optimizer: torch.optim.Optimizer, params: Params, grads: Iterable[Tensor]
-) -> None:
-    """One step of the optimiser along given gradients."""
-    for p, grad in zip(params.values(), grads, strict=True):
-        p.grad = grad
-    optimizer.step()
 
 
 def policy_stats(log_ratio: Tensor, entropy: Tensor, clip: float) -> dict[str, Tensor]:
@@ -86,7 +111,8 @@ def policy_stats(log_ratio: Tensor, entropy: Tensor, clip: float) -> dict[str, T
 
 def mean_stats(stats: list[dict[str, Tensor]], batch: Batch) -> dict[str, float]:
     """Means over the minibatches where defined, and the explained variance before the update."""
-    means = {name: torch.stack([s[name] for s in stats]).nanmean().item() for name in stats[0]}
+    table = torch.stack([torch.stack(list(s.values())) for s in stats]).nanmean(0)
+    means = dict(zip(stats[0], table.tolist(), strict=True))
     residual = (batch.targets - batch.values).var()
     means["explained_variance"] = (1 - residual / batch.targets.var()).item()
     return means

@@ -32,9 +32,11 @@ from torch import Tensor
 
 import hypergrad
 from hypergrad_rl.advantages import gae
-from hypergrad_rl.agent import Agent, apply_gradient, mean_stats, policy_stats
+from hypergrad_rl.agent import Agent, mean_stats, policy_stats
+from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import BLPOConfig
-from hypergrad_rl.networks import Params, Policy, critic_value
+from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
+from hypergrad_rl.networks import Params, Policy, ValueJacobian, critic_value
 from hypergrad_rl.objectives import (
     clipped_surrogate,
     cross_term_weights,
@@ -67,42 +69,72 @@ def outer_gradients(
     ``config.outer_objective`` names f_outer: "return" for :func:`f_return`, "advantage" for f
     itself. d is grad_theta f under both. v is empty for ``solver="none"``.
     """
-    log_probs, entropy = policy.log_prob(actor, batch.obs, batch.actions)
-    log_ratio = log_probs - batch.log_probs
-    advantages, values = critic_advantages(critic, batch, config.gamma)
-    f = f_advantage(log_ratio, advantages.detach(), config.clip)
-    d = _grad(f, actor)
-    v: Params = {}
-    if config.solver != "none":
+    advantages, _ = critic_advantages(critic, batch, config.gamma)
+
+    def f(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs, entropy = policy.log_prob(theta, batch.obs, batch.actions)
+        log_ratio = log_probs - batch.log_probs
+        loss = f_advantage(log_ratio, advantages.detach(), config.clip)
+        stats = policy_stats(log_ratio, entropy, config.clip)
+        return loss, {"log_ratio": log_ratio, **stats}
+
+    d, loss, stats = gradient(f, actor)
+    log_ratio = stats.pop("log_ratio")
+
+    def f_outer(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        advantages, values = critic_advantages(w, batch, config.gamma)
         if config.outer_objective == "return":
-            outer = f_return(log_ratio.detach(), advantages, values)
-        else:
-            outer = f_advantage(log_ratio.detach(), advantages, config.clip)
-        v = _grad(outer, critic)
-    return d, v, {"policy_loss": f.detach(), **policy_stats(log_ratio, entropy, config.clip)}
+            return f_return(log_ratio, advantages, values), {}
+        return f_advantage(log_ratio, advantages, config.clip), {}
+
+    v = gradient(f_outer, critic)[0] if config.solver != "none" else {}
+    return d, v, {"policy_loss": loss, **stats}
+
+
+def sketch_rows(
+    config: BLPOConfig, num_samples: int, num_params: int, generator: torch.Generator
+) -> Tensor | None:
+    """Random rows to sketch the curvature of a minibatch with; None if the solver needs none.
+
+    As long as the system: one entry a sample, or one a parameter of the critic.
+
+    They are drawn here, and not in the solver, because what is drawn within a compiled graph is not
+    what is drawn outside.
+    """
+    if config.solver != "nystrom":
+        return None
+    in_sample_space = config.curvature == "ggn" and config.cross_term != "paper"
+    size = num_samples if in_sample_space else num_params
+    rank = min(config.rank, size)
+    if config.sketch == "gaussian":
+        return torch.randn(rank, size, generator=generator)
+    columns = torch.randperm(size, generator=generator)[:rank]
+    return torch.zeros(rank, size).scatter_(1, columns[:, None], 1.0)
 
 
 def inverse_hvp(
-    critic: Params, batch: Batch, v: Params, config: BLPOConfig, generator: torch.Generator
-) -> tuple[Params, float]:
+    critic: Params, batch: Batch, v: Params, config: BLPOConfig, omega: Tensor | None
+) -> tuple[Params, Tensor]:
     """Solve (H + damping I) x = v, H the curvature of g at w; x and its true relative residual.
 
     The Gauss-Newton matrix of g is (2/N) J'J for N samples, positive semi-definite; the Hessian is
     indefinite away from the optimum, where CG stops early and says so in its residual.
+    ``omega`` is the :func:`sketch_rows`.
     """
     if config.solver == "identity":
-        return {name: leaf / config.damping for name, leaf in v.items()}, float("nan")
+        x = {name: leaf / config.damping for name, leaf in v.items()}
+        return x, torch.full((), torch.nan)
     curvature: hypergrad.LinearOperator
     if config.curvature == "ggn":
         curvature = hypergrad.ggn(critic_value, value_loss, critic, batch.obs, batch.targets)
     else:
         curvature = hypergrad.hessian(inner_loss, critic, batch.obs, batch.targets)
-    return _solve(curvature, v, config, generator)
+    return _solve(curvature, v, config, omega)
 
 
 def critic_response(
-    critic: Params, batch: Batch, v: Params, config: BLPOConfig, generator: torch.Generator
-) -> tuple[Tensor, float]:
+    critic: Params, batch: Batch, v: Params, config: BLPOConfig, omega: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """How x changes the critic's values on the batch: u = J x, (n, T); and the relative residual.
 
     It is all that the cross term needs of x. With the Gauss-Newton curvature it solves a system as
@@ -110,36 +142,31 @@ def critic_response(
 
         J ((2/N) J'J + damping I)^-1 v  =  ((2/N) J J' + damping I)^-1 J v
 
-    with J (N x parameters) computed once, so that a product costs two small matrix products. Both
-    matrices have the same non-zero eigenvalues, hence the same Nyström rank serves. The residual is
-    that of the system solved.
+    with J J' (N x N) formed once, without J. Both matrices have the same non-zero eigenvalues,
+    hence the same Nyström rank serves. The residual is that of the system solved.
     """
+    jacobian = ValueJacobian(critic, batch.obs.flatten(0, -2))
     if config.curvature == "ggn" and config.solver != "identity":
-        jacobian = _jacobian(critic, batch.obs)
-        rhs = jacobian @ _flatten(v)
-        kernel = hypergrad.as_operator(
-            lambda u: (2 / len(rhs)) * (jacobian @ (u @ jacobian)), like=rhs, batchable=True
-        )
-        u, residual = _solve(kernel, rhs, config, generator)
-        return u.view_as(batch.targets), residual
-    x, residual = inverse_hvp(critic, batch, v, config, generator)
-    return _directional(lambda w: critic_value(w, batch.obs), critic, x).detach(), residual
+        rhs = jacobian.times(v)
+        u, residual = _solve((2 / len(rhs)) * jacobian.kernel(), rhs, config, omega)
+    else:
+        x, residual = inverse_hvp(critic, batch, v, config, omega)
+        u = jacobian.times(x)
+    return u.view_as(batch.targets), residual
 
 
-def _solve(
-    curvature: hypergrad.LinearOperator, v: Any, config: BLPOConfig, generator: torch.Generator
-) -> tuple[Any, float]:
+def _solve(curvature: Any, v: Any, config: BLPOConfig, omega: Tensor | None) -> tuple[Any, Tensor]:
     solver: hypergrad.Solver
     if config.solver == "nystrom":
-        rank = min(config.rank, curvature.shape[0])
-        solver = hypergrad.Nystrom(rank, config.sketch, generator=generator)
+        assert omega is not None
+        solver = hypergrad.Nystrom(len(omega), test_matrix=omega, complement="zero")
     elif config.solver == "cg":
         solver = hypergrad.CG(max_iters=config.cg_iters, rtol=config.cg_rtol)
     else:
         solver = hypergrad.Exact()
     # An inexact answer is no failure here: its residual is logged for every update.
     solution = hypergrad.solve(curvature, v, solver, damping=config.damping, on_failure="ignore")
-    return solution.value, solution.info.relative_residual
+    return solution.value, torch.as_tensor(solution.info.relative_residual, dtype=torch.float32)
 
 
 def cross_term(
@@ -149,11 +176,14 @@ def cross_term(
 
     ``mode`` is "suffix" or "full": see :func:`cross_term_weights`.
     """
-    with torch.no_grad():
-        values = critic_value(critic, batch.obs)
-        weights = cross_term_weights(mode, batch.matrix, batch.advantages, values, batch.targets, u)
-    log_probs, _ = policy.log_prob(actor, batch.obs, batch.actions)
-    return _grad((log_probs * weights).mean(), actor)
+    values = critic_value(critic, batch.obs).detach()
+    weights = cross_term_weights(mode, batch.matrix, batch.advantages, values, batch.targets, u)
+
+    def weighted(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs, _ = policy.log_prob(theta, batch.obs, batch.actions)
+        return (log_probs * weights).mean(), {}
+
+    return gradient(weighted, actor)[0]
 
 
 def published_cross_term(
@@ -165,13 +195,17 @@ def published_cross_term(
     Its sign is opposite to that of the derivative of g, which ``cross_term`` computes.
     """
 
-    def surrogate(w: Params) -> Tensor:
-        log_ratio = policy.log_prob(actor, batch.obs, batch.actions)[0] - batch.log_probs
-        advantages, values = critic_advantages(w, batch, config.gamma)
-        losses = clipped_surrogate(log_ratio, advantages, config.clip)
-        return (losses * (batch.targets - values)).mean()
+    def derivative(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        log_ratio = policy.log_prob(theta, batch.obs, batch.actions)[0] - batch.log_probs
 
-    return _grad(_directional(surrogate, critic, x), actor)
+        def surrogate(w: Params) -> Tensor:
+            advantages, values = critic_advantages(w, batch, config.gamma)
+            losses = clipped_surrogate(log_ratio, advantages, config.clip)
+            return (losses * (batch.targets - values)).mean()
+
+        return _directional(surrogate, critic, x), {}
+
+    return gradient(derivative, actor)[0]
 
 
 def correction(
@@ -181,13 +215,13 @@ def correction(
     v: Params,
     batch: Batch,
     config: BLPOConfig,
-    generator: torch.Generator,
-) -> tuple[Params, float]:
+    omega: Tensor | None,
+) -> tuple[Params, Tensor]:
     """The cross term c by the options of ``config``, and its linear system's relative residual."""
     if config.cross_term == "paper":
-        x, residual = inverse_hvp(critic, batch, v, config, generator)
+        x, residual = inverse_hvp(critic, batch, v, config, omega)
         return published_cross_term(policy, actor, critic, x, batch, config), residual
-    u, residual = critic_response(critic, batch, v, config, generator)
+    u, residual = critic_response(critic, batch, v, config, omega)
     return cross_term(policy, actor, critic, u, batch, config.cross_term), residual
 
 
@@ -195,14 +229,16 @@ def combine(
     d: Params, c: Params, bound: float | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The step d - c min(1, bound |d| / |c|), and how c compares with d: ratio, cosine, bound."""
-    flat_d, flat_c = _flatten(d), _flatten(c)
+    flat_d, flat_c = flatten(d), flatten(c)
     norm_d, norm_c = flat_d.norm(), flat_c.norm()
     tiny = torch.finfo(norm_c.dtype).tiny
     ratio = norm_c / norm_d.clamp_min(tiny)
-    scale = torch.ones(()) if bound is None else (bound / ratio.clamp_min(tiny)).clamp_max(1.0)
+    scale = torch.ones_like(ratio)
+    if bound is not None:
+        scale = (bound / ratio.clamp_min(tiny)).clamp_max(1.0)
     stats = {
         # Undefined for d = 0, which happens when every sample of a minibatch is clipped.
-        "correction_ratio": norm_c / norm_d if norm_d > 0 else torch.tensor(torch.nan),
+        "correction_ratio": torch.where(norm_d > 0, norm_c / norm_d, torch.nan),
         "correction_cosine": flat_d.dot(flat_c) / (norm_d * norm_c),
         "bound_active": (scale < 1).float(),
     }
@@ -214,55 +250,101 @@ class BLPO(Agent):
 
     config: BLPOConfig
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        whole = self.config.compiles_whole
+        self._minibatch = Compiled(self._one_minibatch, self.backend if whole else None)
+        # Where the solver looks at values, it runs eagerly between two graphs.
+        self._fit = Compiled(self._fit_critic, None if whole else self.backend)
+        self._lead = Compiled(self._step_actor, None if whole else self.backend)
+
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
         """Improve actor and critic on one rollout; statistics averaged over the minibatches.
 
         Cost per minibatch: ``nested_steps`` critic gradients, two actor gradients, one gradient of
-        f_outer in the critic, the critic's Jacobian on the batch, ``rank`` + 1 products with it.
+        f_outer in the critic, the matrix J J' of the batch, 2 ``rank`` + 1 products with it.
         """
-        config, policy, actor, critic = self.config, self.policy, self.actor, self.critic
+        config = self.config
         whole = self.make_batch(rollout)
-        stats = []
+        tensors = whole.tensors()
+        rates = torch.tensor(
+            [config.learning_rate, config.critic_learning_rate], dtype=torch.float64
+        )
+        num_params, stats = self.critic_state.params.numel(), []
         for _ in range(config.epochs):
             order = torch.randperm(config.num_envs, generator=self.generator)
             for envs in torch.split(order, config.envs_per_minibatch):
-                batch = whole.select(envs)
-                for _ in range(config.nested_steps):
-                    g = inner_loss(critic, batch.obs, batch.targets)
-                    apply_gradient(self.critic_optimizer, critic, _grad(g, critic).values())
-                step, v, entry = outer_gradients(policy, actor, critic, batch, config)
-                entry["value_loss"] = g.detach()
-                if config.solver != "none":
-                    c, residual = correction(
-                        policy, actor, critic, v, batch, config, self.generator
-                    )
-                    step, comparison = combine(step, c, config.correction_bound)
-                    entry |= comparison | {"ihvp_relative_residual": torch.tensor(residual)}
-                apply_gradient(self.actor_optimizer, actor, step.values())
+                omega = sketch_rows(
+                    config, len(envs) * config.num_steps, num_params, self.generator
+                )
+                self.actor_state, self.critic_state, entry = self._minibatch(
+                    self.actor_state, self.critic_state, tensors, envs, omega, rates
+                )
                 stats.append(entry)
         return mean_stats(stats, whole)
 
+    # The parts of a minibatch update are pure functions, of flat states and tensors alone.
 
-def _grad(loss: Tensor, params: Params) -> Params:
-    return dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+    def _one_minibatch(
+        self,
+        actor: AdamState,
+        critic: AdamState,
+        tensors: tuple[Tensor, ...],
+        envs: Tensor,
+        omega: Tensor | None,
+        rates: Tensor,
+    ) -> tuple[AdamState, AdamState, dict[str, Tensor]]:
+        """The states after one minibatch, which is the trajectories ``envs``, and statistics."""
+        critic, d, v, stats = self._fit(actor, critic, tensors, envs, rates)
+        c, residual = None, None
+        if self.config.solver != "none":
+            theta = unflatten(actor.params, self.actor_shapes)
+            w = unflatten(critic.params, self.critic_shapes)
+            batch = Batch.of(tensors, envs)
+            c, residual = correction(self.policy, theta, w, v, batch, self.config, omega)
+        actor, comparison = self._lead(actor, d, c, rates)
+        stats = stats | comparison
+        if residual is not None:
+            stats = stats | {"ihvp_relative_residual": residual}
+        return actor, critic, stats
 
+    def _fit_critic(
+        self,
+        actor: AdamState,
+        critic: AdamState,
+        tensors: tuple[Tensor, ...],
+        envs: Tensor,
+        rates: Tensor,
+    ) -> tuple[AdamState, Params, Params, dict[str, Tensor]]:
+        """The nested critic steps, then d and v under the critic that they lead to."""
+        config, batch = self.config, Batch.of(tensors, envs)
 
-def _detach(params: Params) -> Params:
-    return {name: p.detach() for name, p in params.items()}
+        def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
+            return inner_loss(w, batch.obs, batch.targets), {}
+
+        for _ in range(config.nested_steps):
+            grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
+            critic = adam(critic, flatten(grads), rates[1], config.adam_eps)
+        theta = unflatten(actor.params, self.actor_shapes)
+        w = unflatten(critic.params, self.critic_shapes)
+        d, v, stats = outer_gradients(self.policy, theta, w, batch, config)
+        return critic, d, v, {**stats, "value_loss": loss}
+
+    def _step_actor(
+        self, actor: AdamState, d: Params, c: Params | None, rates: Tensor
+    ) -> tuple[AdamState, dict[str, Tensor]]:
+        """One step of the actor along d - c, c within its bound."""
+        step = d
+        stats: dict[str, Tensor] = {}
+        if c is not None:
+            step, stats = combine(d, c, self.config.correction_bound)
+        return adam(actor, flatten(step), rates[0], self.config.adam_eps), stats
 
 
 def _directional(fn: Callable[[Params], Tensor], critic: Params, x: Params) -> Tensor:
     """d/ds fn(w + s x) at s = 0, by forward mode."""
-    tangent: Tensor = torch.func.jvp(fn, (_detach(critic),), (x,))[1]
+    # Copies: compiled, forward mode wants point and tangent of one layout, and no views.
+    point = {name: p.detach().clone() for name, p in critic.items()}
+    along = {name: torch.empty_like(p).copy_(x[name]) for name, p in point.items()}
+    tangent: Tensor = torch.func.jvp(fn, (point,), (along,))[1]
     return tangent
-
-
-def _jacobian(critic: Params, obs: Tensor) -> Tensor:
-    """J = dV_w(s)/dw, one row a state: (N, parameters), in the order of ``_flatten``."""
-    gradient = torch.func.grad(critic_value)
-    rows = torch.func.vmap(gradient, (None, 0))(_detach(critic), obs.flatten(0, -2))
-    return torch.cat([leaf.flatten(1) for leaf in rows.values()], dim=1)
-
-
-def _flatten(params: Params) -> Tensor:
-    return torch.cat([leaf.reshape(-1) for leaf in params.values()])

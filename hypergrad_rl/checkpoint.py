@@ -10,7 +10,7 @@ import torch
 
 from hypergrad_rl.errors import CheckpointError
 
-FORMAT = "hypergrad_rl checkpoint 1"
+FORMAT = "hypergrad_rl checkpoint 2"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -27,12 +27,15 @@ _OWN_FLAGS = ("env", "seed", "total_steps")  # the rest of the hyper-parameters 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 2, with one line on stderr, for an error of the user's."""
     args = _parser().parse_args(argv)
+    before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
         args.command(args)
     except HypergradRLError as error:
         print(f"hypergrad_rl: {error}", file=sys.stderr)
         return 2
+    finally:
+        torch.set_num_threads(before)
     return 0
 
 
@@ -80,7 +83,12 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
         "hyper-parameters (default: the task's preset)", argument_default=argparse.SUPPRESS
     )
     parsers: dict[str, Callable[[str], Any]]
-    parsers = {"int": int, "float": float, "float | None": _float_or_none}
+    parsers = {
+        "int": int,
+        "float": float,
+        "float | None": _float_or_none,
+        "bool | Literal['auto']": _true_false_auto,
+    }
     fields = {f.name: f for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
     for name, field in fields.items():
         if name not in _OWN_FLAGS:
@@ -95,6 +103,11 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
 
 def _float_or_none(text: str) -> float | None:
     return None if text == "none" else float(text)
+
+
+def _true_false_auto(text: str) -> bool | str:
+    """The configuration refuses what is none of the three."""
+    return {"true": True, "false": False}.get(text, text)
 
 
 def _add_run_flags(sub: argparse.ArgumentParser) -> None:
@@ -117,13 +130,16 @@ def _config(args: argparse.Namespace, algo: str, seed: int) -> Config:
 def _train(args: argparse.Namespace) -> None:
     config = _config(args, args.algo, args.seed)
     run_dir = args.run_dir or Path("runs") / f"{args.env.replace('/', '-')}-{args.algo}-{args.seed}"
-    train(config, run_dir, progress=True, tensorboard=args.tensorboard)
+    train(config, run_dir, progress=True, tensorboard=args.tensorboard, threads=args.threads)
     _print_summary(run_dir)
 
 
 def _resume(args: argparse.Namespace) -> None:
     config = load_config(args.run_dir)
-    train(config, args.run_dir, resume=True, progress=True, tensorboard=args.tensorboard)
+    train(
+        config, args.run_dir, resume=True, progress=True, tensorboard=args.tensorboard,
+        threads=args.threads,
+    )  # fmt: skip
     _print_summary(args.run_dir)
 
 
@@ -201,8 +217,7 @@ def train_all(runs: dict[Path, Config], jobs: int, threads: int, tensorboard: bo
 
 
 def _train_quietly(config: Config, run_dir: Path, threads: int, tensorboard: bool) -> None:
-    torch.set_num_threads(threads)
-    train(config, run_dir, tensorboard=tensorboard)
+    train(config, run_dir, tensorboard=tensorboard, threads=threads)
 
 
 def _steps_done(run_dir: Path) -> int:

@@ -35,6 +35,9 @@ class AgentConfig(ABC):
     hidden: tuple[int, ...] = (64, 64)
     normalize_observations: bool = False
     normalize_rewards: bool = False
+    # The minibatch update as one graph: "auto" compiles trainings long enough to be worth the
+    # minute that it takes; without a working C++ compiler it runs eagerly, with equal results.
+    compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON has lists only
@@ -49,6 +52,8 @@ class AgentConfig(ABC):
             self._number(name, lambda v: 0 <= v <= 1, "a number in [0, 1]")
         for name in ("clip", "learning_rate", "critic_learning_rate", "adam_eps"):
             self._positive(name)
+        ok = isinstance(self.compile, bool) or self.compile == "auto"
+        _check(ok, "compile", self.compile, 'True, False or "auto"')
 
     @property
     @abstractmethod
@@ -59,6 +64,11 @@ class AgentConfig(ABC):
     def num_updates(self) -> int:
         """Rollouts needed to see at least ``total_steps`` environment steps."""
         return math.ceil(self.total_steps / (self.num_envs * self.num_steps))
+
+    @property
+    @abstractmethod
+    def gradient_steps(self) -> int:
+        """Gradients that are computed in all of the training: of the actor or the critic."""
 
     def _integer(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -110,6 +120,11 @@ class PPOConfig(AgentConfig):
         """The name of the algorithm on the command line."""
         return "ppo"
 
+    @property
+    def gradient_steps(self) -> int:
+        """Gradients that are computed in all of the training: of the actor or the critic."""
+        return 2 * self.num_updates * self.epochs * self.num_minibatches
+
 
 @dataclass(frozen=True, kw_only=True)
 class BLPOConfig(AgentConfig):
@@ -128,7 +143,7 @@ class BLPOConfig(AgentConfig):
     rank: int = 32
     sketch: Literal["gaussian", "columns"] = "gaussian"
     cg_iters: int = 20
-    cg_rtol: float = 1e-3
+    cg_rtol: float = 1e-3  # 0 for exactly cg_iters iterations
     curvature: str = "ggn"
     outer_objective: str = "return"
     cross_term: str = "suffix"
@@ -151,7 +166,7 @@ class BLPOConfig(AgentConfig):
         self._choice("outer_objective", ("return", "advantage"))
         self._choice("cross_term", ("suffix", "full", "paper"))
         self._positive("damping")
-        self._positive("cg_rtol")
+        self._number("cg_rtol", lambda v: v >= 0, "a number >= 0")
         if self.correction_bound is not None:
             self._positive("correction_bound")
 
@@ -159,6 +174,20 @@ class BLPOConfig(AgentConfig):
     def algo(self) -> str:
         """The name of the algorithm on the command line."""
         return "nested" if self.solver == "none" else "blpo"
+
+    @property
+    def gradient_steps(self) -> int:
+        """Gradients that are computed in all of the training: of the actor or the critic."""
+        minibatches = self.num_updates * self.epochs * self.num_envs // self.envs_per_minibatch
+        return minibatches * (self.nested_steps + (1 if self.solver == "none" else 3))
+
+    @property
+    def compiles_whole(self) -> bool:
+        """Whether a minibatch update is one graph.
+
+        CG with a tolerance stops on values: compiled, it runs eagerly between two graphs.
+        """
+        return not (self.solver == "cg" and self.cg_rtol > 0)
 
 
 ALGOS = ("ppo", "nested", "blpo")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from hypergrad_rl.errors import EnvironmentUnsupported
@@ -29,11 +29,12 @@ class Transition:
 class VectorEnv:
     """``num_envs`` copies of a Gymnasium environment, stepped in this process.
 
-    Autoreset happens in the same step and the final observation is kept, so that every stored
-    transition is a real one and a time limit is bootstrapped with V(s_T). Gymnasium's own vector
-    CartPole only resets in the next step, which stores one transition per episode whose action is
-    ignored; at 4 environments it is no faster (87k steps/s against 83k, one thread), so
-    ``SyncVectorEnv`` serves every task.
+    An environment that ends is reset in the same step and its final observation is kept, so that
+    every stored transition is a real one and a time limit is bootstrapped with V(s_T). Gymnasium's
+    own vector CartPole only resets in the next step, which stores one transition per episode whose
+    action is ignored, and at 4 environments it is no faster; its ``SyncVectorEnv`` costs a third
+    more a step than this loop (CartPole-v1, 4 environments, one thread, CPU time of a step of one
+    environment: 11 us, 14 us and, here, 11 us).
 
     Raises:
         EnvironmentUnsupported: an unknown id, or spaces other than Box observations with Discrete
@@ -42,20 +43,14 @@ class VectorEnv:
 
     def __init__(self, env_id: str, num_envs: int, render_mode: str | None = None) -> None:
         try:
-            self.envs = gym.make_vec(
-                env_id,
-                num_envs,
-                vectorization_mode="sync",
-                vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-                render_mode=render_mode,
-            )
+            self.envs = [gym.make(env_id, render_mode=render_mode) for _ in range(num_envs)]
         except (gym.error.Error, ModuleNotFoundError) as error:
             reason = " ".join(str(error).split())
             raise EnvironmentUnsupported(
                 f"cannot make environment {env_id!r}: {reason} Expected the id of a registered "
                 "Gymnasium environment whose packages are installed, for instance CartPole-v1."
             ) from error
-        obs_space, action_space = self.envs.single_observation_space, self.envs.single_action_space
+        obs_space, action_space = self.envs[0].observation_space, self.envs[0].action_space
         if not isinstance(obs_space, gym.spaces.Box):
             raise EnvironmentUnsupported(
                 f"{env_id}: observation space {obs_space} is not supported; expected a Box "
@@ -76,7 +71,10 @@ class VectorEnv:
 
     def reset(self, seed: int) -> Array:
         """First observations (num_envs, obs_dim); environment i is seeded with ``seed + i``."""
-        return self._flat(self.envs.reset(seed=seed)[0])
+        obs = np.empty((self.num_envs, self.obs_dim), np.float32)
+        for i, env in enumerate(self.envs):
+            obs[i] = np.reshape(env.reset(seed=seed + i)[0], -1)
+        return obs
 
     def step(self, actions: NDArray[np.generic]) -> Transition:
         """One step of every environment.
@@ -88,20 +86,25 @@ class VectorEnv:
             actions = np.clip(actions, self.action_space.low, self.action_space.high)
         else:
             actions = actions + self.action_space.start
-        raw, rewards, terminated, truncated, info = self.envs.step(actions)
-        obs = next_obs = self._flat(raw)
-        if "final_obs" in info:
-            next_obs = obs.copy()
-            for i in np.flatnonzero(info["_final_obs"]):
-                next_obs[i] = np.asarray(info["final_obs"][i], np.float32).reshape(-1)
-        return Transition(obs, next_obs, rewards, terminated, truncated)
+        next_obs = np.empty((self.num_envs, self.obs_dim), np.float32)
+        rewards, ends = np.empty(self.num_envs), np.empty((2, self.num_envs), np.bool_)
+        resets: dict[int, Any] = {}
+        for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
+            raw, rewards[i], ends[0, i], ends[1, i], _ = env.step(action)
+            next_obs[i] = np.reshape(raw, -1)
+            if ends[0, i] or ends[1, i]:
+                resets[i] = env.reset()[0]
+        obs = next_obs
+        if resets:
+            obs = next_obs.copy()
+            for i, first in resets.items():
+                obs[i] = np.reshape(first, -1)
+        return Transition(obs, next_obs, rewards, ends[0], ends[1])
 
     def close(self) -> None:
         """Close the environments."""
-        self.envs.close()
-
-    def _flat(self, obs: NDArray[np.generic]) -> Array:
-        return obs.reshape(self.num_envs, -1).astype(np.float32, copy=False)
+        for env in self.envs:
+            env.close()
 
 
 class RunningMoments:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from hypergrad_rl.agent import Agent, mean_stats, policy_stats
+from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import PPOConfig
-from hypergrad_rl.networks import critic_value
+from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
+from hypergrad_rl.networks import Params, critic_value
 from hypergrad_rl.objectives import clipped_surrogate, value_loss
-from hypergrad_rl.rollout import Rollout
+from hypergrad_rl.rollout import Batch, Rollout
 
 
 class PPO(Agent):
@@ -25,6 +30,10 @@ class PPO(Agent):
 
     config: PPOConfig
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._minibatch = Compiled(self._one_minibatch, self.backend)
+
     def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
         """Improve actor and critic on one rollout.
 
@@ -37,40 +46,55 @@ class PPO(Agent):
         """
         config = self.config
         batch = self.make_batch(rollout)
-        flat = batch.flatten()
+        tensors = batch.flatten().tensors()
+        rates = torch.tensor(
+            [config.learning_rate, config.critic_learning_rate], dtype=torch.float64
+        )
         if config.anneal:
-            self.actor_optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - progress)
-            self.critic_optimizer.param_groups[0]["lr"] = config.critic_learning_rate * (
-                1 - progress
-            )
-        params = [*self.actor.values(), *self.critic.values()]
-        size = len(flat.obs)
-        stats = []
+            rates = rates * (1 - progress)
+        size, stats = rollout.rewards.numel(), []
         for _ in range(config.epochs):
             order = torch.randperm(size, generator=self.generator)
             for rows in order.tensor_split(config.num_minibatches):
-                b = flat.select(rows)
-                log_probs, entropy = self.policy.log_prob(self.actor, b.obs, b.actions)
-                log_ratio = log_probs - b.log_probs
-                adv = b.advantages
-                if config.normalize_advantages:
-                    adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-                policy_loss = clipped_surrogate(log_ratio, adv, config.clip).mean()
-                critic_loss = value_loss(critic_value(self.critic, b.obs), b.targets)
-                loss = policy_loss - config.entropy_bonus * entropy.mean() + critic_loss
-                for p, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
-                    p.grad = grad
-                # Separately: clipped together, the critic's large gradients would shrink the
-                # actor's to below Adam's epsilon while the values are still far off.
-                for net in (self.actor, self.critic):
-                    torch.nn.utils.clip_grad_norm_(net.values(), config.max_grad_norm)
-                self.actor_optimizer.step()
-                self.critic_optimizer.step()
-                stats.append(
-                    {
-                        "policy_loss": policy_loss.detach(),
-                        "value_loss": critic_loss.detach(),
-                        **policy_stats(log_ratio, entropy, config.clip),
-                    }
+                self.actor_state, self.critic_state, entry = self._minibatch(
+                    self.actor_state, self.critic_state, tensors, rows, rates
                 )
+                stats.append(entry)
         return mean_stats(stats, batch)
+
+    def _one_minibatch(
+        self,
+        actor: AdamState,
+        critic: AdamState,
+        tensors: tuple[Tensor, ...],
+        rows: Tensor,
+        rates: Tensor,
+    ) -> tuple[AdamState, AdamState, dict[str, Tensor]]:
+        """The states after one minibatch, which is the samples ``rows``: a pure function."""
+        config, b = self.config, Batch.of(tensors, rows)
+        adv = b.advantages
+        if config.normalize_advantages:
+            adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+
+        def f(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
+            log_probs, entropy = self.policy.log_prob(theta, b.obs, b.actions)
+            log_ratio = log_probs - b.log_probs
+            loss = clipped_surrogate(log_ratio, adv, config.clip).mean()
+            stats = {"policy_loss": loss, **policy_stats(log_ratio, entropy, config.clip)}
+            return loss - config.entropy_bonus * entropy.mean(), stats
+
+        def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
+            return value_loss(critic_value(w, b.obs), b.targets), {}
+
+        d, _, stats = gradient(f, unflatten(actor.params, self.actor_shapes))
+        grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
+        # Separately: clipped together, the critic's large gradients would shrink the actor's to
+        # below Adam's epsilon while the values are still far off.
+        actor = adam(actor, self._clipped(flatten(d)), rates[0], config.adam_eps)
+        critic = adam(critic, self._clipped(flatten(grads)), rates[1], config.adam_eps)
+        return actor, critic, {**stats, "value_loss": loss}
+
+    def _clipped(self, grad: Tensor) -> Tensor:
+        """The gradient, cut to the largest norm."""
+        norm: Tensor = grad.norm()
+        return grad * (self.config.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hypergrad_rl.advantages import discount_matrix, gae
@@ -29,6 +30,16 @@ class Rollout:
     done: Tensor  # terminated or truncated
 
 
+def example_rollout(policy: Policy, actor: Params, config: AgentConfig, obs_dim: int) -> Rollout:
+    """Made-up transitions in the shapes and dtypes of a real rollout: to compile with."""
+    shape = config.num_envs, config.num_steps
+    generator = torch.Generator().manual_seed(0)
+    obs, next_obs = torch.randn(2, *shape, obs_dim, generator=generator)
+    none = torch.zeros(shape, dtype=torch.bool)
+    rewards = torch.randn(shape, generator=generator)
+    return Rollout(obs, policy.act(actor, obs, None), rewards, next_obs, none, none.clone())
+
+
 @dataclass
 class Batch(Rollout):
     """A rollout with everything that stays fixed while the policy is improved on it."""
@@ -38,6 +49,15 @@ class Batch(Rollout):
     matrix: Tensor  # (N, T, T), see discount_matrix
     advantages: Tensor  # GAE under w0
     targets: Tensor  # lambda-returns G_t = A_t + V_w0(s_t)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields in order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...], rows: Tensor) -> Batch:
+        """The given rows of every field."""
+        return cls(*[tensor[rows] for tensor in tensors])
 
     def select(self, envs: Tensor) -> Batch:
         """The whole trajectories of some environments: (len(envs), T, ...)."""
@@ -105,33 +125,27 @@ class Collector:
             EnvironmentFault: a non-finite observation or reward.
         """
         steps, env = self.config.num_steps, self.env
-        noise = env.policy.noise(steps, env.num_envs, self.generator)
+        act = env.policy.numpy_step(actor)
+        noise = env.policy.noise(steps, env.num_envs, self.generator).numpy()
         obs = np.empty((steps, env.num_envs, env.obs_dim), np.float32)
         next_obs, rewards = np.empty_like(obs), np.empty((steps, env.num_envs))
-        discounted = np.empty_like(rewards)
         terminated, done = np.empty((2, steps, env.num_envs), np.bool_)
-        actions, episodes = [], Episodes([], [])
+        actions: NDArray[np.generic] | None = None
         raw = np.empty_like(obs) if self.obs_moments else obs
-        with torch.inference_mode():
-            for t in range(steps):
-                raw[t] = self.obs
+        for t in range(steps):
+            raw[t] = self.obs
+            if self.obs_moments:
                 obs[t] = normalize(self.obs_moments, self.obs)
-                action = env.policy.act(actor, torch.from_numpy(obs[t]), noise[t]).numpy()
-                step = env.step(action)
-                actions.append(action)
-                self.obs, rewards[t], terminated[t] = step.obs, step.rewards, step.terminated
-                next_obs[t] = normalize(self.obs_moments, step.next_obs)
-                ended = done[t] = step.terminated | step.truncated
-                self.returns += step.rewards
-                self.lengths += 1
-                if self.return_moments:
-                    discounted[t] = self.discounted = (
-                        self.config.gamma * self.discounted + step.rewards
-                    )
-                if ended.any():
-                    episodes.returns += self.returns[ended].tolist()
-                    episodes.lengths += self.lengths[ended].tolist()
-                    self.returns[ended] = self.lengths[ended] = self.discounted[ended] = 0
+            action = act(obs[t], noise[t])
+            if actions is None:
+                actions = np.empty((steps, *action.shape), action.dtype)
+            actions[t] = action
+            step = env.step(action)
+            self.obs, rewards[t], terminated[t] = step.obs, step.rewards, step.terminated
+            next_obs[t] = normalize(self.obs_moments, step.next_obs)
+            np.logical_or(step.terminated, step.truncated, out=done[t])
+        assert actions is not None
+        episodes, discounted = self._episodes(rewards, done)
         if not (np.isfinite(next_obs).all() and np.isfinite(rewards).all()):
             raise EnvironmentFault(
                 f"{env.env_id} returned a non-finite observation or reward in this rollout; "
@@ -143,9 +157,25 @@ class Collector:
             self.return_moments.update(discounted)
             rewards /= np.sqrt(self.return_moments.variance + 1e-8)
             rewards = rewards.clip(-NORMALIZED_LIMIT, NORMALIZED_LIMIT)
-        arrays = (obs, np.stack(actions), rewards.astype(np.float32), next_obs, terminated, done)
+        arrays = (obs, actions, rewards.astype(np.float32), next_obs, terminated, done)
         # (T, N, ...) -> (N, T, ...)
         return Rollout(*(torch.from_numpy(a.swapaxes(0, 1).copy()) for a in arrays)), episodes
+
+    def _episodes(
+        self, rewards: NDArray[np.float64], done: NDArray[np.bool_]
+    ) -> tuple[Episodes, NDArray[np.float64]]:
+        """The episodes that ended, in order of time, and the running discounted returns (T, N)."""
+        ended, discounted = Episodes([], []), np.empty_like(rewards)
+        for t, over in enumerate(done):
+            self.returns += rewards[t]
+            self.lengths += 1
+            if self.return_moments:
+                discounted[t] = self.discounted = self.config.gamma * self.discounted + rewards[t]
+            if over.any():
+                ended.returns += self.returns[over].tolist()
+                ended.lengths += self.lengths[over].tolist()
+                self.returns[over] = self.lengths[over] = self.discounted[over] = 0
+        return ended, discounted
 
     def state_dict(self) -> dict[str, Tensor]:
         """The normalisers' statistics."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.blpo import BLPO
 from hypergrad_rl.checkpoint import load_checkpoint, save_checkpoint
+from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
 from hypergrad_rl.envs import VectorEnv
 from hypergrad_rl.errors import RunDirectoryError
@@ -24,21 +26,31 @@ from hypergrad_rl.ppo import PPO
 from hypergrad_rl.rollout import Collector, normalize
 
 Config = PPOConfig | BLPOConfig
+NARROW = 256  # widest layer of a network for which one thread is fastest
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.csv", "checkpoint.pt"
 
 
-def make_agent(config: Config, env: VectorEnv, generator: torch.Generator) -> Agent:
-    """The agent that ``config`` describes, with parameters drawn from ``generator``."""
+def make_agent(
+    config: Config, env: VectorEnv, generator: torch.Generator, backend: str | None = None
+) -> Agent:
+    """The agent that ``config`` describes, with parameters drawn from ``generator``.
+
+    ``backend``: of ``torch.compile``; None for an agent that runs eagerly.
+    """
     kind = PPO if isinstance(config, PPOConfig) else BLPO
-    return kind(config, env.policy, env.obs_dim, generator)
+    return kind(config, env.policy, env.obs_dim, generator, backend)
 
 
 @dataclass
 class TrainResult:
-    """The trained agent and the metrics of every update (one dict of numbers each)."""
+    """The trained agent and the metrics of every update (one dict of numbers each).
+
+    ``compile_seconds``, what compiling took, counts in no time or rate of the metrics.
+    """
 
     agent: Agent
     metrics: list[dict[str, float]]
+    compile_seconds: float = 0.0
 
 
 def train(
@@ -49,6 +61,7 @@ def train(
     progress: bool = False,
     tensorboard: bool = False,
     checkpoint_every: int = 100,
+    threads: int | None = None,
 ) -> TrainResult:
     """Train an agent.
 
@@ -62,6 +75,8 @@ def train(
         progress: show a progress bar.
         tensorboard: write TensorBoard events.
         checkpoint_every: updates between checkpoints; the last update is always saved.
+        threads: of PyTorch while training, put back afterwards. None for 1 if no layer is wider
+            than 256, where more threads cost more than they bring, else for as many as are set.
 
     Returns:
         The agent and the metrics. The same config gives the same metrics on the same machine and
@@ -75,9 +90,27 @@ def train(
     >>> len(train(config).metrics)
     2
     """
+    before = torch.get_num_threads()
+    if threads is None:
+        threads = 1 if max(config.hidden) <= NARROW else before
+    torch.set_num_threads(threads)
+    try:
+        return _train(config, run_dir, resume, progress, tensorboard, checkpoint_every)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(
+    config: Config,
+    run_dir: str | Path | None,
+    resume: bool,
+    progress: bool,
+    tensorboard: bool,
+    checkpoint_every: int,
+) -> TrainResult:
     generator = torch.Generator().manual_seed(config.seed)
     env = VectorEnv(config.env, config.num_envs)
-    agent = make_agent(config, env, generator)
+    agent = make_agent(config, env, generator, backend_of(config))
     collector = Collector(env, config, generator)
     first, elapsed = 0, 0.0
     directory = None if run_dir is None else Path(run_dir)
@@ -92,6 +125,7 @@ def train(
     elif directory is not None:
         claim_run_directory(directory, config)
 
+    compile_seconds = compile_agent(agent, progress) if first < config.num_updates else 0.0
     log = MetricsLog(directory, first, tensorboard)
     bar = tqdm(
         total=config.num_updates * config.num_envs * config.num_steps,
@@ -141,7 +175,21 @@ def train(
         from hypergrad_rl.report import plot_run  # Matplotlib takes half a second to import
 
         plot_run(directory)
-    return TrainResult(agent, metrics)
+    return TrainResult(agent, metrics, compile_seconds)
+
+
+def compile_agent(agent: Agent, progress: bool) -> float:
+    """Compile the agent's update before the clock starts; the seconds it took."""
+    if progress and agent.backend is not None:
+        tqdm.write(
+            "compiling the update: up to a minute, a few seconds once it is cached "
+            "(--compile false goes without)",
+            file=sys.stderr,
+        )
+    seconds = agent.warm_up()
+    if progress and agent.backend is not None:
+        tqdm.write(f"compiled in {seconds:.0f} s", file=sys.stderr)
+    return seconds
 
 
 def claim_run_directory(directory: Path, config: Config) -> None:

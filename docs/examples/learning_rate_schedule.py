@@ -55,6 +55,8 @@ class Config:
         window: steps in a window.
         outer_steps: Adam steps on z.
         outer_lr: Adam's step size at first; it falls to zero along a cosine.
+        tuned_lr: the same where the schedule begins as the best constant rate: not far above it,
+            training breaks down, and has no useful gradient any more.
         runs: trainings, each with a start and batches of its own, for one outer gradient.
         clip: longest gradient of one run. Where a rate is too large, training is chaotic, and
             gradients through it grow with each step.
@@ -71,6 +73,7 @@ class Config:
     window: int = 20
     outer_steps: int = 40
     outer_lr: float = 0.15
+    tuned_lr: float = 0.05
     runs: int = 2
     clip: float = 0.3
     grid: tuple[float, float, int] = (0.1, 3.2, 13)
@@ -209,7 +212,7 @@ def learn_schedule(
     z = torch.full((config.num_knots,), first_rate).log()
     window = config.window if route == WINDOWS else None
     truncate = config.truncate if route == LAST else None
-    adam = torch.optim.Adam([z], lr=config.outer_lr)
+    adam = torch.optim.Adam([z], lr=config.tuned_lr if route == LAST else config.outer_lr)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.outer_steps)
     for step in range(config.outer_steps):
         total = torch.zeros_like(z)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceWarning, RankError, warn
+from ..errors import ConvergenceWarning, RankError, SolverOptionError, warn
 from ..operators import as_operator
 from ..pytree import Tree, row_norms
 from .base import (
@@ -26,6 +26,15 @@ from .complement import ComplementKind
 from .embedding import SketchKind
 from .sketch import NegativeCurvature, NystromSketch, bare_system, positive_damping
 from .sketching import make_sketch
+from .traced import begin_traced, norms_traced, residual_traced
+from .two_block import two_block_sketch
+
+#: Named once: torch.compile cannot trace the call.
+_CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("sketch", get_args(SketchKind)),
+    ("negative_curvature", get_args(NegativeCurvature)),
+    ("complement", get_args(ComplementKind)),
+)
 
 
 def nystrom_sketch(
@@ -139,6 +148,10 @@ class Nystrom(Solver):
     moderately conditioned system CG is more accurate at equal HVPs; a sketch earns its place
     through reuse, many right-hand sides, batched products and as a preconditioner.
 
+    With a ``test_matrix`` the work is fixed and runs under ``torch.compile(fullgraph=True)``: Ritz
+    pairs on the span of the test matrix and its products, 2 ``rank`` of them, whatever the
+    operator's signature.  Compiled and not, it is the same computation.
+
     Attributes:
         rank: k >= 1, or ``"auto"``.
         sketch: ``"gaussian"``, ``"columns"``, ``"diagonal"`` or ``"structured"``.
@@ -148,10 +161,14 @@ class Nystrom(Solver):
         diagonal: of A, for ``"diagonal"`` draws; None to estimate it.
         tol: for ``"auto"``: the preconditioned condition number is to be at most 1 + tol.
         max_rank: cap of ``"auto"``; None for 256.
+        test_matrix: shape (rank, n), linearly independent rows in the flat coordinates of v (its
+            leaves in order), drawn by the caller in place of ``sketch`` and ``generator``: what is
+            random cannot be drawn in a compiled graph as it is outside.  Needs
+            ``complement="zero"``.  None to draw one.
 
     Cost: ``rank`` HVPs and one to check the sketch, 5 for the complement where the sketch's last
     eigenvalue exceeds half the damping (see :func:`nystrom_sketch` for when more are spent), one
-    a right-hand side to check the answer.
+    a right-hand side to check the answer; with a ``test_matrix`` 2 ``rank`` and that one.
 
     Examples:
         >>> import torch, hypergrad
@@ -159,6 +176,16 @@ class Nystrom(Solver):
         >>> info = hypergrad.solve(a, torch.ones(4), hypergrad.Nystrom(rank=3), damping=0.1).info
         >>> info.relative_residual < 1e-5, info.rank, info.num_hvps
         (True, 2, 5)
+
+        As a part of a compiled function (the backend here generates no code):
+
+        >>> def ihvp(v, omega):
+        ...     solver = hypergrad.Nystrom(rank=2, test_matrix=omega, complement="zero")
+        ...     return hypergrad.solve(a, v, solver, damping=0.1).value
+        >>> omega = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+        >>> compiled = torch.compile(ihvp, fullgraph=True, backend="eager")
+        >>> compiled(torch.ones(4), omega)
+        tensor([ 0.1961,  0.9091, 10.0000, 10.0000])
     """
 
     rank: int | Literal["auto"]
@@ -170,17 +197,14 @@ class Nystrom(Solver):
     diagonal: Tree | None = field(default=None, compare=False, repr=False)
     tol: float = 9.0
     max_rank: int | None = None
+    test_matrix: Tensor | None = field(default=None, compare=False, repr=False)
 
     default_damping = "auto"
 
     def __post_init__(self) -> None:
         if not (is_one_of(self.rank, ("auto",)) or is_count(self.rank)):
             raise RankError(f"rank is {self.rank!r}, expected an integer >= 1 or 'auto'.")
-        for name, kinds in (
-            ("sketch", get_args(SketchKind)),
-            ("negative_curvature", get_args(NegativeCurvature)),
-            ("complement", get_args(ComplementKind)),
-        ):
+        for name, kinds in _CHOICES:
             value = getattr(self, name)
             check_option(is_one_of(value, kinds), name, value, f"one of {kinds}")
         good = self.generator is None or isinstance(self.generator, torch.Generator)
@@ -192,12 +216,25 @@ class Nystrom(Solver):
         )
         good = self.max_rank is None or is_count(self.max_rank)
         check_option(good, "max_rank", self.max_rank, "None or an integer >= 1")
+        if self.test_matrix is not None:
+            self._check_test_matrix(self.test_matrix)
+
+    def _check_test_matrix(self, matrix: Tensor) -> None:
+        for name, usual in (("complement", "zero"), ("sketch", "gaussian"), ("generator", None)):
+            value = getattr(self, name)
+            check_option(value == usual, name, value, f"{usual!r} where a test matrix is given")
+        is_matrix = isinstance(matrix, Tensor) and matrix.ndim == 2 and matrix.is_floating_point()
+        got = tuple(matrix.shape) if isinstance(matrix, Tensor) else matrix
+        fits = is_matrix and matrix.shape[0] == self.rank
+        check_option(fits, "test_matrix", got, f"floating-point, of {self.rank!r} (the rank) rows")
 
     def _sketch_of(self, system: DampedSystem, *, any_damping: bool = False) -> NystromSketch:
         """The sketch that this configuration makes of a system's operator.
 
         ``any_damping``: to be solved with at others than the system's, too.
         """
+        if self.test_matrix is not None:
+            return two_block_sketch(system, self.test_matrix, self.negative_curvature)
         return make_sketch(
             system,
             self.rank,
@@ -238,6 +275,26 @@ class Nystrom(Solver):
             smallest_eigenvalue=sketch.smallest_eigenvalue,
             backward_solver=self._holding(sketch),
         )
+
+    def _run_traced(self, system: DampedSystem, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same with a given test matrix, whose work depends on no value."""
+        if self.test_matrix is None:
+            raise SolverOptionError(
+                f"{self} draws its test matrix and decides on values as it goes, which "
+                "torch.compile cannot trace. Draw one outside the compiled function and pass it: "
+                "Nystrom(rank, test_matrix=torch.randn(rank, n), complement='zero')."
+            )
+        if system.damping == "auto" or self.negative_curvature == "raise":
+            raise SolverOptionError(
+                "damping='auto' and negative_curvature='raise' look at values, which torch.compile "
+                "cannot trace; expected a positive number (info.damping of a solve outside the "
+                "compiled function), and another policy."
+            )
+        damping = positive_damping(system.damping)
+        sketch = two_block_sketch(system, self.test_matrix, self.negative_curvature, traced=True)
+        start, residual = begin_traced(system, x0, damping)
+        x = start + sketch.solve_block(residual, damping)
+        return x, norms_traced(residual_traced(system, x, damping))
 
     def _statuses(
         self, sketch: NystromSketch, system: DampedSystem, x: Tensor, residual: Tensor, rho: float

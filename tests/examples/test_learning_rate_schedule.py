@@ -125,6 +125,6 @@ def test_learned_through_all_steps_beats_every_rival(
         for rival in (constant, decay):
             assert learned["validation_loss"] < 0.95 * rival["validation_loss"]
             assert learned["test_loss"] < rival["test_loss"]
-    for learned in schedules["learned through the last 40 steps"]:
-        assert learned["validation_loss"] < 0.95 * constant["validation_loss"]
-        assert learned["test_loss"] < constant["test_loss"]
+    for learned in schedules["learned through windows of 20 steps"]:
+        # Each window's own loss is not the loss at the end.
+        assert learned["validation_loss"] > constant["validation_loss"]

@@ -17,7 +17,9 @@ from hypergrad_rl.blpo import (
     inverse_hvp,
     outer_gradients,
     published_cross_term,
+    sketch_rows,
 )
+from hypergrad_rl.functional import AdamState, shapes_of
 from hypergrad_rl.networks import CategoricalPolicy, Params, critic_value, init_critic
 from hypergrad_rl.rollout import Batch, Rollout, make_batch
 
@@ -169,11 +171,15 @@ def test_inverse_hvp_and_response_against_the_dense_solve(
     generator = torch.Generator().manual_seed(0)
     _, v, _ = outer_gradients(POLICY, actor, critic, batch, settings)
     expected = torch.linalg.solve(dense + damping * torch.eye(len(dense)), flat(v))
-    x, residual = inverse_hvp(critic, batch, v, settings, generator)
+    samples, params = batch.targets.numel(), len(dense)
+    paper = dataclasses.replace(settings, cross_term="paper")  # which solves for x itself
+    omega = sketch_rows(paper, samples, params, generator)
+    x, residual = inverse_hvp(critic, batch, v, settings, omega)
     assert residual < 1e-8
     torch.testing.assert_close(flat(x), expected, rtol=1e-7, atol=1e-9)
     change = torch.func.jvp(lambda w: critic_value(w, batch.obs), (critic,), (x,))[1]
-    u, residual = critic_response(critic, batch, v, settings, generator)
+    omega = sketch_rows(settings, samples, params, generator)
+    u, residual = critic_response(critic, batch, v, settings, omega)
     assert residual < 1e-8
     torch.testing.assert_close(u, change, rtol=1e-7, atol=1e-9)
 
@@ -182,7 +188,7 @@ def test_identity_is_v_over_damping(problem: Problem) -> None:
     actor, critic, batch = problem
     settings = config(solver="identity", damping=2.0)
     _, v, _ = outer_gradients(POLICY, actor, critic, batch, settings)
-    x, _ = inverse_hvp(critic, batch, v, settings, torch.Generator())
+    x, _ = inverse_hvp(critic, batch, v, settings, None)
     assert torch.equal(flat(x), flat(v) / 2)
 
 
@@ -261,13 +267,8 @@ def test_one_update_is_the_algorithm(problem: Problem) -> None:
         correction_bound=0.7,
     )  # fmt: skip
     agent = BLPO(settings, POLICY, OBS, torch.Generator().manual_seed(0))
-    agent.actor, agent.critic = (shifted(p, torch.Generator(), 0.0) for p in (actor, critic))
-    agent.actor_optimizer = torch.optim.Adam(
-        agent.actor.values(), settings.learning_rate, eps=settings.adam_eps
-    )
-    agent.critic_optimizer = torch.optim.Adam(
-        agent.critic.values(), settings.critic_learning_rate, eps=settings.adam_eps
-    )
+    agent.actor_shapes, agent.critic_shapes = shapes_of(actor), shapes_of(critic)
+    agent.actor_state, agent.critic_state = AdamState.of(actor), AdamState.of(critic)
     theta, w = (shifted(p, torch.Generator(), 0.0) for p in (actor, critic))
     theta_adam = torch.optim.Adam(theta.values(), settings.learning_rate, eps=settings.adam_eps)
     w_adam = torch.optim.Adam(w.values(), settings.critic_learning_rate, eps=settings.adam_eps)

@@ -109,7 +109,9 @@ def test_terminations_are_told_from_time_limits(countdown: Callable[..., str]) -
 def test_a_nan_reward_stops_training_with_a_message(
     countdown: Callable[..., str], tmp_path: Path
 ) -> None:
-    config = PPOConfig(env=countdown(fault=3), num_envs=1, num_steps=8, num_minibatches=1)
+    config = PPOConfig(
+        env=countdown(fault=3), num_envs=1, num_steps=8, num_minibatches=1, total_steps=8
+    )
     with pytest.raises(EnvironmentFault, match="non-finite observation or reward"):
         train(config, tmp_path)
 
