@@ -68,7 +68,7 @@ class AgentConfig(ABC):
     @property
     @abstractmethod
     def gradient_steps(self) -> int:
-        """Gradients that are computed in all of the training: of the actor or the critic."""
+        """How many gradients, of the actor or the critic, the whole training computes."""
 
     def _integer(self, name: str, low: int) -> None:
         value = getattr(self, name)
@@ -122,7 +122,7 @@ class PPOConfig(AgentConfig):
 
     @property
     def gradient_steps(self) -> int:
-        """Gradients that are computed in all of the training: of the actor or the critic."""
+        """How many gradients, of the actor or the critic, the whole training computes."""
         return 2 * self.num_updates * self.epochs * self.num_minibatches
 
 
@@ -177,7 +177,7 @@ class BLPOConfig(AgentConfig):
 
     @property
     def gradient_steps(self) -> int:
-        """Gradients that are computed in all of the training: of the actor or the critic."""
+        """How many gradients, of the actor or the critic, the whole training computes."""
         minibatches = self.num_updates * self.epochs * self.num_envs // self.envs_per_minibatch
         return minibatches * (self.nested_steps + (1 if self.solver == "none" else 3))
 
