@@ -25,7 +25,7 @@ Nested PPO is c = 0 (``solver="none"``); ``solver="identity"`` is x = v / dampin
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -128,7 +128,9 @@ def inverse_hvp(
     if config.curvature == "ggn":
         curvature = hypergrad.ggn(critic_value, value_loss, critic, batch.obs, batch.targets)
     else:
-        curvature = hypergrad.hessian(inner_loss, critic, batch.obs, batch.targets)
+        # Not the mode that was fastest today: a resumed run repeats the other to the last bit.
+        mode: Literal["reverse_over_reverse"] = "reverse_over_reverse"
+        curvature = hypergrad.hessian(inner_loss, critic, batch.obs, batch.targets, mode=mode)
     return _solve(curvature, v, config, omega)
 
 

@@ -32,6 +32,7 @@ from .modes import (
     Way,
     explore,
     identity,
+    or_one_by_one,
     remembered,
 )
 from .point import Point, check_differentiable, check_loss, report_unused
@@ -230,6 +231,8 @@ class HessianOperator(LinearOperator):
         way = self._way(count)
         if self.mode != "auto":
             return self._make(way, directions, out)
+        if torch.are_deterministic_algorithms_enabled():
+            return or_one_by_one(way, self._refused, self._make, directions, out)
         choice = self._remembered().choice(count, self.device)
         return explore(choice, way, self._refused, self._make, directions, out)
 
@@ -259,7 +262,9 @@ class HessianOperator(LinearOperator):
         if self.mode == "reverse_over_reverse":
             alone = self.chunk_size is None or count == 1 or self._chunk(Way.TOGETHER, count) == 1
             return Way.ONE_BY_ONE if alone else Way.TOGETHER
-        best = self._remembered().choice(count, self.device).best
+        choice = self._remembered().choice(count, self.device)
+        # Timings choose the last digits too: not where the caller wants the same ones every time.
+        best = choice.first if torch.are_deterministic_algorithms_enabled() else choice.best
         return Way.ONE_BY_ONE if best in self._refused else best
 
     def _chunk(self, way: Way, count: int) -> int:
@@ -408,7 +413,8 @@ def hessian(
             other ways on products that are asked for anyway, in a tenth of their time at most,
             and goes on in the fastest one for all operators of the same code, shapes, dtypes and
             device.  It works for every double-differentiable model.  All ways give the same
-            products to rounding; but with ``"auto"`` the last digits may depend on timing.  See
+            products to rounding; but with ``"auto"`` the last digits may depend on timing, unless
+            ``torch.use_deterministic_algorithms(True)`` is set: then nothing is timed.  See
             :meth:`HessianOperator.chosen`.
         chunk_size: how many vectors are carried together.  ``"auto"``: as many as
             ``memory_cap`` allows.  None: one in reverse mode, all in forward mode, ``"auto"``

@@ -261,7 +261,7 @@ def explore(
     """
     device = directions[0].device
     if choice.settled:
-        return _or_one_by_one(way, refused, make, directions, out)
+        return or_one_by_one(way, refused, make, directions, out)
     count = len(directions[0])
     few = min(count, MOST_TRIED)
     other = choice.trial(few)
@@ -275,7 +275,7 @@ def explore(
         return out
     rest = [leaf[done:] for leaf in directions]
     into = None if out is None else [leaf[done:] for leaf in out]
-    products, seconds = _timed(lambda: _or_one_by_one(way, refused, make, rest, into), device)
+    products, seconds = _timed(lambda: or_one_by_one(way, refused, make, rest, into), device)
     if way not in refused:
         choice.record(way, count - done, seconds)
     return products if out is None else out
@@ -308,7 +308,7 @@ def _tried(
     return True
 
 
-def _or_one_by_one(
+def or_one_by_one(
     way: Way,
     refused: set[Way],
     make: Callable[[Way, Block, Block | None], Block],

@@ -240,3 +240,30 @@ def test_float64_identity_of_functions() -> None:
     losses = [lambda p, i=i: i * (p**2).sum() for i in range(2)]
     assert modes.identity(losses[0]) == modes.identity(losses[1])
     assert modes.identity(losses[0]) != modes.identity(lambda p: p.sum())
+
+
+def test_nothing_is_timed_where_algorithms_must_be_deterministic() -> None:
+    params = {"w": gaussian(6, 5), "b": gaussian(5)}
+    inputs = gaussian(7, 6, seed=1)
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return torch.tanh(inputs @ p["w"] + p["b"]).square().sum()
+
+    block = {"w": gaussian(10, 6, 5, seed=2), "b": gaussian(10, 5, seed=3)}
+    torch.use_deterministic_algorithms(True)
+    try:
+        operator = hypergrad.hessian(loss, params)
+        first = operator.chosen(10)
+        products = [operator.matmat(block)["w"] for _ in range(40)]
+        memory = operator._memory
+        assert memory is not None
+        assert all(not choice.trials for choice in memory.choices.values())
+        assert operator.chosen(10) == first
+        assert all(torch.equal(products[0], x) for x in products)
+        # A best way that was timed before is not taken either.
+        memory.choices[8].seconds |= {Way.ONE_BY_ONE: 1.0, Way.TOGETHER: 2.0, Way.FORWARD: 1e-3}
+        memory.choices[8].trials |= dict.fromkeys(Way, 3)
+        assert operator.chosen(10) == first
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert operator.chosen(10) != first
