@@ -94,10 +94,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_comparison(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("runs", type=Path, nargs="+", help="run directories, or directories of some")
-    sub.add_argument("--by", nargs="+", default=[], metavar="SETTING",
-                     help="settings that tell variants of an algorithm apart")  # fmt: skip
-    sub.add_argument("--mix", nargs="+", default=[], metavar="SETTING",
-                     help="settings in which the runs of one algorithm may differ")  # fmt: skip
+    sub.add_argument("--by", action="append", default=[], metavar="SETTING",
+                     help="tells variants of an algorithm apart; may be given again")  # fmt: skip
+    sub.add_argument("--mix", action="append", default=[], metavar="SETTING",
+                     help="may differ within an algorithm; may be given again")  # fmt: skip
     sub.add_argument("--steps", type=int, help="read every run only up to here")
     sub.set_defaults(threads=1)
 

@@ -248,9 +248,10 @@ def compare_runs(
     if any(1 < size < 5 for size in sizes):
         notes.append("intervals of fewer than 5 seeds are too short: 95% ones hold the truth "
                      "about 50% of the time with 2, 75% with 3, 87% with 4")  # fmt: skip
-    aggregate = None
-    if ranges:
-        aggregate = _aggregate(grouped, ranges, bootstrap)
+    improvement = _improvement(grouped, bootstrap)
+    if any(pair[name]["probability"] in (0, 1) for pair in improvement for name in FIGURES):
+        notes.append("where no run of one algorithm comes up to any of the other, the interval of "
+                     "the probability has no width, however few the runs")  # fmt: skip
     return {
         "command": command,
         "confidence": bootstrap.confidence, "resamples": bootstrap.resamples,
@@ -258,8 +259,8 @@ def compare_runs(
         "ranges": {env: list(ends) for env, ends in (ranges or {}).items()},
         "notes": notes,
         "tasks": tasks,
-        "aggregate": aggregate,
-        "improvement": _improvement(grouped, bootstrap),
+        "aggregate": _aggregate(grouped, ranges, bootstrap) if ranges else None,
+        "improvement": improvement,
     }  # fmt: skip
 
 

@@ -58,9 +58,10 @@ def _wins(x: Array, y: Array, axis: int) -> Array:
 class Bootstrap:
     """Percentile bootstrap over runs, stratified: every sample is drawn anew from its own runs.
 
-    The interval of few runs is too short. Of the interquartile mean of normal returns, one of 95%
-    held the truth in 51% of 1,000 trials with 2 runs, 74% with 3, 87% with 4, 90% with 5 and 94%
-    with 8 or 10 (BCa: the same to 3%, and undefined where all runs agree, as on a solved task).
+    Of two, three or four runs, an interval of 95% of the interquartile mean is their range, which
+    holds the median of a continuous distribution in 50%, 75% and 87.5% of all cases; of 5 normal
+    returns it held the truth in 90% of 1,000 trials, of 8 to 20 in 93 to 94%. (BCa: the same to
+    3%, and undefined where all runs agree, as they do on a solved task.)
     """
 
     confidence: float = 0.95
@@ -72,15 +73,20 @@ class Bootstrap:
     ) -> tuple[Array, Array] | None:
         """Both ends; None where a sample has fewer than two runs, which say nothing of a spread.
 
+        They are nan where a run's value is: a resample without it would pretend that all is known.
+
         Args:
             samples: runs on the last axis; the axes before it are kept (the points of a curve).
             statistic: of all samples together.
         """
         if min(sample.shape[-1] for sample in samples) < 2:
             return None
+        unknown = np.any([np.isnan(sample).any(-1) for sample in samples], axis=0)
+        known = tuple(np.where(unknown[..., None], 0.0, sample) for sample in samples)
         result: Any = scipy.stats.bootstrap(
-            tuple(samples), statistic, axis=-1, vectorized=True, paired=False, method="percentile",
+            known, statistic, axis=-1, vectorized=True, paired=False, method="percentile",
             n_resamples=self.resamples, batch=1000, confidence_level=self.confidence,
             random_state=np.random.default_rng(self.seed),
         )  # fmt: skip
-        return result.confidence_interval.low, result.confidence_interval.high
+        low, high = result.confidence_interval
+        return np.where(unknown, np.nan, low), np.where(unknown, np.nan, high)
