@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from hypergrad_rl import ConfigError, RunDirectoryError, make_config
 from hypergrad_rl.cli import _config, _parser, main
-from hypergrad_rl.comparison import compare_runs, find_runs, write_comparison
+from hypergrad_rl.comparison import compare_runs, write_comparison
 from hypergrad_rl.report import comparison_table, learning_curve, read_metrics, to_metrics
+from hypergrad_rl.runs import find_runs
 from hypergrad_rl.statistics import Bootstrap, interquartile_mean, probability_of_improvement
 
 FAST = Bootstrap(resamples=499)
