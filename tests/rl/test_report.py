@@ -271,6 +271,29 @@ def test_tasks_are_never_averaged_raw(tmp_path: Path) -> None:
         assert [row["env"] for row in csv.DictReader(file)][-4:] == ["all tasks"] * 4
 
 
+def test_compare_trains_every_task_and_reports_them_in_the_order_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finish(runs: dict[Path, Any], jobs: int, threads: int, tensorboard: bool) -> None:
+        assert (jobs, threads, tensorboard) == (3, 1, False)
+        for path, config in runs.items():
+            settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+            write_run(path, config.algo, settings.pop("seed"), 5.0, **settings)
+
+    monkeypatch.setattr("hypergrad_rl.cli.train_all", finish)
+    command = ["compare", "--algos", "ppo", "blpo", "--env", "CartPole-v1", "Acrobot-v1", "--seeds",
+               "0", "1", "--jobs", "3", "--total-steps", "10240", "--no-tensorboard"]  # fmt: skip
+    assert main([*command, "--run-dir", str(tmp_path)]) == 0
+    assert "all tasks: ppo over blpo" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {env: list(task["algorithms"]) for env, task in results["tasks"].items()} == {
+        "CartPole-v1": ["ppo", "blpo"], "Acrobot-v1": ["ppo", "blpo"],
+    }  # fmt: skip
+    assert (tmp_path / "Acrobot-v1" / "blpo-1" / "config.json").exists()
+    assert main([*command, "--run-dir", str(tmp_path)]) == 2
+    assert f"or `report {tmp_path}`" in capsys.readouterr().err
+
+
 def test_variants_of_an_algorithm_are_told_apart_by_a_setting(tmp_path: Path) -> None:
     write_runs(tmp_path, "ppo", [1, 2])
     write_runs(tmp_path, "blpo", [3, 4], "cg-", solver="cg")
