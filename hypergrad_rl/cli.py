@@ -1,10 +1,12 @@
-"""The command line: train, resume, evaluate, compare."""
+"""The command line: train, resume, evaluate, compare, report, plot."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import multiprocessing
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +21,9 @@ from tqdm import tqdm
 from hypergrad_rl.config import ALGOS, BLPOConfig, PPOConfig
 from hypergrad_rl.errors import HypergradRLError
 from hypergrad_rl.presets import preset
-from hypergrad_rl.trainer import METRICS, Config, evaluate, load_config, train
+from hypergrad_rl.trainer import CONFIG, METRICS, Config, evaluate, load_config, train
 
+_OUTPUT = "RUNS where it is one directory of runs, runs/report otherwise"
 _OWN_FLAGS = ("env", "seed", "total_steps")  # the rest of the hyper-parameters is generated
 
 
@@ -30,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
+        words = sys.argv[1:] if argv is None else argv
+        args.command_line = shlex.join(["python", "-m", "hypergrad_rl", *words])
         args.command(args)
     except HypergradRLError as error:
         print(f"hypergrad_rl: {error}", file=sys.stderr)
@@ -41,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hypergrad_rl", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{train,resume,evaluate,compare}")
+    names = "{train,resume,evaluate,compare,report,plot}"
+    commands = parser.add_subparsers(required=True, metavar=names)
 
     sub = commands.add_parser("train", help="train one agent")
     sub.add_argument("--algo", choices=ALGOS, default="blpo")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--run-dir", type=Path, help="default: runs/ENV-ALGO-SEED")
+    sub.add_argument("--env", default="CartPole-v1", help="a Gymnasium id")
     _add_common(sub)
     sub.set_defaults(command=_train)
 
@@ -68,13 +75,37 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     sub.add_argument("--run-dir", type=Path, default=Path("runs/compare"))
     sub.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    sub.add_argument("--env", nargs="+", default=["CartPole-v1"], help="Gymnasium ids")
     _add_common(sub)
     sub.set_defaults(command=_compare)
+
+    sub = commands.add_parser("report", help="compare finished runs, from their directories")
+    sub.add_argument("--output", type=Path, help=f"a directory; default: {_OUTPUT}")
+    _add_comparison(sub)
+    sub.add_argument("--range", nargs=3, metavar=("ENV", "LOW", "HIGH"), action="append",
+                     default=[], help="returns that count as 0 and 1 in figures over all tasks; "
+                     "once for each task")  # fmt: skip
+    sub.set_defaults(command=_report)
+
+    sub = commands.add_parser("plot", help="draw learning curves anew, from run directories")
+    default = f"learning_curve.png in a run, otherwise comparison.png in {_OUTPUT}"
+    sub.add_argument("--output", type=Path, help=f"a .png, .pdf or .svg; default: {default}")
+    _add_comparison(sub)
+    sub.set_defaults(command=_plot)
     return parser
 
 
+def _add_comparison(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("runs", type=Path, nargs="+", help="run directories, or directories of some")
+    sub.add_argument("--by", action="append", default=[], metavar="SETTING",
+                     help="tells variants of an algorithm apart; may be given again")  # fmt: skip
+    sub.add_argument("--mix", action="append", default=[], metavar="SETTING",
+                     help="may differ within an algorithm; may be given again")  # fmt: skip
+    sub.add_argument("--steps", type=int, help="read every run only up to here")
+    sub.set_defaults(threads=1)
+
+
 def _add_common(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--env", default="CartPole-v1", help="a Gymnasium id")
     sub.add_argument(
         "--total-steps", type=int, default=argparse.SUPPRESS, help="default: the task's preset"
     )
@@ -115,7 +146,7 @@ def _add_run_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
 
 
-def _config(args: argparse.Namespace, algo: str, seed: int) -> Config:
+def _config(args: argparse.Namespace, env: str, algo: str, seed: int) -> Config:
     """The preset with the flags given; of several algorithms, a flag goes to those that have it."""
     fields = {f.name for kind in (PPOConfig, BLPOConfig) for f in dataclasses.fields(kind)}
     given = {n: value for n, value in vars(args).items() if n in fields - {"env", "seed"}}
@@ -124,11 +155,11 @@ def _config(args: argparse.Namespace, algo: str, seed: int) -> Config:
         given = {n: v for n, v in given.items() if n in kind.__dataclass_fields__}
         if algo == "nested":
             given.pop("solver", None)
-    return preset(algo, args.env, seed=seed, **given)
+    return preset(algo, env, seed=seed, **given)
 
 
 def _train(args: argparse.Namespace) -> None:
-    config = _config(args, args.algo, args.seed)
+    config = _config(args, args.env, args.algo, args.seed)
     run_dir = args.run_dir or Path("runs") / f"{args.env.replace('/', '-')}-{args.algo}-{args.seed}"
     train(config, run_dir, progress=True, tensorboard=args.tensorboard, threads=args.threads)
     _print_summary(run_dir)
@@ -164,29 +195,63 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from hypergrad_rl.report import comparison_table, plot_comparison, read_metrics
-
-    runs = {
-        args.run_dir / f"{algo}-{seed}": _config(args, algo, seed)
-        for algo in args.algos
-        for seed in args.seeds
-    }
+    runs = {}
+    for env in args.env:
+        parent = args.run_dir / env.replace("/", "-") if len(args.env) > 1 else args.run_dir
+        for algo, seed in itertools.product(args.algos, args.seeds):
+            runs[parent / f"{algo}-{seed}"] = _config(args, env, algo, seed)
     for run_dir in runs:
         if (run_dir / METRICS).exists():
             raise HypergradRLError(
-                f"{run_dir} already holds a run, which is left as it is; choose another --run-dir"
+                f"{run_dir} already holds a run, which is left as it is; choose another --run-dir, "
+                f"or `report {args.run_dir}`"
             )
     train_all(runs, args.jobs, args.threads, args.tensorboard)
-    by_algo = {
-        algo: [read_metrics(args.run_dir / f"{algo}-{seed}") for seed in args.seeds]
-        for algo in args.algos
-    }
-    table = comparison_table(by_algo)
-    picture = args.run_dir / "comparison.png"
-    plot_comparison(by_algo, picture, args.env)
-    (args.run_dir / "comparison.txt").write_text(table + "\n")
-    print(table)
-    print(f"learning curves: {picture}")
+    _write_report(list(runs), args.run_dir, args.command_line)
+
+
+def _report(args: argparse.Namespace) -> None:
+    try:
+        ranges = {env: (float(low), float(high)) for env, low, high in args.range}
+    except ValueError as error:
+        raise HypergradRLError(f"--range: expected ENV LOW HIGH, {error}") from error
+    _write_report(args.runs, args.output or _output(args.runs), args.command_line, by=args.by,
+                  mix=args.mix, steps=args.steps, ranges=ranges)  # fmt: skip
+
+
+def _output(runs: Sequence[Path]) -> Path:
+    alone = len(runs) == 1 and not (runs[0] / CONFIG).exists()
+    return runs[0] if alone else Path("runs/report")
+
+
+def _write_report(runs: Sequence[Path], output: Path, command: str, **options: Any) -> None:
+    from hypergrad_rl.comparison import compare_runs, write_comparison  # SciPy and Matplotlib
+
+    print(write_comparison(compare_runs(runs, command=command, **options), output))
+    print(f"\ncurves and intervals: {output / 'comparison.png'}; figures, and the command of every "
+          f"run: {output / 'results.json'}, results.csv, runs.csv")  # fmt: skip
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from hypergrad_rl.comparison import compare_runs
+    from hypergrad_rl.report import plot_comparison, plot_run
+
+    one = len(args.runs) == 1 and (args.runs[0] / CONFIG).exists()
+    default = args.runs[0] / "learning_curve.png" if one else _output(args.runs) / "comparison.png"
+    output = args.output or default
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if one:
+            plot_run(args.runs[0], output)
+        else:
+            results = compare_runs(args.runs, by=args.by, mix=args.mix, steps=args.steps)
+            plot_comparison(results, output)
+            print(*(f"note: {note}\n" for note in results["notes"]), sep="", end="")
+    except HypergradRLError:
+        raise
+    except (OSError, ValueError) as error:  # the latter: a format that Matplotlib does not write
+        raise HypergradRLError(f"cannot draw {output}: {error}") from error
+    print(output)
 
 
 def train_all(runs: dict[Path, Config], jobs: int, threads: int, tensorboard: bool) -> None:

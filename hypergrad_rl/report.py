@@ -1,4 +1,4 @@
-"""What runs say: summary figures, learning curves, the comparison of several runs.
+"""What runs say: summary figures, learning curves, and the files of a comparison.
 
 Two figures are read from metrics.csv, always in the same way:
 
@@ -7,7 +7,8 @@ Two figures are read from metrics.csv, always in the same way:
 - the area under the curve: the mean over updates of the latest episode_return (an update in which
   no episode ended repeats the one before), so a step of training counts the same whenever it is.
 
-Both are training returns of the stochastic policy; ``evaluate`` measures the greedy one.
+Both are training returns of the stochastic policy; ``evaluate`` measures the greedy one. What a
+comparison of runs holds is made in ``comparison``; here it is drawn and written.
 """
 
 from __future__ import annotations
@@ -19,28 +20,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hypergrad_rl.errors import RunDirectoryError
 
 Metrics = dict[str, NDArray[np.float64]]
+FIGURES = {"final_return": "return, last tenth", "area": "area under curve"}
+ALL_TASKS = "all tasks"
 
 
 def read_metrics(run_dir: str | Path) -> Metrics:
     """metrics.csv as columns; an empty cell (no episode ended) is nan.
 
+    A last line without an end, which a run that is being written or was killed may have, is no row.
+
     Raises:
-        RunDirectoryError: no metrics there.
+        RunDirectoryError: no metrics there, or none that can be read.
     """
     path = Path(run_dir) / "metrics.csv"
     if not path.is_file():
         raise RunDirectoryError(f"{run_dir} holds no run: {path} is missing")
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
     if not rows:
         raise RunDirectoryError(f"{path} has no rows yet; let the run do one update")
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    try:
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    except (ValueError, TypeError) as error:
+        raise RunDirectoryError(f"{path} is damaged: {error}") from error
 
 
 def to_metrics(rows: Sequence[Mapping[str, float]]) -> Metrics:
@@ -73,15 +82,24 @@ def summarize(metrics: Metrics) -> Summary:
     )
 
 
-def learning_curve(metrics: Metrics, points: int = 100) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Steps and mean return of the episodes that ended in each of ``points`` equal intervals."""
-    steps, episodes = metrics["env_steps"], metrics["episodes"]
-    edges = np.linspace(0, steps[-1], min(points, len(steps)) + 1)
-    bins = np.searchsorted(edges, steps, side="left") - 1
-    totals = np.bincount(bins, np.nan_to_num(metrics["episode_return"]) * episodes, len(edges) - 1)
-    counts = np.bincount(bins, episodes, len(edges) - 1)
+def learning_curve(
+    metrics: Metrics, points: int = 100, horizon: float | None = None
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Steps and mean return of the episodes that ended in each of ``points`` equal intervals.
+
+    The intervals end at ``horizon`` (default: the last step), are no more than there are updates,
+    and repeat the one before where no episode ended.
+    """
+    horizon = metrics["env_steps"][-1] if horizon is None else horizon
+    within = metrics["env_steps"] <= horizon
+    steps, episodes = metrics["env_steps"][within], metrics["episodes"][within]
+    points = min(points, len(steps))
+    bins = np.ceil(steps * points / horizon).astype(int) - 1
+    returns = np.nan_to_num(metrics["episode_return"][within])
+    totals = np.bincount(bins, returns * episodes, points)
+    counts = np.bincount(bins, episodes, points)
     means = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
-    return edges[1:], _forward_fill(means)
+    return horizon / points * np.arange(1, points + 1), _forward_fill(means)
 
 
 def _forward_fill(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -89,65 +107,115 @@ def _forward_fill(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(index >= 0, values[index], np.nan)
 
 
-def plot_run(run_dir: str | Path) -> Path:
-    """Write learning_curve.png of one run; its path."""
+def plot_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
+    """Write the learning curve of one run (default: its learning_curve.png); its path."""
     metrics = read_metrics(run_dir)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="environment steps", ylabel="episode return")
     axes.plot(metrics["env_steps"], metrics["episode_return"], ".", ms=2, alpha=0.4)
     axes.plot(*learning_curve(metrics, 50))
-    path = Path(run_dir) / "learning_curve.png"
+    path = Path(run_dir) / "learning_curve.png" if path is None else Path(path)
     figure.savefig(path, dpi=120)
     return path
 
 
-def plot_comparison(runs: Mapping[str, Sequence[Metrics]], path: str | Path, title: str) -> None:
-    """Learning curves of several algorithms: the mean over seeds.
+def plot_comparison(results: Mapping[str, Any], path: str | Path) -> None:
+    """A row of panels per task: sample-efficiency curves with their band, and both figures.
 
-    The band is +- one standard error; a single seed has none.
+    A panel of a figure shows every run as a dot, and the interquartile mean with its interval.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="environment steps", ylabel="episode return", title=title)
-    for name, seeds in runs.items():
-        curves = [learning_curve(metrics) for metrics in seeds]
-        length = min(len(steps) for steps, _ in curves)
-        steps, values = curves[0][0][:length], np.stack([c[1][:length] for c in curves])
-        mean = values.mean(0)
-        (line,) = axes.plot(steps, mean, label=f"{name} ({len(seeds)} seeds)")
-        if len(seeds) > 1:
-            error = values.std(0, ddof=1) / np.sqrt(len(seeds))
-            axes.fill_between(
-                steps, mean - error, mean + error, color=line.get_color(), alpha=0.2, lw=0
-            )
-    axes.legend()
+    tasks = results["tasks"]
+    height = 1.2 + 2.6 * len(tasks)
+    figure = Figure(figsize=(11, max(3.8, height)), layout="constrained")
+    panels = figure.subplots(len(tasks), 3, squeeze=False, width_ratios=[2, 1, 1])
+    labels = list(dict.fromkeys(label for task in tasks.values() for label in task["algorithms"]))
+    colours = {label: f"C{i % 10}" for i, label in enumerate(labels)}
+    for (env, task), row in zip(tasks.items(), panels, strict=True):
+        _draw_curves(row[0], task["algorithms"], colours)
+        row[0].set(xlabel="environment steps", ylabel="episode return", title=env)
+        for axes, (name, title) in zip(row[1:], FIGURES.items(), strict=True):
+            _draw_intervals(axes, task["algorithms"], name, colours)
+            axes.set_title(title)
+    band = f"interquartile mean over seeds, {results['confidence']:.0%} bootstrap interval"
+    figure.suptitle(band, fontsize="medium")
     figure.savefig(path, dpi=120)
 
 
-def comparison_table(runs: Mapping[str, Sequence[Metrics]]) -> str:
-    """One line per algorithm: mean +- standard deviation over seeds of each summary figure."""
-    header = ("algorithm", "seeds", "return, last tenth", "area under curve", "steps/s")
-    lines = [header]
-    for name, seeds in runs.items():
-        summaries = [summarize(metrics) for metrics in seeds]
-        lines.append(
-            (
-                name,
-                str(len(seeds)),
-                _spread([s.final_return for s in summaries], 1),
-                _spread([s.area for s in summaries], 1),
-                _spread([s.steps_per_second for s in summaries], 0),
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+def _draw_curves(axes: Axes, algorithms: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+    for label, entry in algorithms.items():
+        curve, seeds = entry["curve"], len(entry["runs"])
+        steps, iqm = curve["env_steps"], np.array(curve["iqm"], float)  # None, unknown, is nan
+        seeds_text = f"{seeds} seed" + "s" * (seeds > 1)
+        axes.plot(steps, iqm, color=colours[label], label=f"{label} ({seeds_text})")
+        if curve["low"] is not None:
+            low, high = np.array(curve["low"], float), np.array(curve["high"], float)
+            axes.fill_between(steps, low, high, color=colours[label], alpha=0.2, lw=0)
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.2)
+
+
+def _draw_intervals(
+    axes: Axes, algorithms: Mapping[str, Any], name: str, colours: Mapping[str, str]
+) -> None:
+    for place, (label, entry) in enumerate(algorithms.items()):
+        figure, values = entry[name], np.array([run[name] for run in entry["runs"]], float)
+        axes.plot(values, [place - 0.22] * len(values), "o", ms=3, alpha=0.5, color=colours[label])
+        if figure["low"] is not None:
+            axes.plot([figure["low"], figure["high"]], [place] * 2, lw=6, alpha=0.4,
+                      color=colours[label], solid_capstyle="butt")  # fmt: skip
+        if figure["iqm"] is not None:
+            axes.plot(figure["iqm"], place, "|", ms=14, mew=2, color=colours[label])
+    axes.set_yticks(range(len(algorithms)), list(algorithms), fontsize="small")
+    axes.set_ylim(len(algorithms) - 0.5, -0.5)  # in the order of the table
+    axes.grid(alpha=0.2, axis="x")
+
+
+def comparison_table(results: Mapping[str, Any]) -> str:
+    """The comparison as text: a table per task, the probabilities of improvement, the notes."""
+    percent = f"{results['confidence']:.0%}"
+    parts = [f"interquartile mean over seeds [{percent} bootstrap interval]"]
+    for env, task in results["tasks"].items():
+        header = (env, "seeds", *FIGURES.values(), "steps/s")
+        rows = [
+            (label, str(len(entry["runs"])), *(_estimate(entry[name], 1) for name in FIGURES),
+             f"{entry['steps_per_second']:.0f}")
+            for label, entry in task["algorithms"].items()
+        ]  # fmt: skip
+        parts.append(f"{_aligned([header, *rows])}\nat {task['env_steps']:,} steps")
+    if results["aggregate"] is not None:
+        header = (f"{ALL_TASKS}, normalised", *FIGURES.values())
+        parts.append(_aligned([
+            header,
+            *((label, *(_estimate(entry[name], 3) for name in FIGURES))
+              for label, entry in results["aggregate"].items()),
+        ]))  # fmt: skip
+    if results["improvement"]:
+        header = ("probability that a run of the first beats one of the second", *FIGURES.values())
+        rows = [
+            (f"{pair['env']}: {pair['x']} over {pair['y']}",
+             *(_estimate(pair[name], 2, "probability") for name in FIGURES))
+            for pair in results["improvement"]
+        ]  # fmt: skip
+        parts.append(_aligned([header, *rows]))
+    if results["notes"]:
+        parts.append("\n".join(f"note: {note}" for note in results["notes"]))
+    return "\n\n".join(parts)
+
+
+def _estimate(estimate: Mapping[str, float | None], digits: int, key: str = "iqm") -> str:
+    value, low, high = estimate[key], estimate["low"], estimate["high"]
+    if value is None:
+        return "unknown"
+    if low is None or high is None:
+        return f"{value:.{digits}f} (no interval)"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(_row(line, widths) for line in lines)
 
 
 def _row(cells: Iterable[str], widths: Sequence[int]) -> str:
     first, *rest = zip(cells, widths, strict=True)
     return "  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)])
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} +- {np.std(values, ddof=1):.{digits}f}"

@@ -1,0 +1,176 @@
+"""Finished runs: found below directories, read, and put together by task and algorithm.
+
+Runs of one algorithm on one task are samples of the same thing only if their settings are the same
+but for the seed; what differs is either named, and then sets variants apart, or refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypergrad_rl.config import BLPOConfig, PPOConfig
+from hypergrad_rl.errors import ConfigError, RunDirectoryError
+from hypergrad_rl.report import Metrics, read_metrics, summarize
+
+_MISSING = "(not recorded)"
+_FIELD_TYPES = {f.name: str(f.type) for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its directory, the settings in its config.json, its metrics and figures."""
+
+    path: Path
+    settings: dict[str, Any]
+    metrics: Metrics
+    final_return: float
+    area: float
+    steps_per_second: float
+
+    @property
+    def command(self) -> str:
+        """The command that makes this run again, every setting given whatever the presets say."""
+        words = ["python", "-m", "hypergrad_rl", "train"]
+        for name, value in self.settings.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool) and _FIELD_TYPES.get(name, "bool") == "bool":
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, list):
+                words += [f"--{flag}", *map(str, value)]
+            else:
+                plain = value is None or isinstance(value, bool)
+                words += [f"--{flag}", str(value).lower() if plain else str(value)]
+        return shlex.join([*words, "--run-dir", str(self.path)])
+
+
+Tasks = dict[str, dict[str, list[Run]]]  # of each environment, the runs of each algorithm
+
+
+def find_runs(paths: Sequence[str | Path], steps: int | None = None) -> tuple[list[Run], list[str]]:
+    """The finished runs in ``paths``, and a sentence for each unfinished one that is left out.
+
+    Args:
+        paths: run directories, and directories that hold some at any depth.
+        steps: read every run only up to here; then a run counts as finished that came so far.
+
+    Raises:
+        RunDirectoryError: a path without a finished run, or a run that cannot be read.
+    """
+    runs: dict[Path, Run] = {}
+    left_out = []
+    for path in map(Path, paths):
+        found = sorted(file.parent for file in path.rglob("config.json"))
+        if not found:
+            raise RunDirectoryError(
+                f"{path} holds no run: there is no config.json in it or below; give the "
+                "directories that `train` or `compare` wrote"
+            )
+        read = {directory.resolve(): _read_run(directory, steps) for directory in found}
+        unfinished = [run for run in read.values() if isinstance(run, str)]
+        if len(unfinished) == len(read):
+            raise RunDirectoryError(
+                f"{path} holds no finished run: {'; '.join(unfinished)}; `resume` continues a "
+                "run, --steps compares at fewer steps"
+            )
+        runs |= {directory: run for directory, run in read.items() if isinstance(run, Run)}
+        left_out += unfinished
+    return list(runs.values()), list(dict.fromkeys(left_out))
+
+
+def _read_run(directory: Path, steps: int | None) -> Run | str:
+    """The run, or what is missing of it."""
+    try:
+        settings = json.loads((directory / "config.json").read_text())
+        needed = settings["total_steps"] if steps is None else steps
+        for name in ("algo", "env", "seed"):
+            settings[name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{directory / 'config.json'} is damaged or no run's: expected the settings of a run "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if not (directory / "metrics.csv").is_file():
+        return f"{directory} has made no step of {needed:,}"
+    metrics = read_metrics(directory)
+    unknown = {"env_steps", "seconds", "episodes", "episode_return"} - set(metrics)
+    if unknown:
+        raise RunDirectoryError(f"{directory / 'metrics.csv'} lacks {', '.join(sorted(unknown))}")
+    done = int(metrics["env_steps"][-1])
+    if done < needed:
+        return f"{directory} has made {done:,} of {needed:,} steps"
+    if steps is not None:
+        kept = metrics["env_steps"] <= steps
+        if not kept.any():
+            raise RunDirectoryError(
+                f"{directory}: the first row is at {metrics['env_steps'][0]:,.0f} steps, beyond "
+                f"--steps {steps}; give more"
+            )
+        metrics = {name: column[kept] for name, column in metrics.items()}
+    return Run(directory, settings, metrics, **dataclasses.asdict(summarize(metrics)))
+
+
+def group_runs(runs: Sequence[Run], by: Sequence[str] = (), mix: Sequence[str] = ()) -> Tasks:
+    """Runs by environment and algorithm.
+
+    Args:
+        runs: in the order in which algorithms are to be reported.
+        by: settings whose values set variants of an algorithm apart, and name them.
+        mix: settings that may differ between the runs of one algorithm.
+
+    Raises:
+        ConfigError: runs of an algorithm differ in a setting that neither ``by`` nor ``mix`` has,
+            two of them have the same seed, or no run has a setting that was named.
+    """
+    known = set().union(*(run.settings for run in runs))
+    for name in (*by, *mix):
+        if name not in known:
+            raise ConfigError(
+                f"{name}: no run has this setting; they have {', '.join(sorted(known))}"
+            )
+    tasks: Tasks = {}
+    for run in runs:
+        tasks.setdefault(run.settings["env"], {}).setdefault(run.settings["algo"], []).append(run)
+    grouped: Tasks = {}
+    for env, algorithms in tasks.items():
+        labelled = grouped.setdefault(env, {})
+        for algo, members in algorithms.items():
+            # A variant has one name on all tasks, of the settings that vary on some task.
+            peers = [others[algo] for others in tasks.values() if algo in others]
+            names = [n for n in by if any(len(set(_values(runs, n))) > 1 for runs in peers)]
+            for run in members:
+                settings = [f"{n}={run.settings.get(n, _MISSING)}" for n in names]
+                labelled.setdefault(" ".join([algo, *settings]), []).append(run)
+        for label, members in labelled.items():
+            _check_alike(label, env, members, {*by, *mix})
+    return grouped
+
+
+def _values(runs: Iterable[Run], name: str) -> list[str]:
+    return [json.dumps(run.settings.get(name, _MISSING)) for run in runs]
+
+
+def _check_alike(label: str, env: str, runs: Sequence[Run], named: set[str]) -> None:
+    for name in dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs)):
+        values = _values(runs, name)
+        different = next((i for i, value in enumerate(values) if value != values[0]), None)
+        if different is not None and name not in {"seed", *named}:
+            raise ConfigError(
+                f"runs of {label} on {env} differ in {name}: {values[0]} in {runs[0].path}, "
+                f"{values[different]} in {runs[different].path}; report them apart with "
+                f"--by {name}, take them for the same with --mix {name}, or leave some out"
+            )
+    seeds: dict[str, Run] = {}
+    for run, seed in zip(runs, _values(runs, "seed"), strict=True):
+        if seed in seeds:
+            raise ConfigError(
+                f"{seeds[seed].path} and {run.path} are both {label} on {env} with seed {seed}: "
+                "the same run twice would make the interval too short; leave one out"
+            )
+        seeds[seed] = run
