@@ -20,8 +20,8 @@ from .krylov import (
     indefinite_preconditioner,
     over,
     preconditioning,
-    safe_norms,
 )
+from .traced import safe_norms
 
 #: Rows whose norm is this small, or above its inverse, are summed with care: squares that count
 #: could have left the range of the dtype.

@@ -23,7 +23,7 @@ from .base import (
     is_tolerance,
 )
 from .memory import free_bytes
-from .traced import begin_traced, norms_traced, residual_traced
+from .traced import begin_traced, residual_traced, safe_norms
 
 Fallback = Literal["eigh", "ldl"]
 
@@ -135,7 +135,7 @@ class Exact(Solver):
         matrix = 0.5 * (matrix + matrix.T) + damping * eye
         start, target = begin_traced(system, x0, damping)
         x = start + torch.linalg.solve_ex(matrix, target.T)[0].T
-        return x, norms_traced(residual_traced(system, x, damping))
+        return x, safe_norms(residual_traced(system, x, damping))
 
     def _check_memory(self, system: DampedSystem) -> None:
         n = system.operator.layout.dim

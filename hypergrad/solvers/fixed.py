@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import SolverOptionError
 from ..pytree import row_norms
 from .base import DampedSystem, Outcome, Status
-from .krylov import indefinite_preconditioner, safe_norms, where_rows
+from .krylov import indefinite_preconditioner, where_rows
+from .traced import residual_traced, safe_norms
 
 
 @dataclass
@@ -174,6 +175,4 @@ class FixedWork:
 
 
 def _residual(system: DampedSystem, x: Tensor, damping: float, traced: bool) -> Tensor:
-    if traced:  # system.returned() looks at values, to refuse an answer that overflows
-        return system.b - system.apply(system.rounded(x), damping)
-    return system.residual(x, damping)
+    return residual_traced(system, x, damping) if traced else system.residual(x, damping)

@@ -14,7 +14,7 @@ from ..pytree import powers_of_two, row_norms
 from ..spectrum import damping_from_extremes
 from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count, is_tolerance
 from .memory import free_bytes
-from .traced import begin_traced, norms_traced, residual_traced
+from .traced import begin_traced, residual_traced, safe_norms
 
 #: Numbers of the factor that are widened at a time.
 _WIDENED = 2**22
@@ -108,7 +108,7 @@ class Gram(Solver):
         factored = _Factored.of(root, system.b)
         start, target = begin_traced(system, x0, damping)
         x = start + factored.solve(target, _total(damping, root.shift), traced=True)
-        return x, norms_traced(residual_traced(system, x, damping))
+        return x, safe_norms(residual_traced(system, x, damping))
 
     def _factored(self, system: DampedSystem) -> _Factored:
         root = root_of(system.operator, asked_by="Gram")

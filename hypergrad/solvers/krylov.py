@@ -36,7 +36,7 @@ _SKEW_NOISE = 10.0
 
 #: A symmetric positive definite approximation of (A + damping I)^-1, on rows of shape (m, n).
 Precondition = Callable[[Tensor], Tensor]
-#: Norms of the rows of (m, n), safe from over- and underflow: :func:`safe_norms` or ``row_norms``.
+#: Norms of the rows of (m, n), safe from over- and underflow: ``safe_norms`` or ``row_norms``.
 Norms = Callable[[Tensor], Tensor]
 
 
@@ -57,14 +57,6 @@ def check_krylov_options(rtol: Any, atol: Any, max_iters: Any) -> None:
 def where_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """Rows of ``yes`` where the mask of shape (m,) is set, rows of ``no`` elsewhere."""
     return torch.where(mask[:, None], yes, no)
-
-
-def safe_norms(block: Tensor) -> Tensor:
-    """:func:`hypergrad.pytree.row_norms` without a branch on values, at two passes more."""
-    largest = block.abs().amax(dim=1)
-    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-    norms: Tensor = torch.linalg.vector_norm(block / scale[:, None], dim=1)
-    return scale * norms
 
 
 def over(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .base import (
     is_tolerance,
 )
 from .lissa import run_lissa
-from .traced import begin_traced, norms_traced, residual_traced
+from .traced import begin_traced, residual_traced, safe_norms
 
 Acceleration = Literal["none", "chebyshev"]
 
@@ -146,7 +146,7 @@ class Neumann(Solver):
             )
             weight = following
         x = x + direction
-        return x, norms_traced(residual_traced(system, x, damping))
+        return x, safe_norms(residual_traced(system, x, damping))
 
     def _centre(self, lower: float, upper: float) -> tuple[float, float]:
         """1/c and q of :class:`_Series` for a spectrum in [lower, upper]."""

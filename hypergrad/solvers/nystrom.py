@@ -26,7 +26,7 @@ from .complement import ComplementKind
 from .embedding import SketchKind
 from .sketch import NegativeCurvature, NystromSketch, bare_system, positive_damping
 from .sketching import make_sketch
-from .traced import begin_traced, norms_traced, residual_traced
+from .traced import begin_traced, residual_traced, safe_norms
 from .two_block import two_block_sketch
 
 #: Named once: torch.compile cannot trace the call.
@@ -294,7 +294,7 @@ class Nystrom(Solver):
         sketch = two_block_sketch(system, self.test_matrix, self.negative_curvature, traced=True)
         start, residual = begin_traced(system, x0, damping)
         x = start + sketch.solve_block(residual, damping)
-        return x, norms_traced(residual_traced(system, x, damping))
+        return x, safe_norms(residual_traced(system, x, damping))
 
     def _statuses(
         self, sketch: NystromSketch, system: DampedSystem, x: Tensor, residual: Tensor, rho: float
