@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from hypergrad_rl.config import ALGOS, BLPOConfig, PPOConfig
-from hypergrad_rl.errors import HypergradRLError
+from hypergrad_rl.errors import ConfigError, HypergradRLError
 from hypergrad_rl.presets import preset
 from hypergrad_rl.trainer import METRICS, Config, evaluate, load_config, train
 
@@ -166,6 +166,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from hypergrad_rl.report import comparison_table, plot_comparison, read_metrics
 
+    for flag, values in (("--algos", args.algos), ("--seeds", args.seeds)):
+        # A run that counts twice would make the spread over seeds too small.
+        if len(set(values)) < len(values):
+            given = " ".join(map(str, values))
+            raise ConfigError(f"{flag} {given}: expected each of them once")
     runs = {
         args.run_dir / f"{algo}-{seed}": _config(args, algo, seed)
         for algo in args.algos

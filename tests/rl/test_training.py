@@ -353,6 +353,15 @@ def test_compare_reports_every_algorithm(
     assert "already holds a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("twice", [("--seeds", "3", "3"), ("--algos", "ppo", "ppo")])
+def test_compare_refuses_to_count_a_run_twice(
+    twice: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *twice, "--run-dir", str(tmp_path / "new")]) == 2
+    assert " ".join(twice) in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_train_evaluate_and_resume_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
