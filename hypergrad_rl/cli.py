@@ -57,17 +57,17 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("evaluate", help="play episodes with a trained policy")
     sub.add_argument("run_dir", type=Path)
-    sub.add_argument("--episodes", type=int, default=20)
-    sub.add_argument("--seed", type=int, default=1_000_000)
+    sub.add_argument("--episodes", type=_count, default=20)
+    sub.add_argument("--seed", type=_seed, default=1_000_000)
     sub.add_argument("--stochastic", action="store_true", help="sample actions, as in training")
-    sub.add_argument("--threads", type=int, default=1)
+    sub.add_argument("--threads", type=_count, default=1)
     sub.set_defaults(command=_evaluate)
 
     sub = commands.add_parser("compare", help="train several algorithms and seeds, and report")
     sub.add_argument("--algos", choices=ALGOS, nargs="+", default=list(ALGOS))
     sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     sub.add_argument("--run-dir", type=Path, default=Path("runs/compare"))
-    sub.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    sub.add_argument("--jobs", type=_count, default=2, help="runs at a time, one thread each")
     _add_common(sub)
     sub.set_defaults(command=_compare)
     return parser
@@ -101,6 +101,24 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
                 group.add_argument(flag, type=parsers.get(kind, str))
 
 
+def _count(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _seed(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= {least}")
+    return value
+
+
 def _float_or_none(text: str) -> float | None:
     return None if text == "none" else float(text)
 
@@ -111,7 +129,9 @@ def _true_false_auto(text: str) -> bool | str:
 
 
 def _add_run_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--threads", type=int, default=1, help="threads of PyTorch; 1 is fastest here")
+    sub.add_argument(
+        "--threads", type=_count, default=1, help="threads of PyTorch; 1 is fastest here"
+    )
     sub.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
 
 
