@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from hypergrad_rl.config import ALGOS, BLPOConfig, PPOConfig
-from hypergrad_rl.errors import HypergradRLError
+from hypergrad_rl.errors import ConfigError, HypergradRLError
 from hypergrad_rl.presets import preset
 from hypergrad_rl.trainer import CONFIG, METRICS, Config, evaluate, load_config, train
 
@@ -64,17 +64,17 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("evaluate", help="play episodes with a trained policy")
     sub.add_argument("run_dir", type=Path)
-    sub.add_argument("--episodes", type=int, default=20)
-    sub.add_argument("--seed", type=int, default=1_000_000)
+    sub.add_argument("--episodes", type=_count, default=20)
+    sub.add_argument("--seed", type=_seed, default=1_000_000)
     sub.add_argument("--stochastic", action="store_true", help="sample actions, as in training")
-    sub.add_argument("--threads", type=int, default=1)
+    sub.add_argument("--threads", type=_count, default=1)
     sub.set_defaults(command=_evaluate)
 
     sub = commands.add_parser("compare", help="train several algorithms and seeds, and report")
     sub.add_argument("--algos", choices=ALGOS, nargs="+", default=list(ALGOS))
     sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     sub.add_argument("--run-dir", type=Path, default=Path("runs/compare"))
-    sub.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    sub.add_argument("--jobs", type=_count, default=2, help="runs at a time, one thread each")
     sub.add_argument("--env", nargs="+", default=["CartPole-v1"], help="Gymnasium ids")
     _add_common(sub)
     sub.set_defaults(command=_compare)
@@ -132,6 +132,24 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
                 group.add_argument(flag, type=parsers.get(kind, str))
 
 
+def _count(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _seed(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= {least}")
+    return value
+
+
 def _float_or_none(text: str) -> float | None:
     return None if text == "none" else float(text)
 
@@ -142,7 +160,9 @@ def _true_false_auto(text: str) -> bool | str:
 
 
 def _add_run_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--threads", type=int, default=1, help="threads of PyTorch; 1 is fastest here")
+    sub.add_argument(
+        "--threads", type=_count, default=1, help="threads of PyTorch; 1 is fastest here"
+    )
     sub.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
 
 
@@ -195,6 +215,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    for flag, values in (("--algos", args.algos), ("--seeds", args.seeds), ("--env", args.env)):
+        # A run that counts twice would make the spread over seeds too small.
+        if len(set(values)) < len(values):
+            given = " ".join(map(str, values))
+            raise ConfigError(f"{flag} {given}: expected each of them once")
     runs = {}
     for env in args.env:
         parent = args.run_dir / env.replace("/", "-") if len(args.env) > 1 else args.run_dir

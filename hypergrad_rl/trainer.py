@@ -21,7 +21,7 @@ from hypergrad_rl.checkpoint import load_checkpoint, save_checkpoint
 from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
 from hypergrad_rl.envs import VectorEnv
-from hypergrad_rl.errors import RunDirectoryError
+from hypergrad_rl.errors import ConfigError, RunDirectoryError
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.rollout import Collector, normalize
 
@@ -279,7 +279,14 @@ def evaluate(
         episodes: how many, rounded up to a multiple of the environments (at most 8).
         seed: of the environments and of sampled actions.
         deterministic: take the most likely action (the mean) instead of sampling.
+
+    Raises:
+        ConfigError: ``episodes`` below 1 or a negative ``seed``.
+        RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint.
     """
+    for name, value, least in (("episodes", episodes, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ConfigError(f"{name}={value}: expected an integer >= {least}")
     config = load_config(run_dir)
     state = load_checkpoint(Path(run_dir) / CHECKPOINT)
     generator = torch.Generator().manual_seed(seed)

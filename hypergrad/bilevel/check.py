@@ -79,10 +79,11 @@ class HypergradientCheck:
     @property
     def message(self) -> str:
         """One sentence for people, with the figures."""
+        directions = f"{len(self.slopes)} direction{'s' * (len(self.slopes) != 1)}"
         return (
             f"{self.verdict.name}: {self.verdict.value} (relative error"
             f" {self.relative_error:.1e} +- {self.resolution:.1e}, rtol {self.rtol:.1e}, inner"
-            f" error {self.inner_error:.1e}, {len(self.slopes)} directions, {self.num_solves}"
+            f" error {self.inner_error:.1e}, {directions}, {self.num_solves}"
             " inner solves)."
         )
 

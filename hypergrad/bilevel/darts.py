@@ -91,7 +91,9 @@ def darts_hypergradient(
     base = layout.flatten(inner_params).to(dtype)
     moved = layout.unflatten((base - step_size * slope).to(layout.dtype))
     final = [leaf.requires_grad_() for leaf in layout.leaves(moved)]
-    _, v_tree, direct, unused = outer_gradients(outer_loss, layout, final, outer_layout, outer)
+    outer_value, v_tree, direct, unused = outer_gradients(
+        outer_loss, layout, final, outer_layout, outer
+    )
     v = layout.flatten(v_tree).to(dtype)
     size = float(row_norms(v[None]))
 
@@ -124,4 +126,5 @@ def darts_hypergradient(
         inner_params=layout.unflatten_leaves([leaf.detach() for leaf in final]),
         inner_gradient_norm=float(row_norms(slope[None])),
         num_differentiated=1,
+        outer_value=outer_value,
     )

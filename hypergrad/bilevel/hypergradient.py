@@ -29,6 +29,7 @@ class Hypergradient:
         implicit: the part through the inner solution.
         ihvp: (H + damping I)^-1 grad_inner outer_loss, shaped like the inner parameters.
         info: how right ``ihvp`` is and what it cost.
+        outer_value: outer_loss at the parameters given, a detached scalar: what a loop logs.
     """
 
     grad: Tree
@@ -36,6 +37,7 @@ class Hypergradient:
     implicit: Tree
     ihvp: Tree
     info: SolveInfo
+    outer_value: Tensor
 
 
 def hypergradient(
@@ -95,8 +97,9 @@ def hypergradient(
         >>> y = torch.tensor([1.0, 2.0])
         >>> inner = lambda w, y: 0.5 * ((w - y) ** 2).sum()
         >>> outer = lambda w, y: (w**3).sum()
-        >>> hypergrad.hypergradient(inner, outer, y.clone(), y).grad
-        tensor([ 3., 12.])
+        >>> got = hypergrad.hypergradient(inner, outer, y.clone(), y)
+        >>> got.grad, got.outer_value
+        (tensor([ 3., 12.]), tensor(9.))
     """
     point = BilevelPoint(inner_loss, outer_loss, inner_params, outer_params)
     with torch.no_grad():  # only the value is of use: its own derivative is not asked for
@@ -110,7 +113,7 @@ class BilevelPoint:
     Attributes:
         inner_layout: layout of the inner parameters.
         outer_layout: layout of the outer parameters.
-        outer_value: f.
+        outer_value: f, a detached scalar.
         v: grad_w f, a tree.
         inner: w as fresh leaves, in the order of ``inner_layout``.
         outer: y as fresh leaves, in the order of ``outer_layout``.
@@ -212,6 +215,7 @@ class BilevelPoint:
             implicit=implicit_part,
             ihvp=solution.value,
             info=solution.info,
+            outer_value=self.outer_value,
         )
 
 

@@ -30,6 +30,7 @@ class UnrolledHypergradient:
         inner_gradient_norm: |grad_w inner_loss| at w_(T-1), where the last step set out.  How
             far the steps are from a solution, and so the gradient from the implicit one.
         num_differentiated: steps that the gradient went through.
+        outer_value: outer_loss at w_T, a detached scalar.
     """
 
     grad: Tree
@@ -38,6 +39,7 @@ class UnrolledHypergradient:
     inner_params: Tree
     inner_gradient_norm: float
     num_differentiated: int
+    outer_value: Tensor
 
 
 def unrolled_hypergradient(
@@ -134,7 +136,9 @@ def unrolled_hypergradient(
         end = unrolling.tape[-1].end
     layout, outer_layout = unrolling.inner_layout, unrolling.outer_layout
     final = [leaf.detach().requires_grad_() for leaf in end.params]
-    _, v, direct, unused = outer_gradients(outer_loss, layout, final, outer_layout, unrolling.outer)
+    outer_value, v, direct, unused = outer_gradients(
+        outer_loss, layout, final, outer_layout, unrolling.outer
+    )
     if mode == "forward":
         with replayed(random, layout.device):
             terms = unrolling.forward(start, layout.leaves(v))
@@ -149,6 +153,7 @@ def unrolled_hypergradient(
         inner_params=layout.unflatten_leaves([leaf.detach() for leaf in end.params]),
         inner_gradient_norm=unrolling.gradient_norm,
         num_differentiated=steps,
+        outer_value=outer_value,
     )
 
 

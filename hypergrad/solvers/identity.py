@@ -22,7 +22,9 @@ class Identity(Solver):
 
     Attributes:
         scale: in place of the inverse curvature, > 0.  One step of gradient descent, one-step
-            differentiation and the Neumann series of one term have it at their step size.
+            differentiation and the Neumann series of one term have it at their step size.  For a
+            proximal inner loss, ... + (lambda / 2) |w - y|^2 as in iMAML, 1 / lambda makes the
+            implicit part grad_w outer_loss itself: the plain first-order method.
 
     Cost: one HVP, for the residual in the report (and 20 to resolve ``damping="auto"``).
     Source: Luketina, Berglund, Greff, Raiko, arXiv 1511.06727, section 2.2.

@@ -27,6 +27,7 @@ def test_is_one_unrolled_step_to_the_differences_truncation(
     assert relative_error(flat(got.inner_params), flat(exact.inner_params)) <= 1e-14
     assert got.inner_gradient_norm == pytest.approx(exact.inner_gradient_norm, rel=1e-12)
     torch.testing.assert_close(flat(got.direct), flat(exact.direct))
+    assert torch.equal(got.outer_value, judge(got.inner_params, outer).detach())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-12), (F32, 1e-4)])

@@ -319,7 +319,27 @@ def test_a_part_that_is_not_finite_is_named() -> None:
 def test_results_carry_no_graph() -> None:
     inner, star, y = quadratic()
     got = hypergrad.hypergradient(inner, lambda w, y: w.sum(), star, y.requires_grad_())
-    assert not any(t.requires_grad for t in (got.grad, got.direct, got.implicit, got.ihvp))
+    tensors = (got.grad, got.direct, got.implicit, got.ihvp, got.outer_value)
+    assert not any(t.requires_grad for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_the_outer_losss_value_is_that_at_the_parameters_given(dtype: torch.dtype) -> None:
+    inner, star, y = quadratic()
+    star, y = star.to(dtype), y.to(dtype)
+    calls = []
+
+    def outer(w: Tensor, y: Tensor) -> Tensor:
+        calls.append(w)
+        return torch.sin(w).sum() * y.exp().sum()
+
+    got = hypergrad.hypergradient(
+        lambda w, y: inner(w.to(F64), y.to(F64)), outer, star, y, solver=hypergrad.Exact()
+    )
+    assert len(calls) == 1  # the value is that of the call which the gradient is of
+    assert torch.equal(got.outer_value, torch.sin(star).sum() * y.exp().sum())
+    assert got.outer_value.shape == ()
+    assert got.outer_value.dtype == dtype
 
 
 def test_the_warning_of_an_unused_leaf_is_shown_once_a_place() -> None:

@@ -79,6 +79,8 @@ def test_both_directions_agree_with_one_plain_graph(
         assert relative_error(flat(got.grad), expected) <= 1e-10
         torch.testing.assert_close(flat(got.grad), flat(got.direct) + flat(got.implicit))
         assert got.num_differentiated == 3
+        assert torch.equal(got.outer_value, judge(got.inner_params, outer).detach())
+        assert not got.outer_value.requires_grad
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 9, 10, 99])

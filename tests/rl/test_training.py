@@ -353,6 +353,40 @@ def test_compare_reports_every_algorithm(
     assert "already holds a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("twice", [("--seeds", "3", "3"), ("--algos", "ppo", "ppo")])
+def test_compare_refuses_to_count_a_run_twice(
+    twice: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *twice, "--run-dir", str(tmp_path / "new")]) == 2
+    assert " ".join(twice) in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "run", "--episodes", "0"),
+        ("evaluate", "run", "--seed", "-1"),
+        ("train", "--threads", "0"),
+        ("compare", "--jobs", "0"),
+        ("compare", "--jobs", "two"),
+    ],
+)
+def test_a_flag_outside_its_range_is_named(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert f"argument {command[-2]}: {command[-1]!r}: expected an integer >= " in message
+
+
+def test_evaluate_refuses_no_episodes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="episodes=0: expected an integer >= 1"):
+        evaluate(tmp_path, 0)
+
+
 def test_train_evaluate_and_resume_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,18 @@ def test_gives_the_hypergradient_of_one_step_at_the_solution() -> None:
     torch.testing.assert_close(got.grad, step.grad, rtol=1e-9, atol=0)
 
 
+def test_is_the_first_order_method_for_a_proximal_inner_loss() -> None:
+    y, w = gaussian(3, seed=1), gaussian(3, seed=2)
+
+    def inner(w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cosh(w).sum() + 0.5 * 4.0 * ((w - y) ** 2).sum()
+
+    got = hypergrad.hypergradient(
+        inner, lambda w, y: torch.sin(w).sum(), w, y, solver=hypergrad.Identity(scale=1 / 4.0)
+    )
+    torch.testing.assert_close(got.grad, torch.cos(w), rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), True])
 def test_a_bad_scale_is_named(scale: float) -> None:
     with pytest.raises(hypergrad.SolverOptionError, match="scale"):
