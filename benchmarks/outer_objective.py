@@ -195,7 +195,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.set_xlabel("cosine of $-dF/d\\theta$ with $\\nabla J$")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("decision processes")
-    axes[0][0].legend(frameon=False, loc="upper center")
+    axes[0][0].legend(frameon=False, loc="upper left", bbox_to_anchor=(0.02, 1.0), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
