@@ -644,3 +644,27 @@ def test_low_precision() -> None:
         expected = hypergrad.hessian(mean_loss, wide, whole, data()[1]).to_dense()
         assert op.to_dense().dtype == dtype
         assert relative_error(op.to_dense(), expected) <= tolerance
+
+
+def test_names_beside_the_data_may_be_fewer_in_the_last_batch() -> None:
+    x, y = data()
+    samples = [{"x": x[i], "y": y[i], "name": str(i)} for i in range(N)]
+    loader: Any = DataLoader(samples, batch_size=4)  # type: ignore[arg-type]
+    op = hypergrad.minibatch_hessian(lambda p, b: mean_loss(p, b["x"], b["y"]), params(), loader)
+    expected = hypergrad.hessian(mean_loss, params(), x, y).to_dense()
+    assert relative_error(op.to_dense(), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_parts_of_a_shuffled_loader_are_those_of_a_pass(own: bool) -> None:
+    source = torch.Generator().manual_seed(3) if own else None
+    loader = DataLoader(TensorDataset(*data()), batch_size=4, shuffle=True, generator=source)
+    op = hypergrad.minibatch_hessian(dropout_loss, params(), loader)
+    sampled = op.sampled(generator=generator(0))
+    v = {"w": gaussian(3, 2), "b": gaussian(2)}
+    mean = sum(
+        size / N * op.layout.flatten(part @ v)
+        for part, size in zip(sampled.operators, RAGGED, strict=True)
+    )
+    assert isinstance(mean, Tensor)
+    assert relative_error(mean, op.layout.flatten(op @ v)) <= 1e-12
