@@ -53,7 +53,7 @@ class LoaderError(HypergradError, ValueError):
 
 
 class StaleOperatorError(HypergradError, RuntimeError):
-    """Parameters were modified in place after the operator that uses them was made."""
+    """Parameters or data were modified in place after the operator that uses them was made."""
 
 
 class StateError(HypergradError, ValueError):

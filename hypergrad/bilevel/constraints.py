@@ -105,7 +105,8 @@ def sigmoid_box(free: Tree, low: Bound = None, high: Bound = None) -> Tree:
         where the gradient is zero.
 
     Raises:
-        ConstraintError: a bound is nan or does not fit, or ``low`` is not below ``high``.
+        ConstraintError: a bound is nan or does not fit, ``low`` is not below ``high``, or their
+            distance overflows the dtype.
         LeafTypeError, EmptyTreeError, DeviceError: see :func:`project_box`.
 
     Examples:
@@ -209,8 +210,8 @@ def _into_box(z: Tensor, low: Tensor, high: Tensor) -> Tensor:
     between = torch.where(z < 0, a + width * torch.sigmoid(z), b - width * torch.sigmoid(-z))
     one_sided = torch.where(
         above,
-        a + torch.nn.functional.softplus(z, threshold=1e3),
-        b - torch.nn.functional.softplus(-z, threshold=1e3),
+        a + _softplus(z),
+        b - _softplus(-z),
     )
     return torch.where(above & below, between, torch.where(above | below, one_sided, z))
 
@@ -233,6 +234,12 @@ def _out_of_box(y: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(above & below, between, torch.where(above | below, one_sided, y))
 
 
+def _softplus(z: Tensor) -> Tensor:
+    # Beyond 50 log(1 + exp(z)) is z to the last digit of float64, and exp(z) is on its way out of
+    # the range of float32: its gradient inf / inf would be nan in entries that do not use it too.
+    return torch.nn.functional.softplus(z, threshold=50.0)
+
+
 def _softplus_inverse(s: Tensor) -> Tensor:
     """The z with log(1 + exp(z)) = s, for s > 0."""
     return s + torch.log(-torch.expm1(-s))
@@ -249,6 +256,8 @@ def _mapped(
 ) -> Tree:
     layout, leaves = _checked(tree, finite=function is _out_of_box)
     lows, highs = _bounds(layout, leaves, low, high, strict=True)
+    for a, b, path in zip(lows, highs, layout.paths, strict=True):
+        _check_width(a, b, path)
     return layout.unflatten_leaves(
         [function(leaf, a, b) for leaf, a, b in zip(leaves, lows, highs, strict=True)]
     )
@@ -326,3 +335,14 @@ def _bound(
             raise ConstraintError(f"{name} holds nan. Use None, or an infinity, for no bound.")
         filled.append(tensor)
     return filled
+
+
+def _check_width(low: Tensor, high: Tensor, path: str) -> None:
+    """Raise where two finite bounds are so far apart that their distance overflows."""
+    wide = torch.isfinite(low) & torch.isfinite(high) & torch.isinf(high - low)
+    if bool(wide.any()):
+        raise ConstraintError(
+            f"low and high are {float(low[wide][0]):.6g} and {float(high[wide][0]):.6g} in "
+            f"{path or 'the tensor'}: {low.dtype} cannot hold their distance. Use None, or an "
+            "infinity, for no bound, or a wider dtype."
+        )

@@ -122,6 +122,7 @@ class BlockDiagonalOperator(InvertibleOperator):
         if 2 * root.num_rows * n * itemsize > self.max_bytes:
             return None
         rows = root._factor()
+        self.layout.check_finite(rows, "the factor F of the operator")
         wide = working_dtype(self.dtype, self.device)
         parts = [rows[:, places].to(wide) for places in self._places]
         return [part.T @ part for part in parts]

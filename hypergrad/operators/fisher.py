@@ -252,7 +252,8 @@ def fisher(
         NonFiniteError: a score is nan or inf.
         SolverOptionError: an unknown likelihood or reduction, ``num_samples`` below one, or made
             under ``torch.compile`` or a transform.
-        StaleOperatorError: at a product, if ``params`` have been modified in place since.
+        StaleOperatorError: at a product, if ``params`` or ``inputs`` have been modified in
+            place since.
 
     Warns:
         UnusedParameterWarning: the outputs do not depend on some leaves; their rows are zero.
@@ -316,7 +317,8 @@ def empirical_fisher(
         LossError: no inputs, a loss that is no scalar, targets of another leading size, or outputs
             that do not depend on ``params``.
         NonFiniteError: the gradient of a loss is nan or inf.
-        StaleOperatorError: at a product, if ``params`` have been modified in place since.
+        StaleOperatorError: at a product, if ``params`` or a tensor of ``batch`` have been modified
+            in place since.
 
     Warns:
         UnusedParameterWarning: the outputs do not depend on some leaves; their rows are zero.

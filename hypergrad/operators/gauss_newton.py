@@ -185,7 +185,8 @@ def ggn(
         LossError: no inputs, outputs that are no tensor or do not depend on ``params``, or a loss
             that is no scalar.
         NonFiniteError: the loss is nan or inf.
-        StaleOperatorError: at a product, if ``params`` have been modified in place since.
+        StaleOperatorError: at a product, if ``params`` or a tensor of ``batch`` have been modified
+            in place since.
 
     Warns:
         UnusedParameterWarning: the outputs do not depend on some leaves; their rows are zero.

@@ -32,6 +32,8 @@ _LOSSES: dict[Any, type[torch.nn.Module]] = {
     torch.nn.functional.cross_entropy: torch.nn.CrossEntropyLoss,
     torch.nn.functional.binary_cross_entropy_with_logits: torch.nn.BCEWithLogitsLoss,
 }
+#: Options of these losses that the factors take no account of, and where they change nothing.
+_UNWEIGHTED = {"weight": None, "pos_weight": None, "ignore_index": -100}
 _LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 
 
@@ -113,7 +115,8 @@ def kfac(
 
     Raises:
         MissingPackageError: curvlinops is not installed.
-        SolverOptionError: another loss, a parameter in a layer other than ``Linear`` and
+        SolverOptionError: another loss, one with ``weight``, ``pos_weight`` or ``ignore_index``, a
+            tied parameter, a parameter in a layer other than ``Linear`` and
             ``Conv2d``, a one-shot iterator, or an unknown option.
         LeafTypeError: a leaf that is no parameter of the module, or is frozen.
         NonFiniteError: a factor holds nan or inf.
@@ -189,6 +192,13 @@ def _package() -> Any:
 
 def _loss(loss_fn: Any) -> torch.nn.Module:
     if isinstance(loss_fn, torch.nn.Module) and isinstance(loss_fn, tuple(_LOSSES.values())):
+        for name, usual in _UNWEIGHTED.items():
+            if getattr(loss_fn, name, usual) != usual:
+                raise SolverOptionError(
+                    f"loss_fn is a {type(loss_fn).__name__} with {name}={getattr(loss_fn, name)}, "
+                    f"expected {usual}: curvlinops would leave it out without a word. Use "
+                    "hypergrad.block_diagonal."
+                )
         return loss_fn
     for function, make in _LOSSES.items():
         if loss_fn is function:
@@ -206,6 +216,9 @@ def _own_parameters(
 ) -> list[torch.nn.Parameter]:
     """The module's parameters that the leaves are, or share their memory with."""
     known = {p.data_ptr(): (name, p) for name, p in module.named_parameters()}
+    names: dict[int, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(p.data_ptr(), []).append(name)
     layers = dict(module.named_modules())
     chosen = []
     for path, leaf in zip(layout.paths, torch_pytree.tree_leaves(params), strict=True):
@@ -214,6 +227,12 @@ def _own_parameters(
             raise LeafTypeError(
                 f"params{path} is not a parameter of the module, expected the module's own. Pass "
                 "dict(module.named_parameters()) or a part of it."
+            )
+        if len(names[parameter.data_ptr()]) > 1:
+            raise SolverOptionError(
+                f"params{path} is tied: it is {' and '.join(names[parameter.data_ptr()])}, "
+                "expected parameters of one layer each: of the others curvlinops would see "
+                "nothing. Leave it out of params, or use hypergrad.block_diagonal."
             )
         if not parameter.requires_grad:
             raise LeafTypeError(

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LossError
@@ -140,7 +141,7 @@ def _random(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _normalize(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:
-    if kwargs.get("out") is not None and _SPECTRAL_NORM in [f.f_code for f in _callers(frame)]:
+    if kwargs.get("out") is not None and any(f.f_code in _SPECTRAL_NORMS for f in _callers(frame)):
         raise LossError(
             f"spectral_norm in training mode{_layer(frame)} moves its vectors at each evaluation: "
             "the loss is another function each time. Put the module into eval()."
@@ -152,7 +153,10 @@ _BATCH_NORMS = (
     torch.nn.modules.batchnorm._BatchNorm.forward.__code__,
     torch.nn.SyncBatchNorm.forward.__code__,
 )
-_SPECTRAL_NORM = parametrizations._SpectralNorm._power_method.__code__
+_SPECTRAL_NORMS = (
+    parametrizations._SpectralNorm._power_method.__code__,
+    SpectralNorm.compute_weight.__code__,
+)
 
 #: What some operations are replaced by: (the caller's frame, the operation, its arguments).
 _SPECIAL: dict[Any, Callable[[FrameType, Any, Any, Any], Any]] = {

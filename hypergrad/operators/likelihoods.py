@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..errors import LossError, SolverOptionError
+from ..pytree import working_dtype
 
 #: Draws targets, ``(outputs, generator) -> targets``, and their negative log-likelihood,
 #: ``(outputs, targets) -> tensor``, of which the sum is differentiated.
@@ -64,7 +65,9 @@ def _of_distribution(make: Callable[[Tensor], Distribution]) -> Sampler:
 
 
 def _draw_gaussian(outputs: Tensor, generator: torch.Generator | None) -> Tensor:
-    return outputs + _noise(outputs, generator, normal=True)
+    # In a wider dtype: beside large outputs the noise would be rounded away, and the score with it.
+    wide = outputs.to(working_dtype(outputs.dtype, outputs.device))
+    return wide + _noise(wide, generator, normal=True)
 
 
 def _draw_bernoulli(outputs: Tensor, generator: torch.Generator | None) -> Tensor:

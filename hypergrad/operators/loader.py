@@ -158,6 +158,8 @@ class Loader:
         sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         if self._indices is None:
             with self._stream().drawing():
+                # A pass draws the seed of its workers before the order.
+                torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
                 self._indices = list(sampler)
         with seeded(self.seed + index, self.device):  # augmentations
             chosen = self._indices[index]
@@ -166,7 +168,7 @@ class Loader:
             return loader.collate_fn([loader.dataset[i] for i in chosen])
 
     def _arguments(self, batch: Any, index: int) -> tuple[Any, ...]:
-        structure = torch_pytree.tree_structure(batch)
+        structure = torch_pytree.tree_structure(batch, is_leaf=_without_tensors)
         if self._structure is None:
             self._structure = structure
         if structure != self._structure:
@@ -200,6 +202,13 @@ class Loader:
                 "batches."
             )
         return size
+
+
+def _without_tensors(part: Any) -> bool:
+    """Whether a list holds other things than tensors, such as names: as many as samples."""
+    if not isinstance(part, list | tuple):
+        return False
+    return not any(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(part))
 
 
 class _Stream:

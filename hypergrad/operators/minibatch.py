@@ -12,10 +12,11 @@ from typing import Any, Literal, get_args
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import HypergradError, LoaderError, SolverOptionError, UnusedParameterWarning
 from ..pytree import Tree, TreeLayout, working_dtype
-from ..transforms import apply, pullback, tangents, transforming
+from ..transforms import apply, pullback, tangents, transforming, unwrapped
 from .base import LinearOperator
 from .evaluation import seeded
 from .gauss_newton import GaussNewtonOperator
@@ -100,9 +101,14 @@ class MinibatchOperator(LinearOperator):
     def _probe(self) -> None:
         """Raise unless two passes agree."""
         source = torch.Generator().manual_seed(self.seed)
-        v = torch.randn(1, self.layout.dim, generator=source, dtype=torch.float64)
+        with temporarily_clear_interpreter_stack():  # vmap forbids to draw, even from a seed
+            v = torch.randn(1, self.layout.dim, generator=source, dtype=torch.float64)
         v = self.layout.narrowed(v.to(dtype=self.dtype, device=self.device))
-        first, second = (self._apply(v).to(torch.float64) for _ in range(2))
+        if transforming() or tangents():  # at plain values, that can be looked at
+            plain = self._with_tensors([unwrapped(x) for x in self._tensors()])
+            first, second = (unwrapped(plain._attached(v)).to(torch.float64) for _ in range(2))
+        else:
+            first, second = (self._apply(v).to(torch.float64) for _ in range(2))
         gap, size = float((first - second).norm()), float(max(first.norm(), second.norm()))
         # In another order the sums round differently.
         allowed = float(torch.finfo(self.dtype).eps ** 0.5)

@@ -28,7 +28,7 @@ class Point:
         self.params, self.batch = list(params), batch
         self._leaves, self._spec = torch_pytree.tree_flatten(batch)
         compiling = torch.compiler.is_compiling()
-        self._versions = [] if compiling else [leaf._version for leaf in self.params]
+        self._versions = [] if compiling else [_version(x) for x in self.tensors]
 
     @property
     def batch_tensors(self) -> list[Tensor]:
@@ -49,14 +49,26 @@ class Point:
         return Point(tensors[:count], batch)
 
     def check_fresh(self, layout: TreeLayout) -> None:
-        """Raise :class:`StaleOperatorError` if the parameters were modified in place since."""
-        if torch.compiler.is_compiling():
+        """Raise :class:`StaleOperatorError` if a tensor was modified in place since.
+
+        Where the graph was built once products would be of the old values, where the loss is
+        evaluated again of the new ones.
+        """
+        if torch.compiler.is_compiling() or not self._versions:
             return
-        for leaf, version, path in zip(self.params, self._versions, layout.paths, strict=True):
+        count = len(self.params)
+        for leaf, version, path in zip(self.params, self._versions, layout.paths, strict=False):
             if leaf._version != version:
                 raise StaleOperatorError(
                     f"params{path} was modified in place after this operator was made. "
                     "Make a new operator after each optimiser step."
+                )
+        for leaf, version in zip(self.batch_tensors, self._versions[count:], strict=True):
+            if _version(leaf) != version:
+                raise StaleOperatorError(
+                    f"a tensor of the batch, of shape {tuple(leaf.shape)}, was modified in place "
+                    "after this operator was made. Make a new operator for new data, or pass "
+                    "copies."
                 )
 
     def depends_on_more(self, operator: LinearOperator) -> bool:
@@ -64,6 +76,11 @@ class Point:
         constants = operator._with_tensors([unwrapped(x) for x in self.tensors])
         probe = torch.ones(1, operator.layout.dim, dtype=operator.dtype, device=operator.device)
         return carries_derivatives(lambda: constants._attached(probe))
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors have none.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def check_differentiable(leaves: list[Tensor]) -> None:

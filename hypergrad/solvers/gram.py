@@ -20,6 +20,8 @@ from .traced import begin_traced, residual_traced, safe_norms
 _WIDENED = 2**22
 #: Corrections by the residual; each gains the digits that the Gram matrix has to give.
 _CORRECTIONS = 8
+#: The smallest unit of the rows, in float64 and float32.  What is much smaller has an F'F of zero.
+_LEAST_UNIT, _LEAST_UNIT_NARROW = 2.0**-400, 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Gram(Solver):
     Raises (when solving):
         SolverOptionError: the operator has no factor F that is known.
         NegativeCurvatureError: a Gauss-Newton operator's loss is not convex in the outputs.
+        NonFiniteError: F holds nan or inf.
         OperatorTooLargeError: F and F F' take more than ``max_bytes``, or than is free.
         DampingError: the operator's own shift and the damping add up to less than 0.
 
@@ -154,7 +157,8 @@ class _Factored:
 
     Attributes:
         rows: F over ``unit``, shape (k, n), in the operator's dtype.
-        unit: a power of two next to the largest entry, so that no square leaves the range.
+        unit: a power of two next to the largest entry, or above it where its square would leave
+            the range.
         values: eigenvalues of F F' over ``unit`` squared, smallest first, shape (k,).
         vectors: its eigenvectors as columns, shape (k, k).
         shift: the multiple of the identity that the operator has beside F'F.
@@ -170,8 +174,11 @@ class _Factored:
     def of(cls, root: Root, like: Tensor) -> _Factored:
         """From the rows, with sums in the dtype of ``like``."""
         rows = root.factor()
+        root.parts[0][0].layout.check_finite(rows, "the factor F of the operator")
         largest: Tensor = torch.linalg.vector_norm(rows, ord=torch.inf)
-        unit = powers_of_two(largest.to(like.dtype))
+        # Its square is divided by, so it stays far from where that underflows.
+        least = _LEAST_UNIT if like.dtype == torch.float64 else _LEAST_UNIT_NARROW
+        unit = powers_of_two(largest.to(like.dtype)).clamp(min=least)
         rows = rows / unit.to(rows.dtype)
         k = len(rows)
         gram = like.new_zeros(k, k)

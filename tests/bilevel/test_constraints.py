@@ -188,6 +188,27 @@ def test_the_map_never_passes_a_bound(dtype: torch.dtype) -> None:
     assert bool(torch.isfinite(leaf.grad).all())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.5, None), (None, 0.5), (None, None)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32, F64])
+def test_far_out_the_map_and_its_derivatives_are_finite(bounds: Any, dtype: torch.dtype) -> None:
+    # exp(100) leaves the range of float32, and exp(800) that of float64.
+    free = torch.tensor([-800.0, -100.0, -60.0, 60.0, 100.0, 800.0], dtype=dtype)
+    leaf = free.clone().requires_grad_()
+    point = hypergrad.sigmoid_box(leaf, *bounds)
+    point.sum().backward()
+    low, high = bounds
+    exact = {
+        (0.0, 1.0): free.clamp(0.0, 1.0),
+        (0.5, None): 0.5 + free.clamp(min=0.0),
+        (None, 0.5): 0.5 + free.clamp(max=0.0),
+        (None, None): free,
+    }[low, high]
+    torch.testing.assert_close(point.detach(), exact)
+    assert leaf.grad is not None
+    slope = ((free > 0) & (high is None)) | ((free < 0) & (low is None))
+    torch.testing.assert_close(leaf.grad, slope.to(dtype))
+
+
 @quick_and_thorough
 @given(seed=seeds, total=st.sampled_from([1e-3, 1.0, 50.0]))
 def test_the_map_onto_the_simplex_and_back(effort: str, seed: int, total: float) -> None:
@@ -265,6 +286,10 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "an empty open box": (
         lambda: hypergrad.sigmoid_box(ONES, 1.0, 1.0), hypergrad.ConstraintError, "not below",
+    ),
+    "a box wider than the dtype": (
+        lambda: hypergrad.sigmoid_box(ONES, -3e38, 3e38), hypergrad.ConstraintError,
+        "float32 cannot hold their distance",
     ),
     "nan bound": (
         lambda: hypergrad.project_box(ONES, math.nan), hypergrad.ConstraintError, "low holds nan",

@@ -159,3 +159,10 @@ class TestBadInput:
     def test_a_right_hand_side_that_is_not_finite(self) -> None:
         with pytest.raises(hypergrad.NonFiniteError, match="v holds nan"):
             hypergrad.block_diagonal(self.matrix).solve(torch.tensor([1.0, float("nan")]), 5.0)
+
+
+def test_a_row_that_is_not_finite_is_named() -> None:
+    rows = {"a": torch.tensor([[1.0, torch.nan]]), "b": torch.ones(1, 2)}
+    blocks = hypergrad.block_diagonal(hypergrad.root_operator(rows), by="leaf")
+    with pytest.raises(hypergrad.NonFiniteError, match=r"1 of 2 entries of leaf \['a'\]"):
+        blocks.solve({"a": torch.ones(2), "b": torch.ones(2)}, 0.1)

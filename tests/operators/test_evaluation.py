@@ -374,12 +374,11 @@ def test_in_place_counts_of_one_s_own_are_let_through() -> None:
     assert torch.equal(hypergrad.hessian(loss, gaussian(2)).to_dense(), 6 * torch.eye(2, dtype=F64))
 
 
-def test_spectral_norm_in_training_mode_is_refused_by_name() -> None:
-    module = made(
-        lambda: nn.Sequential(
-            nn.Linear(3, 4), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2))
-        )
-    )
+@pytest.mark.parametrize(
+    "norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["new", "old"]
+)
+def test_spectral_norm_in_training_mode_is_refused_by_name(norm: Any) -> None:
+    module = made(lambda: nn.Sequential(nn.Linear(3, 4), norm(nn.Linear(4, 2))))
     x, p = gaussian(5, 3), parameters(module)
     with pytest.raises(LossError, match=r"spectral_norm in training mode.*eval\(\)"):
         hypergrad.hessian(loss_of(module), p, x)

@@ -259,3 +259,20 @@ def test_a_distribution_that_is_checked_on_values() -> None:
         generator=generator(0),
     )
     assert float(torch.linalg.eigvalsh(op.to_dense())[-1]) > 0
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.bfloat16, 1e3), (F32, 1e8)])
+def test_noise_is_not_rounded_away_beside_large_outputs(dtype: torch.dtype, offset: float) -> None:
+    # The score of a unit Gaussian is the noise itself, whatever the outputs.
+    made = hypergrad.fisher(
+        lambda p, x: x @ p + offset,
+        torch.zeros(2, dtype=dtype),
+        torch.eye(2, dtype=dtype),
+        likelihood="gaussian",
+        num_samples=4000,
+        generator=generator(0),
+        reduction="sum",
+    )
+    # Four standard errors of a mean of squares, and the rounding of the products.
+    allowed = 4.0 * math.sqrt(2.0 / 4000) + 4.0 * torch.finfo(dtype).eps
+    assert bool(((made.to_dense().diagonal().double() - 1.0).abs() <= allowed).all())

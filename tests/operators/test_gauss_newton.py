@@ -319,3 +319,12 @@ def test_an_operation_without_forward_mode_is_named_with_the_remedy() -> None:
     op = hypergrad.ggn(model_fn, squared, gaussian(3), gaussian(4, 3), gaussian(4))
     with pytest.raises(hypergrad.LossError, match=r"forward-mode derivative .* give it a jvp"):
         op @ gaussian(3)
+
+
+def test_a_batch_modified_in_place_makes_the_operator_stale() -> None:
+    x, p = torch.ones(4, 3), torch.ones(3)
+    op = hypergrad.ggn(lambda p, x: (x @ p).tanh(), lambda out: out.square().sum(), p, x)
+    op @ p
+    x.mul_(2.0)
+    with pytest.raises(hypergrad.StaleOperatorError, match=r"tensor of the batch, of shape \(4, 3"):
+        op @ p

@@ -98,6 +98,16 @@ def test_an_unused_leaf_is_reported_and_has_zero_rows(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_batch_modified_in_place_makes_the_operator_stale(mode: Any) -> None:
+    x, p = gaussian(4, 3), gaussian(3, seed=1)
+    op = hypergrad.hessian(lambda p, b: (b["x"] @ p).tanh().sum(), p, {"x": x}, mode=mode)
+    op @ p
+    x.mul_(2.0)
+    with pytest.raises(hypergrad.StaleOperatorError, match=r"tensor of the batch, of shape \(4, 3"):
+        op @ p
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_params_modified_in_place_make_the_operator_stale(mode: Any) -> None:
     tree = {"w": gaussian(3).requires_grad_(), "b": gaussian(1).requires_grad_()}
     op = hypergrad.hessian(lambda t: (t["w"] ** 4).sum() + (t["b"] ** 2).sum(), tree, mode=mode)

@@ -201,3 +201,26 @@ class TestBadInput:
         batches = [(torch.nan * gaussian(4, 3), gaussian(4, 2))]
         with pytest.raises(hypergrad.NonFiniteError, match="Kronecker factor"):
             hypergrad.kfac(self.module, self.loss, self.params, batches)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "what"),
+    [
+        (torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])), "weight="),
+        (torch.nn.CrossEntropyLoss(ignore_index=1), "ignore_index=1"),
+        (torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0)), "pos_weight="),
+    ],
+)
+def test_a_weighted_loss_is_refused(loss_fn: Any, what: str) -> None:
+    module = torch.nn.Linear(3, 2)
+    batches = [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))]
+    with pytest.raises(hypergrad.SolverOptionError, match=what):
+        hypergrad.kfac(module, loss_fn, dict(module.named_parameters()), batches)
+
+
+def test_tied_parameters_are_refused() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3))
+    module[2].weight = module[0].weight
+    batches = [(torch.ones(4, 3), torch.ones(4, 3))]
+    with pytest.raises(hypergrad.SolverOptionError, match=r"tied: it is 0\.weight and 2\.weight"):
+        hypergrad.kfac(module, torch.nn.MSELoss(), dict(module.named_parameters()), batches)

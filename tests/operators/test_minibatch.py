@@ -302,6 +302,33 @@ def test_forward_mode_and_torch_func() -> None:
     assert relative_error(slopes[0], slopes[1]) <= 1e-8
 
 
+def test_the_probe_runs_under_transforms() -> None:
+    v = {"w": gaussian(3, 2, seed=8), "b": gaussian(2, seed=9)}
+    batches, whole = split(RAGGED), data()
+    stacked = {key: torch.stack([x, 2 * x]) for key, x in params().items()}
+
+    def solution(p: Any) -> Tensor:
+        return solved(hypergrad.minibatch_hessian(mean_loss, p, batches), p, v)
+
+    def reference(p: Any) -> Tensor:
+        return solved(hypergrad.hessian(mean_loss, p, *whole), p, v)
+
+    left, right = torch.func.vmap(solution)(stacked), torch.func.vmap(reference)(stacked)
+    assert relative_error(left, right) <= 1e-8
+    mine, other = torch.func.jacfwd(solution)(params()), torch.func.jacfwd(reference)(params())
+    for key in v:
+        assert relative_error(mine[key], other[key]) <= 1e-8
+
+    noise = torch.rand(100, generator=generator(0), dtype=F64).tolist()
+
+    def unsteady(p: Any) -> Tensor:
+        loss = lambda p, x, y: mean_loss(p, x, y) * noise.pop()  # noqa: E731
+        return solved(hypergrad.minibatch_hessian(loss, p, batches), p, v)
+
+    with pytest.raises(LoaderError, match="two passes over batches"):
+        torch.func.vmap(unsteady)(stacked)
+
+
 def test_the_caller_s_random_numbers_and_tensors_are_untouched() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     model.double()
@@ -617,3 +644,27 @@ def test_low_precision() -> None:
         expected = hypergrad.hessian(mean_loss, wide, whole, data()[1]).to_dense()
         assert op.to_dense().dtype == dtype
         assert relative_error(op.to_dense(), expected) <= tolerance
+
+
+def test_names_beside_the_data_may_be_fewer_in_the_last_batch() -> None:
+    x, y = data()
+    samples = [{"x": x[i], "y": y[i], "name": str(i)} for i in range(N)]
+    loader: Any = DataLoader(samples, batch_size=4)  # type: ignore[arg-type]
+    op = hypergrad.minibatch_hessian(lambda p, b: mean_loss(p, b["x"], b["y"]), params(), loader)
+    expected = hypergrad.hessian(mean_loss, params(), x, y).to_dense()
+    assert relative_error(op.to_dense(), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_parts_of_a_shuffled_loader_are_those_of_a_pass(own: bool) -> None:
+    source = torch.Generator().manual_seed(3) if own else None
+    loader = DataLoader(TensorDataset(*data()), batch_size=4, shuffle=True, generator=source)
+    op = hypergrad.minibatch_hessian(dropout_loss, params(), loader)
+    sampled = op.sampled(generator=generator(0))
+    v = {"w": gaussian(3, 2), "b": gaussian(2)}
+    mean = sum(
+        size / N * op.layout.flatten(part @ v)
+        for part, size in zip(sampled.operators, RAGGED, strict=True)
+    )
+    assert isinstance(mean, Tensor)
+    assert relative_error(mean, op.layout.flatten(op @ v)) <= 1e-12

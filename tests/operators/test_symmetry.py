@@ -79,3 +79,21 @@ def test_a_backward_pass_that_cannot_be_differentiated_is_found() -> None:
         lambda p, x: ((x @ p["a"]) ** 3 @ p["b"]).square().mean(), params, gaussian(5, 3)
     )
     assert check_symmetric(good) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(F64, 1e-200), (F64, 1e307), (torch.bfloat16, 1e-25), (torch.bfloat16, 1e37)],
+)
+def test_asymmetry_does_not_hide_at_the_ends_of_the_range(dtype: torch.dtype, scale: float) -> None:
+    one_way = torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=dtype) * scale
+    assert check_symmetric(0.5 * (one_way + one_way.T)) <= 4 * torch.finfo(dtype).eps
+    with pytest.raises(hypergrad.NotSymmetricError, match="v'A w and w'A v differ by"):
+        check_symmetric(one_way)
+
+
+def test_few_digits_below_the_normal_numbers_are_no_asymmetry() -> None:
+    matrix = gaussian(6, 6) * 1e-320
+    assert 1e-8 < check_symmetric(matrix + matrix.T) < 1e-2
+    with pytest.raises(hypergrad.NotSymmetricError, match="v'A w and w'A v differ by"):
+        check_symmetric(matrix)

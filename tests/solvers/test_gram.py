@@ -216,6 +216,23 @@ def test_no_curvature_at_all() -> None:
     assert zero.info.status is Status.STAGNATED
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(1e-300, F64), (1e-170, F64), (1e-30, torch.bfloat16)])
+def test_rows_whose_squares_underflow_are_no_curvature(size: float, dtype: torch.dtype) -> None:
+    op = hypergrad.root_operator((size * rows_of(4, 10, torch.ones(4, dtype=F64))).to(dtype))
+    v = gaussian(10).to(dtype)
+    solution = hypergrad.solve(op, v, Gram(), damping=0.5)
+    assert solution.info.converged
+    torch.testing.assert_close(solution.value, 2 * v)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_named(bad: float) -> None:
+    rows = rows_of(4, 10, torch.ones(4, dtype=F64))
+    rows[1, 2] = bad
+    with pytest.raises(hypergrad.NonFiniteError, match="the factor F of the operator holds nan"):
+        hypergrad.solve(hypergrad.root_operator(rows), gaussian(10), Gram(), damping=0.1)
+
+
 def test_an_operator_without_a_factor_is_refused_by_name() -> None:
     for operator in (torch.eye(3), lambda v: v, hypergrad.hessian(lambda p: (p**2).sum(), v3())):
         with pytest.raises(hypergrad.SolverOptionError, match="expected an operator with a factor"):
