@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +20,31 @@ from torch.overrides import TorchFunctionMode
 from .errors import HypergradError, LossError
 
 _functorch = torch._C._functorch
+_state = threading.local()
 
 
 def transforming() -> bool:
     """Whether a transform of ``torch.func`` (vmap, grad, jvp ...) is running."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """Within, what is computed twice is to be the same to the last bit.
+
+    Backward passes are held to that: ``torch.autograd.gradcheck`` runs each of them twice.
+    """
+    before = getattr(_state, "repeating", False)
+    _state.repeating = True
+    try:
+        yield
+    finally:
+        _state.repeating = before
+
+
+def must_repeat() -> bool:
+    """Whether one is within :func:`repeating`."""
+    return getattr(_state, "repeating", False)
 
 
 def building_no_graph() -> bool:

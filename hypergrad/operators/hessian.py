@@ -16,6 +16,7 @@ from ..pytree import Tree, TreeLayout
 from ..transforms import (
     building_no_graph,
     forward_mode,
+    must_repeat,
     reaches_beyond,
     tangents,
     transforming,
@@ -231,7 +232,7 @@ class HessianOperator(LinearOperator):
         way = self._way(count)
         if self.mode != "auto":
             return self._make(way, directions, out)
-        if torch.are_deterministic_algorithms_enabled():
+        if must_repeat() or torch.are_deterministic_algorithms_enabled():
             return or_one_by_one(way, self._refused, self._make, directions, out)
         choice = self._remembered().choice(count, self.device)
         return explore(choice, way, self._refused, self._make, directions, out)
@@ -414,8 +415,8 @@ def hessian(
             and goes on in the fastest one for all operators of the same code, shapes, dtypes and
             device.  It works for every double-differentiable model.  All ways give the same
             products to rounding; but with ``"auto"`` the last digits may depend on timing, unless
-            ``torch.use_deterministic_algorithms(True)`` is set: then nothing is timed.  See
-            :meth:`HessianOperator.chosen`.
+            ``torch.use_deterministic_algorithms(True)`` is set: then nothing is timed, as in
+            backward passes.  See :meth:`HessianOperator.chosen`.
         chunk_size: how many vectors are carried together.  ``"auto"``: as many as
             ``memory_cap`` allows.  None: one in reverse mode, all in forward mode, ``"auto"``
             with ``mode="auto"``.

@@ -152,6 +152,7 @@ class _Recurrence(Recurrence):
                 self.directions[int(self.row[i])] = self.p[i] / p_norms[i]
             self._finish(stuck, Status.NEGATIVE_CURVATURE, iteration)
             due = due[~stuck]
+            any_due = bool(due.any())  # those that were due may be those that are gone
         if any_due and iteration < self.max_iters:
             self._check(torch.nonzero(due).flatten(), iteration)
 

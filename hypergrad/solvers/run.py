@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..errors import ConvergenceError, ConvergenceWarning, DifferentiationError, warn
 from ..operators import LinearOperator
 from ..pytree import powers_of_two, working_dtype
+from ..transforms import repeating
 from .base import (
     DampedSystem,
     Damping,
@@ -81,7 +83,8 @@ class BlockSolve:
             number = check_damping(damping)
         operator = self.operator_of(tensors)
         # Derived solves run in backward passes, where the mode is another.
-        with torch.set_grad_enabled(self.grad_enabled):
+        quiet = nullcontext() if self.origin is None else repeating()
+        with torch.set_grad_enabled(self.grad_enabled), quiet:
             name = "v" if self.origin is None else "the gradient or tangent to solve for"
             rows = _finite(operator, block, name)
             # By the largest entry and not by the norm, which may itself overflow.

@@ -267,3 +267,30 @@ def test_nothing_is_timed_where_algorithms_must_be_deterministic() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert operator.chosen(10) != first
+
+
+def test_nothing_is_timed_in_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    # gradcheck runs it twice, and wants the same to the last bit.
+    monkeypatch.setattr(modes, "_BUDGET", 1e6)
+    point = gaussian(4)
+
+    def solved(params: Tensor, v: Tensor) -> Tensor:
+        h = hypergrad.hessian(lambda p: (p**4).sum() + (p.sum() ** 2), params)
+        return hypergrad.solve(h, v, hypergrad.Exact(), damping=1.0).value
+
+    params, v = point.clone().requires_grad_(), gaussian(4, seed=1).requires_grad_()
+    tried: list[Any] = []
+
+    def refuse(*arguments: Any) -> bool:
+        tried.append(arguments)
+        return False
+
+    monkeypatch.setattr(modes, "_tried", refuse)
+    for _ in range(3):
+        x = solved(params, v)
+    assert tried  # in the forward pass it is time to
+    del tried[:]
+    first = torch.autograd.grad(x.sum(), [params, v], retain_graph=True)
+    second = torch.autograd.grad(x.sum(), [params, v])
+    assert not tried
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

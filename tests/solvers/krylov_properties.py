@@ -71,6 +71,12 @@ class System:
         image = self.stored @ difference + self.damping * difference
         return float(image.norm()) / (float((v.to(F64) / unit).norm()) or 1.0)
 
+    def singular_by_rounding(self) -> bool:
+        """Whether the damping cancels an eigenvalue: what is left of it is rounding."""
+        values = self.problem.eigenvalues
+        left = (values + self.damping).abs()
+        return self.damping > 0 and bool((left <= 1e-12 * (values.abs() + self.damping)).any())
+
 
 @st.composite
 def systems(
@@ -182,7 +188,7 @@ def check_a_block_is_its_rows(system: System, make: Make) -> None:
         if column.status is Status.CONVERGED and one.info.status is Status.CONVERGED:
             rounding = system.rounding(x, v) + system.rounding(one.value, v)
             assert system.gap(x, one.value, v) <= 2.1 * system.rtol + rounding
-        elif system.dtype == F64 and system.rtol >= 1e-5:
+        elif system.dtype == F64 and system.rtol >= 1e-5 and not system.singular_by_rounding():
             assert column.status is one.info.status
 
 
