@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnusedParameterWarning, warn
-from ..operators.hessian import check_loss, report_unused
+from ..operators.point import check_loss, report_unused
 from ..pytree import Tree, row_norms, working_dtype
 from ..solvers.base import check_option, is_tolerance
 from .hypergradient import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import DeviceError, LossError, UnusedParameterWarning, warn
 from ..operators import hessian
-from ..operators.hessian import check_loss
+from ..operators.point import check_loss
 from ..pytree import Tree, TreeLayout
 from ..solvers import CG, Solution, SolveInfo, Solver, solve
 from ..solvers.base import Damping

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverOptionError
-from ..operators.hessian import check_differentiable
+from ..operators.point import check_differentiable
 from ..pytree import Tree, TreeLayout
 from ..solvers import CG, GMRES, SolveInfo, Solver
 from ..solvers.base import Damping, check_damping, check_option

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import LossError
 from ..operators import LinearOperator, hessian
-from ..operators.hessian import Point, check_loss
+from ..operators.point import Point, check_loss
 from ..pytree import Tree, TreeLayout
 from ..transforms import building_no_graph, tangents
 

@@ -13,7 +13,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import LossError, SolverOptionError, UnusedParameterWarning, warn
-from ..operators.hessian import check_differentiable, check_loss, report_unused
+from ..operators.point import check_differentiable, check_loss, report_unused
 from ..pytree import Tree, row_norms
 from ..transforms import forward_mode
 from .hypergradient import fresh_leaves, layouts, report_unused_outer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -23,6 +22,7 @@ from ..transforms import (
 )
 from .base import LinearOperator
 from .evaluation import Evaluation
+from .gradient_graph import GradientGraph, owned, pulled
 from .modes import (
     MEMORY_CAP,
     Block,
@@ -37,16 +37,6 @@ from .modes import (
     remembered,
 )
 from .point import Point, check_differentiable, check_loss, report_unused
-
-#: Named here too, for other operators of a loss at a point.
-__all__ = [
-    "HessianOperator",
-    "Point",
-    "check_differentiable",
-    "check_loss",
-    "hessian",
-    "report_unused",
-]
 
 
 class HessianOperator(LinearOperator):
@@ -81,7 +71,7 @@ class HessianOperator(LinearOperator):
         self._evaluating = Evaluation(loss_fn, self.layout, originals, batch)
         self._refused: set[Way] = set()
         self._memory: Memory | None = None
-        self._built: _Built | None = None
+        self._built: GradientGraph | None = None
         self._more: bool | None = None
         if not building_no_graph():  # a solve builds it later, from the plain tensors
             self._build()
@@ -99,7 +89,7 @@ class HessianOperator(LinearOperator):
         """
         return self._build().gradients
 
-    def _build(self) -> _Built:
+    def _build(self) -> GradientGraph:
         """The graph of the gradient, once."""
         if self._built is None:
             # Fresh leaves that share storage: the caller's flags and .grad stay untouched.
@@ -110,7 +100,7 @@ class HessianOperator(LinearOperator):
                 self._evaluating.check(loss)
                 grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
             report_unused(self.layout, [grad is None for grad in grads], "the loss")
-            self._built = _Built(loss.detach(), leaves, grads)
+            self._built = GradientGraph(loss.detach(), leaves, grads)
         return self._built
 
     def _tensors(self) -> list[Tensor]:
@@ -332,64 +322,6 @@ class HessianOperator(LinearOperator):
         with forward_mode("the loss", remedy='mode="reverse_over_reverse"'):
             products: Block = torch.func.vmap(product, randomness="same")(*directions)
         return [leaf.detach() for leaf in products]
-
-
-@dataclass(frozen=True, eq=False)
-class _Built:
-    """The gradient at a point, with its graph."""
-
-    loss: Tensor
-    leaves: list[Tensor]
-    gradients: tuple[Tensor | None, ...]
-
-
-def pulled(
-    gradients: Sequence[Tensor | None],
-    leaves: list[Tensor],
-    directions: Sequence[Tensor],
-    *,
-    batched: bool = False,
-    create: bool = False,
-) -> list[Tensor]:
-    """d/dp <grad(p), v> by leaves, on the kept graph of the gradient: one backward pass a product.
-
-    With ``batched`` each direction has one more leading dimension, and all go through the graph at
-    once, by ``vmap``.
-    """
-    pairs = [
-        (grad, direction)
-        for grad, direction in zip(gradients, directions, strict=True)
-        if grad is not None and grad.requires_grad
-    ]
-    if not pairs:
-        return [torch.zeros_like(direction) for direction in directions]
-    products = torch.autograd.grad(
-        [grad for grad, _ in pairs],
-        leaves,
-        grad_outputs=[direction for _, direction in pairs],
-        retain_graph=True,
-        create_graph=create,
-        is_grads_batched=batched,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    # Leaves that the products do not reach have plain zeros, without the leading dimension.
-    return [
-        x if x.shape == like.shape else x.expand(like.shape)
-        for x, like in zip(products, directions, strict=True)
-    ]
-
-
-def owned(products: Sequence[Tensor], directions: Block) -> Block:
-    """The products in memory of their own: autograd passes some tensors on as they are."""
-    taken = {x.untyped_storage().data_ptr() for x in directions}
-    result = []
-    for product in products:
-        place = product.untyped_storage().data_ptr()
-        copy = place in taken or not product.is_contiguous()
-        result.append(product.clone(memory_format=torch.contiguous_format) if copy else product)
-        taken.add(place)
-    return result
 
 
 def hessian(

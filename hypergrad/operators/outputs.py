@@ -23,7 +23,7 @@ from ..transforms import (
 )
 from .base import LinearOperator
 from .evaluation import Evaluation
-from .hessian import Point, check_differentiable, report_unused
+from .point import Point, check_differentiable, report_unused
 from .root import RootOperator
 
 #: A product with W: from a tangent of the outputs to a cotangent of the same shape.

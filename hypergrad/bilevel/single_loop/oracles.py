@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LossError, UnusedParameterWarning, warn
-from ...operators.hessian import check_differentiable, check_loss, report_unused
+from ...operators.point import check_differentiable, check_loss, report_unused
 from ...pytree import TreeLayout
 
 #: ``loss(inner_params, outer_params, *batch)`` -> scalar.
