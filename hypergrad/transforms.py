@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ from .errors import HypergradError, LossError
 
 _functorch = torch._C._functorch
 _state = threading.local()
+#: What PyTorch's errors speak of where an operation lacks a forward-mode derivative or a batching
+#: rule, or does under a transform what it may not.
+_OF_THE_MODE = re.compile(
+    r"forward|jvp|tangent|zerotensor|vmap|batch|functorch|functionaliz|derivative|not implemented",
+    re.IGNORECASE,
+)
 
 
 def transforming() -> bool:
@@ -154,7 +161,9 @@ def forward_mode(what: str, *, remedy: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, HypergradError):
         raise  # neither is a matter of the mode
-    except RuntimeError as error:  # NotImplementedError is one
+    except RuntimeError as error:
+        if not (isinstance(error, NotImplementedError) or _OF_THE_MODE.search(str(error))):
+            raise  # the caller's own
         raise LossError(
             f"{what} has an operation without the forward-mode derivative that is needed, or one "
             f"that vmap cannot batch ({' '.join(str(error).split())[:120]}). Use {remedy}."

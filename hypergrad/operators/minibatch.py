@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from ..errors import HypergradError, LoaderError, SolverOptionError, UnusedParameterWarning
+from ..errors import LoaderError, SolverOptionError
 from ..pytree import Tree, TreeLayout, working_dtype
 from ..transforms import apply, pullback, tangents, transforming, unwrapped
 from .base import LinearOperator
@@ -23,6 +20,7 @@ from .gauss_newton import GaussNewtonOperator
 from .hessian import HessianOperator
 from .loader import Loader, Progress
 from .modes import Mode
+from .one_batch import made, naming, requires_grad, unused_by
 from .point import Point, check_differentiable, report_unused
 from .sampled import SampledOperator
 
@@ -138,11 +136,11 @@ class MinibatchOperator(LinearOperator):
         more, total = False, 0.0
         for index, (batch, size) in enumerate(self._loader.each()):
             weight = size if self.reduction == "mean" else 1.0
-            with seeded(self._seed_of(index), self.device), _naming(index):
-                operator = _made(self._make, params, batch)
+            with seeded(self._seed_of(index), self.device), naming(index):
+                operator = made(self._make, params, batch)
                 if first:
-                    more = more or operator._depends_on_more() or _requires_grad(batch)
-                    unused = [a and b for a, b in zip(unused, _unused(operator), strict=True)]
+                    more = more or operator._depends_on_more() or requires_grad(batch)
+                    unused = [a and b for a, b in zip(unused, unused_by(operator), strict=True)]
                 work(operator, weight)
             total += weight
             del operator, batch  # before the next one is made
@@ -250,36 +248,9 @@ class _Part(LinearOperator):
         whole._point.check_fresh(self.layout)
         batch = whole._loader.at(self.index)
         params = self.layout.unflatten_leaves(whole._point.params)
-        with seeded(whole._seed_of(self.index), self.device), _naming(self.index):
-            product: Tensor = _made(whole._make, params, batch)._apply(block)
+        with seeded(whole._seed_of(self.index), self.device), naming(self.index):
+            product: Tensor = made(whole._make, params, batch)._apply(block)
             return product
-
-
-@contextmanager
-def _naming(index: int) -> Iterator[None]:
-    """Say in which minibatch an error arose."""
-    try:
-        yield
-    except HypergradError as error:
-        raise type(error)(f"batch {index}: {error}") from error
-
-
-def _made(make: Callable[..., Any], params: Tree, batch: tuple[Any, ...]) -> Any:
-    with warnings.catch_warnings():  # another minibatch may use what this one does not
-        warnings.simplefilter("ignore", UnusedParameterWarning)
-        return make(params, batch)
-
-
-def _unused(operator: HessianOperator | GaussNewtonOperator) -> list[bool]:
-    """Which leaves a minibatch does not use."""
-    if isinstance(operator, HessianOperator):
-        return [gradient is None for gradient in operator.gradients]
-    return operator._unused()
-
-
-def _requires_grad(batch: tuple[Any, ...]) -> bool:
-    leaves = torch_pytree.tree_leaves(batch)
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def minibatch_hessian(

@@ -9,7 +9,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import OperatorTooLargeError
 from ..pytree import row_norms
 from .base import (
     DampedSystem,
@@ -22,7 +21,7 @@ from .base import (
     is_one_of,
     is_tolerance,
 )
-from .memory import free_bytes
+from .memory import refuse_if_too_large
 from .traced import begin_traced, residual_traced, safe_norms
 
 Fallback = Literal["eigh", "ldl"]
@@ -140,18 +139,10 @@ class Exact(Solver):
     def _check_memory(self, system: DampedSystem) -> None:
         n = system.operator.layout.dim
         needed = 6 * n * n * system.b.element_size()  # measured: 5.7 with the eigendecomposition
-        what = f"an exact solve of dimension {n} needs {needed / 2**30:.1f} GiB, more than the "
-        if needed > self.max_bytes:
-            raise OperatorTooLargeError(
-                f"{what}{self.max_bytes / 2**30:.1f} GiB of max_bytes. Use CG or Nystrom, or "
-                f"allow it with Exact(max_bytes={needed})."
-            )
-        free = free_bytes(system.b.device)
-        if free is not None and needed > free:
-            raise OperatorTooLargeError(
-                f"{what}{free / 2**30:.1f} GiB that {system.b.device} has free. Use CG or Nystrom, "
-                "or free memory."
-            )
+        refuse_if_too_large(
+            f"an exact solve of dimension {n}",
+            needed, self.max_bytes, system.b.device, instead="CG or Nystrom", solver="Exact",
+        )  # fmt: skip
 
     def _assemble(self, system: DampedSystem) -> Tensor:
         """The rows A e_i."""

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DampingError, OperatorTooLargeError
+from ..errors import DampingError
 from ..operators.root import Root, root_of
 from ..pytree import powers_of_two, row_norms
 from ..spectrum import damping_from_extremes
 from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count, is_tolerance
-from .memory import free_bytes
+from .memory import refuse_if_too_large
 from .traced import begin_traced, residual_traced, safe_norms
 
 #: Numbers of the factor that are widened at a time.
@@ -123,21 +123,11 @@ class Gram(Solver):
         narrow = torch.empty(0, dtype=system.operator.dtype).element_size()
         # Rows are stacked from parts, so that they are there twice for a moment.
         needed = 2 * k * n * narrow + 3 * k * k * system.b.element_size()
-        what = (
-            f"a solve with a factor of {k} rows in dimension {n} needs {needed / 2**30:.2g} GiB, "
-            "more than the "
-        )
-        if needed > self.max_bytes:
-            raise OperatorTooLargeError(
-                f"{what}{self.max_bytes / 2**30:.2g} GiB of max_bytes. Use CG or Nystrom, fewer "
-                f"samples, or allow it with Gram(max_bytes={needed})."
-            )
-        free = free_bytes(system.b.device)
-        if free is not None and needed > free:
-            raise OperatorTooLargeError(
-                f"{what}{free / 2**30:.2g} GiB that {system.b.device} has free. Use CG or Nystrom, "
-                "fewer samples, or free memory."
-            )
+        refuse_if_too_large(
+            f"a solve with a factor of {k} rows in dimension {n}",
+            needed, self.max_bytes, system.b.device,
+            instead="CG or Nystrom, fewer samples", solver="Gram",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

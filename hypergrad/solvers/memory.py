@@ -1,4 +1,4 @@
-"""How much memory a device has left."""
+"""How much memory a device has left, and a refusal of what does not fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import torch
+
+from ..errors import OperatorTooLargeError
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -26,6 +28,38 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     known = [size for size in (_available(), _left_to_container()) if size is not None]
     return min(known) if known else _physical()
+
+
+def refuse_if_too_large(
+    what: str, needed: int, max_bytes: int, device: torch.device, *, instead: str, solver: str
+) -> None:
+    """Raise before ``needed`` bytes are asked for that are not allowed or not there.
+
+    Args:
+        what: what needs them, the subject of the message.
+        needed: bytes.
+        max_bytes: the solver's own limit.
+        device: where they would be.
+        instead: what to do instead, the end of "Use ...".
+        solver: its name, for how to allow more.
+
+    Raises:
+        OperatorTooLargeError: it does not fit.
+    """
+    limits = [(max_bytes, "of max_bytes", f"allow it with {solver}(max_bytes={needed})")]
+    if (free := free_bytes(device)) is not None:
+        limits.append((free, f"that {device} has free", "free memory"))
+    for limit, where, remedy in limits:
+        if needed > limit:
+            raise OperatorTooLargeError(
+                f"{what} needs {_gib(needed)} GiB, more than the {_gib(limit)} GiB "
+                f"{where}. Use {instead}, or {remedy}."
+            )
+
+
+def _gib(size: int) -> str:
+    gib = size / 2**30
+    return f"{gib:.0f}" if gib >= 10 else f"{gib:.2g}"
 
 
 def _available() -> int | None:

@@ -309,3 +309,17 @@ def test_an_adapter_of_low_rank() -> None:
 
     got = hypergrad.hessian(loss, adapter, x, y).to_dense()
     torch.testing.assert_close(got, reference(lambda t: loss(t, x, y), adapter))
+
+
+def test_a_fault_of_the_loss_s_own_is_passed_on_in_forward_mode() -> None:
+    calls = []
+
+    def loss(w: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("the disk with the images is gone")
+        return (w**3).sum()
+
+    operator = hypergrad.hessian(loss, torch.ones(2), mode="forward_over_reverse")
+    with pytest.raises(RuntimeError, match="disk with the images"):
+        operator @ torch.ones(2)

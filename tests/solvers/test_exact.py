@@ -133,11 +133,11 @@ def test_more_memory_than_is_free_is_refused_before_any_product(
     def hvp(v: torch.Tensor) -> torch.Tensor:
         raise AssertionError("no product may be spent")
 
-    monkeypatch.setattr("hypergrad.solvers.exact.free_bytes", lambda device: 4799)
+    monkeypatch.setattr("hypergrad.solvers.memory.free_bytes", lambda device: 4799)
     with pytest.raises(hypergrad.OperatorTooLargeError, match="cpu has free"):
         hypergrad.solve(hvp, torch.ones(10), Exact())
     for free in (4800, None):  # enough, and a device that does not say
-        monkeypatch.setattr("hypergrad.solvers.exact.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("hypergrad.solvers.memory.free_bytes", lambda device, free=free: free)
         assert hypergrad.solve(torch.eye(10), torch.ones(10), Exact()).info.converged
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import hypergrad
 from hypergrad import Gram, Status
 from hypergrad.operators.root import RootOperator
-from hypergrad.solvers import gram, memory
+from hypergrad.solvers import memory
 from tests.operators import networks
 from tests.strategies import (
     DTYPES,
@@ -262,7 +262,7 @@ def test_too_large_a_factor_is_refused_before_any_row(monkeypatch: pytest.Monkey
         hypergrad.solve(op, gaussian(12), Gram(max_bytes=needed - 1), damping=0.1)
     assert op.factors == 0
     assert hypergrad.solve(op, gaussian(12), Gram(max_bytes=needed), damping=0.1).info.converged
-    monkeypatch.setattr(gram, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
     with pytest.raises(hypergrad.OperatorTooLargeError, match="has free"):
         hypergrad.solve(op, gaussian(12), Gram(), damping=0.1)
     assert memory.free_bytes(torch.device("cpu")) != needed - 1
