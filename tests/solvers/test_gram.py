@@ -265,7 +265,6 @@ def test_too_large_a_factor_is_refused_before_any_row(monkeypatch: pytest.Monkey
     monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
     with pytest.raises(hypergrad.OperatorTooLargeError, match="has free"):
         hypergrad.solve(op, gaussian(12), Gram(), damping=0.1)
-    assert memory.free_bytes(torch.device("cpu")) != needed - 1
 
 
 @pytest.mark.parametrize("damping", [0.1, pytest.param(0.0, marks=pytest.mark.slow)])
