@@ -185,10 +185,7 @@ class VectorEnv:
         Raises:
             EnvironmentFault: an environment raised; its own error is the cause.
         """
-        if isinstance(self.action_space, gym.spaces.Box):
-            actions = np.clip(actions, self.action_space.low, self.action_space.high)
-        elif isinstance(self.action_space, gym.spaces.Discrete):
-            actions = actions + self.action_space.start
+        actions = self._legal(actions)
         self._remember(actions)
         next_obs = np.empty((self.num_envs, self.obs_dim), np.float32)
         shaped = next_obs.reshape(-1, *self.obs_shape)
@@ -210,6 +207,13 @@ class VectorEnv:
         except Exception as error:
             raise self._fault(i, error) from error
         return Transition(self.obs, next_obs, rewards, ends[0], ends[1], ended)
+
+    def _legal(self, actions: NDArray[Any]) -> Any:
+        if isinstance(self.action_space, gym.spaces.Box):
+            return np.clip(actions, self.action_space.low, self.action_space.high)
+        if isinstance(self.action_space, gym.spaces.Discrete) and self.action_space.start:
+            return actions + self.action_space.start
+        return actions
 
     def place(self, env: int, episode: int, step: int) -> str:
         """How errors name a step of an episode (episodes count from 0, their steps from 1)."""
@@ -311,6 +315,32 @@ class VectorEnv:
         """Close the environments."""
         for env in self.envs:
             env.close()
+
+
+def make_vector_env(
+    env_id: str,
+    num_envs: int,
+    backend: str = "gymnasium",
+    env_fn: Callable[[], gym.Env[Any, Any]] | None = None,
+) -> VectorEnv:
+    """The environments of a training: ``brax/...`` by Brax, others by the backend.
+
+    ``backend``: "gymnasium", "envpool", or "auto" for EnvPool where it is installed, has the task
+    and is faster.
+
+    Raises:
+        EnvironmentUnsupported: see :class:`VectorEnv`; or the backend lacks the task.
+    """
+    from hypergrad_rl import pools  # which imports this module
+
+    if env_fn is None and env_id.startswith("brax/"):
+        return pools.BraxEnv(env_id, num_envs)
+    wanted = backend == "envpool" or (
+        backend == "auto" and env_id not in pools.NO_FASTER and not pools.envpool_lacks(env_id)
+    )
+    if env_fn is None and wanted:
+        return pools.EnvPoolEnv(env_id, num_envs)
+    return VectorEnv(env_id, num_envs, env_fn=env_fn)
 
 
 class RunningMoments:
