@@ -9,6 +9,7 @@ in, is drawn before the rollout, so that compiled and uncompiled rollouts see th
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -24,7 +25,7 @@ from hypergrad_rl.rollout import Episodes, Rollout
 try:  # not public yet
     from torch._higher_order_ops.scan import scan
 except ImportError:
-    scan = None
+    scan = None  # type: ignore[assignment]
 
 #: NumPy or PyTorch: what both call by one name is all that the physics needs.
 Namespace = Any
@@ -162,6 +163,7 @@ class ArrayCollector:
         backend: str | None = None,
     ) -> None:
         self.task, self.config, self.generator = task, config, generator
+        self.obs_dim = task.obs_dim
         self.policy = CategoricalPolicy(task.num_actions)
         self._graph = Compiled(self._scanned, backend if scan is not None else None)
         self.state = self._fresh(1)[0]
@@ -185,12 +187,19 @@ class ArrayCollector:
         self.age = age
         return rollout, episodes
 
-    def warm_up(self, actor: Params) -> None:
-        """Compile, if at all, without taking a step."""
+    def warm_up(self, actor: Params) -> float:
+        """Compile, if at all, without taking a step; the seconds it took."""
+        if not self._graph.compiles:
+            return 0.0
+        began = time.perf_counter()
         kept = self.state, self.age, self.returns.copy(), self.generator.get_state()
         self.collect(actor)
         self.state, self.age, self.returns = kept[:3]
         self.generator.set_state(kept[3])
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
     def _after(
         self, xp: Namespace, state: Arrays, age: Arrays, action: Arrays, fresh: Arrays
