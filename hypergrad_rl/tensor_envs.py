@@ -227,6 +227,8 @@ class ArrayCollector:
             out = obs, action, reward.float(), next_obs, terminated, done
             return (state, age), tuple(x.clone() for x in out)
 
+        # An agent's layers are views of one vector, and what a scan is over may share no memory.
+        actor = {name: leaf.clone() for name, leaf in actor.items()}
         (state, age), out = scan(step, (state, age), (noise, fresh))
         return state, age, tuple(x.transpose(0, 1).contiguous() for x in out)
 

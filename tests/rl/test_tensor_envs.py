@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hypergrad_rl import make_config
+from hypergrad_rl.functional import flatten, shapes_of, unflatten
 from hypergrad_rl.networks import Params
 from hypergrad_rl.rollout import Episodes, Rollout
 from hypergrad_rl.tensor_envs import TASKS, ArrayCollector
@@ -21,7 +22,7 @@ def collector(
     config = make_config("ppo", env=task, seed=seed)
     made = ArrayCollector(TASKS[task], config, torch.Generator().manual_seed(seed), backend)
     actor = made.policy.init(TASKS[task].obs_dim, (8, 8), torch.Generator().manual_seed(1))
-    return made, actor
+    return made, unflatten(flatten(actor), shapes_of(actor))  # views of one vector, as an agent's
 
 
 def rollouts(made: ArrayCollector, actor: Params, count: int) -> list[tuple[Rollout, Episodes]]:
