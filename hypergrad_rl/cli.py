@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from hypergrad_rl.config import ALGOS, BLPOConfig, PPOConfig
 from hypergrad_rl.errors import ConfigError, HypergradRLError
+from hypergrad_rl.play import evaluate
 from hypergrad_rl.presets import preset
-from hypergrad_rl.trainer import CONFIG, METRICS, Config, evaluate, load_config, train
+from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_config
+from hypergrad_rl.trainer import train
 
 _OUTPUT = "RUNS where it is one directory of runs, runs/report otherwise"
 _OWN_FLAGS = ("env", "seed", "total_steps")  # the rest of the hyper-parameters is generated
