@@ -45,7 +45,7 @@ def evaluate(
     agent.load_state_dict(state["agent"])
     generator.manual_seed(seed)
     collector = Collector(env, dataclasses.replace(config, num_envs=env.num_envs), generator)
-    collector.load_state_dict(state["collector"])
+    collector.load_statistics(state["collector"])
     obs, running = env.reset(seed), np.zeros(env.num_envs)
     finished: list[list[float]] = [[] for _ in range(env.num_envs)]
     per_env = -(-episodes // env.num_envs)
