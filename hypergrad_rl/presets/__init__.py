@@ -1,7 +1,7 @@
 """Settings per task, as readable files: what differs from the defaults of the configurations.
 
 Each file maps an environment id to settings for ``"all"`` algorithms, ``"ppo"`` and ``"blpo"``
-(which Nested PPO shares).
+(which Nested PPO shares): ``paper`` the published ones, the others ours.
 """
 
 from __future__ import annotations
@@ -9,19 +9,44 @@ from __future__ import annotations
 from typing import Any
 
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
+from hypergrad_rl.errors import ConfigError
 from hypergrad_rl.presets.classic_control import CLASSIC_CONTROL
+from hypergrad_rl.presets.minatar import MINATAR
 from hypergrad_rl.presets.mujoco import MUJOCO
+from hypergrad_rl.presets.paper import PAPER
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {**CLASSIC_CONTROL, **MUJOCO}
+STYLES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
+    "tuned": {**CLASSIC_CONTROL, **MINATAR, **MUJOCO},
+    "paper": PAPER,
+}
 
 
-def preset(algo: str, env: str, **settings: Any) -> PPOConfig | BLPOConfig:
-    """The preset of a task where there is one, the defaults otherwise; ``settings`` override it.
+def preset(algo: str, env: str, style: str = "tuned", **settings: Any) -> PPOConfig | BLPOConfig:
+    """The settings of a task; ``settings`` override them.
+
+    Args:
+        algo: "ppo", "nested" or "blpo".
+        env: the environment's id.
+        style: "tuned", our settings where there are some and the defaults otherwise, or "paper",
+            the published ones.
+        settings: of the configuration.
+
+    Raises:
+        ConfigError: an unknown style, a task without published settings, or a bad setting.
 
     >>> preset("blpo", "Acrobot-v1", seed=3).total_steps
     400000
+    >>> preset("blpo", "Hopper-v5", style="paper").correction_bound
+    0.8
     """
-    task = PRESETS.get(env, {})
+    if style not in STYLES:
+        raise ConfigError(f"style={style!r}: expected one of {', '.join(STYLES)}")
+    if style == "paper" and env not in PAPER:
+        raise ConfigError(
+            f"no published settings for {env!r}; expected one of {', '.join(PAPER)} "
+            'or style="tuned"'
+        )
+    task = STYLES[style].get(env, {})
     family = "ppo" if algo == "ppo" else "blpo"
     merged = {**task.get("all", {}), **task.get(family, {}), **settings}
     if algo == "nested" and "solver" not in settings:

@@ -1,4 +1,4 @@
-"""MuJoCo tasks (``pip install "gymnasium[mujoco]"``): the published setting.
+"""MuJoCo tasks (``pip install "hypergrad-torch[mujoco]"``): the published setting.
 
 Scaled to a few environments on a CPU.
 """
@@ -16,8 +16,21 @@ _CONTINUOUS: dict[str, Any] = {
 }
 _PPO: dict[str, Any] = {"num_minibatches": 8, "entropy_bonus": 0.0}
 
+
+def _task(nested_steps: int) -> dict[str, dict[str, Any]]:
+    return {"all": _CONTINUOUS, "ppo": _PPO, "blpo": {"nested_steps": nested_steps}}
+
+
 MUJOCO: dict[str, dict[str, dict[str, Any]]] = {
-    "Hopper-v5": {"all": _CONTINUOUS, "ppo": _PPO, "blpo": {"nested_steps": 3}},
-    "Walker2d-v5": {"all": _CONTINUOUS, "ppo": _PPO, "blpo": {"nested_steps": 3}},
-    "HalfCheetah-v5": {"all": _CONTINUOUS, "ppo": _PPO, "blpo": {"nested_steps": 7}},
+    "Hopper-v5": _task(nested_steps=3),
+    "Walker2d-v5": _task(nested_steps=3),
+    "HalfCheetah-v5": _task(nested_steps=7),
+    "Humanoid-v5": _task(nested_steps=5),
+    "HumanoidStandup-v5": _task(nested_steps=5),
+    "Reacher-v5": _task(nested_steps=3),
+    "Pusher-v5": _task(nested_steps=3),
+    "InvertedPendulum-v5": _task(nested_steps=5),
+    "InvertedDoublePendulum-v5": _task(nested_steps=3),
+    "Ant-v5": _task(nested_steps=3),
+    "Swimmer-v5": _task(nested_steps=3),
 }

@@ -1,0 +1,80 @@
+"""The published settings of BLPO (arXiv 2505.11714), PPO's and Nested PPO's among them.
+
+Simulators differ: the paper's continuous tasks are Brax's, these ids Gymnasium's of the same names.
+"""
+
+from typing import Any
+
+Settings = dict[str, dict[str, Any]]
+
+#: What BLPO is there in all tasks; Nested PPO shares it up to the solver.
+_BLPO: dict[str, Any] = {
+    "solver": "nystrom",
+    "rank": 5,
+    "sketch": "columns",
+    "damping": 50.0,
+    "curvature": "hessian",
+    "cross_term": "paper",
+    "outer_objective": "advantage",
+    "cg_iters": 20,  # with solver="cg": BLPO-CG
+    "cg_rtol": 0.0,
+}
+
+# A minibatch is one environment's trajectory, so there are as many as environments; PPO has one
+# rate for both networks, annealed to zero.
+_DISCRETE: dict[str, Any] = {"num_envs": 4, "num_steps": 128, "learning_rate": 2.5e-4}
+_DISCRETE_PPO = {"critic_learning_rate": 2.5e-4, "num_minibatches": 4, "entropy_bonus": 0.01}
+_CONTINUOUS: dict[str, Any] = {
+    "num_envs": 32,
+    "num_steps": 640,
+    "learning_rate": 3e-4,
+    "normalize_observations": True,
+    "normalize_rewards": True,
+}
+_CONTINUOUS_PPO = {"critic_learning_rate": 3e-4, "num_minibatches": 32, "entropy_bonus": 0.0}
+
+
+def _discrete(total_steps: int, nested_steps: int, bound: float) -> Settings:
+    return {
+        "all": {**_DISCRETE, "total_steps": total_steps},
+        "ppo": _DISCRETE_PPO,
+        "blpo": {
+            **_BLPO,
+            "critic_learning_rate": 1e-3,
+            "nested_steps": nested_steps,
+            "correction_bound": bound,
+        },
+    }
+
+
+def _continuous(nested_steps: int, bound: float, total_steps: int = 8_000_000) -> Settings:
+    return {
+        "all": {**_CONTINUOUS, "total_steps": total_steps},
+        "ppo": _CONTINUOUS_PPO,
+        "blpo": {
+            **_BLPO,
+            "critic_learning_rate": 1.2e-3,
+            "nested_steps": nested_steps,
+            "correction_bound": bound,
+        },
+    }
+
+
+PAPER: dict[str, Settings] = {
+    "CartPole-v1": _discrete(500_000, nested_steps=10, bound=1.4),
+    "Acrobot-v1": _discrete(400_000, nested_steps=10, bound=0.5),
+    # Nested steps and bounds of the MinAtar tasks, Ant and Swimmer: Acrobot's and Reacher's.
+    "MinAtar/SpaceInvaders-v1": _discrete(10_000_000, nested_steps=10, bound=0.5),
+    "MinAtar/Breakout-v1": _discrete(5_000_000, nested_steps=10, bound=0.5),
+    "Hopper-v5": _continuous(nested_steps=3, bound=0.8),
+    "Walker2d-v5": _continuous(nested_steps=3, bound=0.8),
+    "HalfCheetah-v5": _continuous(nested_steps=7, bound=1.4),
+    "Humanoid-v5": _continuous(nested_steps=5, bound=1.0),
+    "HumanoidStandup-v5": _continuous(nested_steps=5, bound=1.0),
+    "Reacher-v5": _continuous(nested_steps=3, bound=1.0),
+    "Pusher-v5": _continuous(nested_steps=3, bound=1.0),
+    "InvertedPendulum-v5": _continuous(nested_steps=5, bound=1.0),
+    "InvertedDoublePendulum-v5": _continuous(nested_steps=3, bound=1.0),
+    "Ant-v5": _continuous(nested_steps=3, bound=1.0),
+    "Swimmer-v5": _continuous(nested_steps=3, bound=1.0),
+}
