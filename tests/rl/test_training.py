@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -339,17 +340,15 @@ def test_compare_refuses_to_count_a_run_twice(
         ("evaluate", "run", "--seed", "-1"),
         ("train", "--threads", "0"),
         ("compare", "--jobs", "0"),
-        ("compare", "--jobs", "two"),
     ],
 )
 def test_a_flag_outside_its_range_is_named(
     command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert ended.value.code == 2
+    assert main(command) == 2
     message = capsys.readouterr().err
-    assert f"argument {command[-2]}: {command[-1]!r}: expected an integer >= " in message
+    assert message.count("\n") == 1
+    assert re.search(rf"{command[-2][2:]}.?{command[-1]}: expected an integer >= ", message)
 
 
 def test_evaluate_refuses_no_episodes(tmp_path: Path) -> None:
