@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +53,29 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
 
     A MinAtar game repeats the former action now and then, after a reset that of the former episode;
     here an episode depends on nothing before it.
-    """
-    if not env_id.startswith("MinAtar/"):
-        return gym.make(env_id, render_mode=render_mode)
-    if env_id not in gym.registry:
-        import minatar.gym
 
-        minatar.gym.register_envs()
-    return FreshStickyAction(gym.make(env_id, render_mode=render_mode))
+    Raises:
+        EnvironmentUnsupported: the environment cannot be made, with Gymnasium's reason.
+    """
+    try:
+        if not env_id.startswith("MinAtar/"):
+            return gym.make(env_id, render_mode=render_mode)
+        if env_id not in gym.registry:
+            importlib.import_module("minatar.gym").register_envs()
+        return FreshStickyAction(gym.make(env_id, render_mode=render_mode))
+    except (gym.error.Error, ImportError) as error:
+        reason = " ".join(str(error).split())
+        missing = isinstance(error, (ImportError, gym.error.DependencyNotInstalled))
+        extras = [e for e in ("minatar", "mujoco") if missing and e in reason.lower()]
+        advice = (
+            f'Install it: pip install "hypergrad-torch[{extras[0]}]".'
+            if extras
+            else "Expected the id of a registered Gymnasium environment, for instance CartPole-v1, "
+            "or MODULE:ID for one that importing MODULE registers."
+        )
+        raise EnvironmentUnsupported(
+            f"cannot make environment {env_id!r}: {reason.rstrip('.?')}. {advice}"
+        ) from error
 
 
 class FreshStickyAction(gym.Wrapper[Any, Any, Any, Any]):
@@ -67,6 +85,28 @@ class FreshStickyAction(gym.Wrapper[Any, Any, Any, Any]):
         """Reset, and forget the last action."""
         self.unwrapped.game.last_action = 0  # type: ignore[attr-defined]
         return super().reset(**kwargs)
+
+
+def policy_for(env_id: str, obs: gym.Space[Any], action: gym.Space[Any]) -> Policy:
+    """The policy for these spaces.
+
+    Raises:
+        EnvironmentUnsupported: there is none, with what to do.
+    """
+    if not isinstance(obs, gym.spaces.Box):
+        raise EnvironmentUnsupported(
+            f"{env_id}: observation space {obs} is not supported; expected a Box (wrap the "
+            "environment in gymnasium.wrappers.FlattenObservation)"
+        )
+    if isinstance(action, gym.spaces.Discrete):
+        return CategoricalPolicy(int(action.n))
+    if isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.dtype.kind == "f":
+        return GaussianPolicy(action.shape[0])
+    raise EnvironmentUnsupported(
+        f"{env_id}: action space {action} is not supported; expected Discrete or a one-dimensional "
+        "Box of floats (a gymnasium.ActionWrapper can make one of the two of it: a Discrete over "
+        "all combinations of a MultiDiscrete, a flat Box of a larger one)"
+    )
 
 
 class VectorEnv:
@@ -84,38 +124,29 @@ class VectorEnv:
             or Box actions.
     """
 
-    def __init__(self, env_id: str, num_envs: int, render_mode: str | None = None) -> None:
-        try:
-            self.envs = [make_env(env_id, render_mode) for _ in range(num_envs)]
-        except (gym.error.Error, ModuleNotFoundError) as error:
-            reason = " ".join(str(error).split())
-            raise EnvironmentUnsupported(
-                f"cannot make environment {env_id!r}: {reason} Expected the id of a registered "
-                "Gymnasium environment whose packages are installed, for instance CartPole-v1."
-            ) from error
-        obs_space, action_space = self.envs[0].observation_space, self.envs[0].action_space
-        if not isinstance(obs_space, gym.spaces.Box):
-            raise EnvironmentUnsupported(
-                f"{env_id}: observation space {obs_space} is not supported; expected a Box "
-                "(wrap the environment, for instance in FlattenObservation)"
-            )
-        self.policy: Policy
-        if isinstance(action_space, gym.spaces.Discrete):
-            self.policy = CategoricalPolicy(int(action_space.n))
-        elif isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1:
-            self.policy = GaussianPolicy(action_space.shape[0])
-        else:
-            raise EnvironmentUnsupported(
-                f"{env_id}: action space {action_space} is not supported; expected Discrete or a "
-                "one-dimensional Box"
-            )
-        self.env_id, self.num_envs, self.action_space = env_id, num_envs, action_space
-        self.obs_shape, self.obs_dim = obs_space.shape, int(np.prod(obs_space.shape))
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        render_mode: str | None = None,
+        env_fn: Callable[[], gym.Env[Any, Any]] | None = None,
+    ) -> None:
+        """``env_fn`` makes one environment, in place of the registered one; the id names it."""
+        make = env_fn or functools.partial(make_env, env_id, render_mode)
+        self.envs = [make() for _ in range(num_envs)]
+        self._describe(env_id, num_envs, self.envs[0].observation_space, self.envs[0].action_space)
+
+    def _describe(
+        self, env_id: str, num_envs: int, obs: gym.Space[Any], action: gym.Space[Any]
+    ) -> None:
+        self.policy = policy_for(env_id, obs, action)
+        self.env_id, self.num_envs, self.action_space = env_id, num_envs, action
+        self.obs_shape: tuple[int, ...] = obs.shape or ()
+        self.obs_dim = int(np.prod(self.obs_shape))
         # The actions of the running episodes, step by step: environment i's since ``start[i]``.
-        dtype = np.result_type(
-            np.float32 if isinstance(action_space, gym.spaces.Box) else np.int64, action_space.dtype
-        )
-        self.taken = np.empty((256, num_envs, *(action_space.shape or ())), dtype)
+        drawn = np.int64 if isinstance(action, gym.spaces.Discrete) else np.float32
+        dtype = np.result_type(drawn, action.dtype or drawn)
+        self.taken = np.empty((256, num_envs, *(action.shape or ())), dtype)
 
     def reset(self, seed: int) -> Array:
         """Start episode 0 everywhere; first observations (num_envs, obs_dim).
@@ -126,14 +157,23 @@ class VectorEnv:
         self.episodes, self.start = [0] * self.num_envs, [0] * self.num_envs
         self.returns = [0.0] * self.num_envs
         self.obs = np.empty((self.num_envs, self.obs_dim), np.float32)
-        for i in range(self.num_envs):
-            self._begin(i, 0, self.obs)
+        i = 0
+        try:
+            for i in range(self.num_envs):
+                self._begin(i, 0, self.obs)
+        except Exception as error:
+            raise self._fault(i, error) from error
         return self.obs
 
     def _begin(self, i: int, episode: int, obs: Array) -> None:
         """Start that episode in environment i, its first observation into ``obs[i]``."""
         self.episodes[i], self.start[i], self.returns[i] = episode, self.filled, 0.0
         first = self.envs[i].reset(seed=episode_seed(self.seed, i, episode))[0]
+        if np.shape(first) != self.obs_shape:  # NumPy would spread a smaller one
+            raise ValueError(
+                f"reset gave an observation of shape {np.shape(first)}; the observation space "
+                f"has {self.obs_shape}"
+            )
         obs.reshape(-1, *self.obs_shape)[i] = first
 
     def step(self, actions: NDArray[np.generic]) -> Transition:
@@ -147,7 +187,7 @@ class VectorEnv:
         """
         if isinstance(self.action_space, gym.spaces.Box):
             actions = np.clip(actions, self.action_space.low, self.action_space.high)
-        else:
+        elif isinstance(self.action_space, gym.spaces.Discrete):
             actions = actions + self.action_space.start
         self._remember(actions)
         next_obs = np.empty((self.num_envs, self.obs_dim), np.float32)

@@ -1,4 +1,6 @@
-"""Separate tanh networks for actor and critic, as functions of an explicit tree of parameters.
+"""Separate networks for actor and critic, as functions of an explicit tree of parameters.
+
+Tanh layers by default, or any ``torch.nn.Module`` (:class:`ModuleNetwork`).
 
 Parameters are plain dicts of tensors, so that a loss is a function of them, which is what a
 hypergradient differentiates. A policy draws actions from noise that is sampled beforehand for the
@@ -17,9 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hypergrad_rl.errors import ConfigError
+
 Params = dict[str, Tensor]
 #: One step of a policy on NumPy arrays: (observations, noise) -> actions.
 Step = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.generic]]
+
+#: V_w: (parameters, states (..., obs_dim)) -> (...).
+ValueFn = Callable[[Params, Tensor], Tensor]
 
 
 def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator) -> Params:
@@ -108,6 +115,138 @@ class ValueJacobian:
         return torch.stack(parts).sum(0)
 
 
+class ModuleNetwork:
+    """A ``torch.nn.Module`` as a function of explicit parameters: (..., obs_dim) -> (..., out_dim).
+
+    The module sees states as (N, obs_dim), N whatever is asked about at once.
+
+    Raises:
+        ConfigError: a module without parameters; one that keeps statistics of its inputs or draws
+            random numbers, so that its output is no function of its parameters; another shape of
+            output than (N, out_dim).
+    """
+
+    def __init__(
+        self, make: Callable[[], torch.nn.Module], out_dim: int, generator: torch.Generator
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):  # modules initialise from the global generator
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            self.module = make()
+        self.out_dim = out_dim
+        for layer in self.module.modules():
+            if getattr(layer, "track_running_stats", False) or "Dropout" in type(layer).__name__:
+                raise ConfigError(
+                    f"a network has the layer {layer}: expected layers whose output is a function "
+                    "of input and parameters alone, such as LayerNorm instead of BatchNorm"
+                )
+        self.params = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        if not self.params or "log_std" in self.params:
+            raise ConfigError(
+                f"a network has the parameters {list(self.params)}: expected at least one, and "
+                "none named log_std, which the policy adds"
+            )
+
+    def __call__(self, params: Params, x: Tensor) -> Tensor:
+        """The module's output at x with these parameters."""
+        rows = x.reshape(-1, x.shape[-1])
+        out: Tensor = torch.func.functional_call(self.module, params, (rows,))
+        if out.shape != (len(rows), self.out_dim):
+            raise ConfigError(
+                f"a network gave an output of shape {tuple(out.shape)} for states of shape "
+                f"{tuple(rows.shape)}: expected {(len(rows), self.out_dim)}"
+            )
+        return out.view(*x.shape[:-1], self.out_dim)
+
+
+class ModuleJacobian:
+    """J = dV_w(s)/dw at N states, of any network: what :class:`ValueJacobian` is to the default.
+
+    By ``torch.func``: ``kernel`` forms J, N times the number of parameters, ``times`` does not.
+    """
+
+    def __init__(self, network: ModuleNetwork, params: Params, obs: Tensor) -> None:
+        self.network, self.params, self.obs = network, params, obs
+
+    def _values(self, params: Params, obs: Tensor) -> Tensor:
+        return self.network(params, obs).squeeze(-1)
+
+    def kernel(self) -> Tensor:
+        """J J', (N, N)."""
+        rows = torch.func.vmap(torch.func.grad(self._values), (None, 0))(self.params, self.obs)
+        return torch.stack([r.flatten(1) @ r.flatten(1).T for r in rows.values()]).sum(0)
+
+    def times(self, v: Params) -> Tensor:
+        """J v, (N,), for v shaped like the parameters."""
+        jvp = torch.func.jvp(lambda w: self._values(w, self.obs), (self.params,), (v,))
+        product: Tensor = jvp[1]
+        return product
+
+
+#: Make the networks of one's own from (obs_dim, out_dim) and from obs_dim; a critic's out_dim is 1.
+ActorModule = Callable[[int, int], torch.nn.Module]
+CriticModule = Callable[[int], torch.nn.Module]
+
+
+class ActorNetwork:
+    """The policy's network: tanh layers, or a module of one's own from the first ``init`` on."""
+
+    def __init__(self, out_dim: int, make_module: ActorModule | None = None) -> None:
+        self.out_dim, self.make_module = out_dim, make_module
+        self.module: ModuleNetwork | None = None
+
+    def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+        """Parameters; of tanh layers with head gain 0.01."""
+        make = self.make_module
+        if make is None:
+            return init_mlp([obs_dim, *hidden, self.out_dim], 0.01, generator)
+        self.module = ModuleNetwork(lambda: make(obs_dim, self.out_dim), self.out_dim, generator)
+        return self.module.params
+
+    def __call__(self, params: Params, x: Tensor) -> Tensor:
+        """(..., obs_dim) -> (..., out_dim)."""
+        return mlp(params, x) if self.module is None else self.module(params, x)
+
+    def on_numpy(self, params: Params) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        """The same on NumPy arrays."""
+        if self.module is None:
+            return numpy_mlp(params)
+
+        def forward(x: NDArray[np.float32]) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                result: NDArray[np.float32] = self(params, torch.from_numpy(x)).numpy()
+            return result
+
+        return forward
+
+
+class Critic:
+    """V_w: tanh layers, or a module of one's own from the first ``init`` on."""
+
+    def __init__(self, make_module: CriticModule | None = None) -> None:
+        self.make_module = make_module
+        self.module: ModuleNetwork | None = None
+
+    def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
+        """Parameters; of tanh layers with head gain 1."""
+        make = self.make_module
+        if make is None:
+            return init_critic(obs_dim, hidden, generator)
+        self.module = ModuleNetwork(lambda: make(obs_dim), 1, generator)
+        return self.module.params
+
+    def __call__(self, params: Params, obs: Tensor) -> Tensor:
+        """V_w(s): (..., obs_dim) -> (...)."""
+        if self.module is None:
+            return critic_value(params, obs)
+        return self.module(params, obs).squeeze(-1)
+
+    def jacobian(self, params: Params, obs: Tensor) -> ValueJacobian | ModuleJacobian:
+        """Of the values at states (N, obs_dim) in the parameters."""
+        if self.module is None:
+            return ValueJacobian(params, obs)
+        return ModuleJacobian(self.module, params, obs)
+
+
 class Policy(Protocol):
     """pi_theta(a|s): how actions are drawn and how likely they are."""
 
@@ -130,12 +269,12 @@ class Policy(Protocol):
 class CategoricalPolicy:
     """Softmax policy over ``num_actions`` discrete actions."""
 
-    def __init__(self, num_actions: int) -> None:
-        self.num_actions = num_actions
+    def __init__(self, num_actions: int, make_module: ActorModule | None = None) -> None:
+        self.num_actions, self.network = num_actions, ActorNetwork(num_actions, make_module)
 
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
         """Parameters; head gain 0.01: the first policy hardly depends on the state."""
-        return init_mlp([obs_dim, *hidden, self.num_actions], 0.01, generator)
+        return self.network.init(obs_dim, hidden, generator)
 
     def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
         """Standard Gumbel noise: argmax(logits + noise) is a sample of softmax(logits)."""
@@ -144,17 +283,17 @@ class CategoricalPolicy:
 
     def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
         """Sampled actions (...) int64; the most likely ones for ``noise=None``."""
-        logits = mlp(params, obs)
+        logits = self.network(params, obs)
         return (logits if noise is None else logits + noise).argmax(-1)
 
     def numpy_step(self, params: Params) -> Step:
         """``act`` on NumPy arrays, for the rollouts under these parameters."""
-        logits = numpy_mlp(params)
+        logits = self.network.on_numpy(params)
         return lambda obs, noise: (logits(obs) + noise).argmax(-1)
 
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """The pair log pi(a|s) and entropy of pi(.|s), each (...)."""
-        log_probs = mlp(params, obs).log_softmax(-1)
+        log_probs = self.network(params, obs).log_softmax(-1)
         taken = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         return taken, -(log_probs.exp() * log_probs).sum(-1)
 
@@ -162,13 +301,16 @@ class CategoricalPolicy:
 class GaussianPolicy:
     """Diagonal Gaussian with a state-independent log standard deviation, for Box actions."""
 
-    def __init__(self, action_dim: int) -> None:
-        self.action_dim = action_dim
+    def __init__(self, action_dim: int, make_module: ActorModule | None = None) -> None:
+        self.action_dim, self.network = action_dim, ActorNetwork(action_dim, make_module)
 
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
         """Parameters; head gain 0.01: the first policy hardly depends on the state."""
-        params = init_mlp([obs_dim, *hidden, self.action_dim], 0.01, generator)
+        params = self.network.init(obs_dim, hidden, generator)
         return {**params, "log_std": torch.zeros(self.action_dim)}
+
+    def _mean(self, params: Params, obs: Tensor) -> Tensor:
+        return self.network(_without_log_std(params), obs)
 
     def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise."""
@@ -176,19 +318,23 @@ class GaussianPolicy:
 
     def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
         """Sampled actions (..., action_dim); the means for ``noise=None``."""
-        mean = mlp(params, obs)
+        mean = self._mean(params, obs)
         return mean if noise is None else mean + params["log_std"].exp() * noise
 
     def numpy_step(self, params: Params) -> Step:
         """``act`` on NumPy arrays, for the rollouts under these parameters."""
-        mean = numpy_mlp({name: leaf for name, leaf in params.items() if name != "log_std"})
+        mean = self.network.on_numpy(_without_log_std(params))
         std = params["log_std"].detach().exp().numpy()
         return lambda obs, noise: mean(obs) + std * noise
 
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Log density of the (unclipped) actions and the entropy, each (...)."""
         log_std = params["log_std"]
-        z = (actions - mlp(params, obs)) * (-log_std).exp()
+        z = (actions - self._mean(params, obs)) * (-log_std).exp()
         log_norm = log_std.sum() + 0.5 * self.action_dim * math.log(2 * math.pi)
         log_prob = -0.5 * z.square().sum(-1) - log_norm
         return log_prob, (log_norm + 0.5 * self.action_dim).expand_as(log_prob)
+
+
+def _without_log_std(params: Params) -> Params:
+    return {name: leaf for name, leaf in params.items() if name != "log_std"}

@@ -14,7 +14,7 @@ from hypergrad_rl.advantages import discount_matrix, gae
 from hypergrad_rl.config import AgentConfig
 from hypergrad_rl.envs import Array, RunningMoments, VectorEnv
 from hypergrad_rl.errors import EnvironmentFault
-from hypergrad_rl.networks import Params, Policy, critic_value
+from hypergrad_rl.networks import Params, Policy, ValueFn, critic_value
 
 NORMALIZED_LIMIT = 10.0  # normalised observations and rewards are clipped to +-10, as is usual
 
@@ -72,11 +72,17 @@ class Batch(Rollout):
 
 @torch.no_grad()
 def make_batch(
-    policy: Policy, actor: Params, critic: Params, rollout: Rollout, gamma: float, gae_lambda: float
+    policy: Policy,
+    actor: Params,
+    critic: Params,
+    rollout: Rollout,
+    gamma: float,
+    gae_lambda: float,
+    value_fn: ValueFn = critic_value,
 ) -> Batch:
     """Log-probabilities, values, advantages and targets of a rollout, in a few batched calls."""
-    values = critic_value(critic, rollout.obs)
-    next_values = critic_value(critic, rollout.next_obs)
+    values = value_fn(critic, rollout.obs)
+    next_values = value_fn(critic, rollout.next_obs)
     matrix = discount_matrix(rollout.done, gamma * gae_lambda, values.dtype)
     advantages = gae(matrix, rollout.rewards, values, next_values, rollout.terminated, gamma)
     return Batch(

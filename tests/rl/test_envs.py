@@ -1,7 +1,9 @@
 """Environments: episodes with seeds of their own, states that are saved and restored."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -10,8 +12,14 @@ import pytest
 import torch
 
 from hypergrad_rl import PPOConfig
-from hypergrad_rl.envs import VectorEnv, episode_seed
-from hypergrad_rl.errors import CheckpointError, EnvironmentFault, EnvironmentNotReproducible
+from hypergrad_rl.envs import VectorEnv, episode_seed, make_env
+from hypergrad_rl.errors import (
+    CheckpointError,
+    EnvironmentFault,
+    EnvironmentNotReproducible,
+    EnvironmentUnsupported,
+)
+from hypergrad_rl.presets import STYLES
 from hypergrad_rl.rollout import Collector
 
 
@@ -70,7 +78,7 @@ def scripted() -> Iterator[Callable[..., str]]:
 def random_actions(env: VectorEnv, steps: int, rng: np.random.Generator) -> list[Any]:
     if isinstance(env.action_space, gym.spaces.Discrete):
         return list(rng.integers(env.action_space.n, size=(steps, env.num_envs)))
-    shape = (steps, env.num_envs, *env.action_space.shape)
+    shape = (steps, env.num_envs, *(env.action_space.shape or ()))
     return list(rng.normal(size=shape).astype(np.float32))
 
 
@@ -82,14 +90,14 @@ def assert_same_steps(one: VectorEnv, other: VectorEnv, actions: list[Any]) -> N
 
 
 @pytest.mark.parametrize(
-    "env_id",
-    ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "Hopper-v5",
-     "MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1"],
+    ("env_id", "case"),
+    [("CartPole-v1", 0), ("CartPole-v1", 1), ("CartPole-v1", 2), ("Acrobot-v1", 0),
+     ("Pendulum-v1", 0), ("Pendulum-v1", 1), ("Hopper-v5", 0), ("MinAtar/Breakout-v1", 0),
+     ("MinAtar/SpaceInvaders-v1", 0)],
 )  # fmt: skip
-@pytest.mark.parametrize("case", [0, 1])
 def test_a_restored_environment_goes_on_as_if_nothing_had_been(env_id: str, case: int) -> None:
     rng = np.random.default_rng(case)
-    env, again = VectorEnv(env_id, 3), VectorEnv(env_id, 3)
+    env, again = VectorEnv(env_id, 2), VectorEnv(env_id, 2)
     env.reset(seed=7 + case)
     for action in random_actions(env, int(rng.integers(700)), rng):  # beyond the first buffer
         env.step(action)
@@ -97,6 +105,120 @@ def test_a_restored_environment_goes_on_as_if_nothing_had_been(env_id: str, case
     assert again.load_state_dict(state) == []
     np.testing.assert_array_equal(env.obs, again.obs)
     assert_same_steps(env, again, random_actions(env, 500, rng))
+
+
+PAPER_TASKS = {
+    "CartPole-v1": (4, 2), "Acrobot-v1": (6, 3),
+    "MinAtar/SpaceInvaders-v1": (600, 4), "MinAtar/Breakout-v1": (400, 3),
+    "Hopper-v5": (11, 3), "Walker2d-v5": (17, 6), "HalfCheetah-v5": (17, 6),
+    "Humanoid-v5": (348, 17), "HumanoidStandup-v5": (348, 17), "Reacher-v5": (10, 2),
+    "Pusher-v5": (23, 7), "InvertedPendulum-v5": (4, 1), "InvertedDoublePendulum-v5": (9, 1),
+    "Ant-v5": (105, 8), "Swimmer-v5": (8, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("env_id", PAPER_TASKS)
+def test_every_task_of_the_paper_runs(env_id: str) -> None:
+    env = VectorEnv(env_id, 2)
+    actor = env.policy.init(env.obs_dim, (8,), torch.Generator().manual_seed(0))
+    collector = Collector(
+        env,
+        PPOConfig(env=env_id, num_envs=2, num_steps=30),
+        torch.Generator().manual_seed(0),
+    )
+    rollout, _ = collector.collect(actor)
+    obs_dim, actions = PAPER_TASKS[env_id]
+    assert rollout.obs.shape == (2, 30, obs_dim)
+    assert rollout.obs.dtype == torch.float32
+    if isinstance(env.action_space, gym.spaces.Discrete):
+        assert env.action_space.n == actions
+    else:
+        assert rollout.actions.shape == (2, 30, actions)
+    env.close()
+
+
+def test_presets_and_tasks_agree() -> None:
+    assert sorted(PAPER_TASKS) == sorted(STYLES["paper"])
+
+
+def test_minatar_episodes_depend_on_nothing_before_them() -> None:
+    env = make_env("MinAtar/Breakout-v1")
+    game: Any = env.unwrapped
+    env.reset(seed=0)
+    game.game.act(1)
+    assert game.game.last_action != 0
+    env.reset(seed=1)
+    assert game.game.last_action == 0
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "minatar", None)
+    monkeypatch.setitem(sys.modules, "minatar.gym", None)
+    for name in [name for name in gym.registry if name.startswith("MinAtar/")]:
+        monkeypatch.delitem(gym.registry, name)
+    with pytest.raises(EnvironmentUnsupported, match=r'pip install "hypergrad-torch\[minatar\]"'):
+        VectorEnv("MinAtar/Breakout-v1", 1)
+
+
+def test_environments_from_a_function() -> None:
+    env = VectorEnv("a walk", 2, env_fn=lambda: Scripted(end=4))
+    env.reset(seed=0)
+    steps = [env.step(np.zeros(2, np.int64)) for _ in range(4)]
+    assert steps[-1].terminated.all()
+    assert [length for _, _, length in steps[-1].ended] == [4, 4]
+
+
+def test_ids_that_name_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = "gymnasium.envs.classic_control:CartPoleEnv"
+    (tmp_path / "walks.py").write_text(
+        f"import gymnasium as gym\ngym.register('FromModule-v0', '{entry}')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert VectorEnv("walks:FromModule-v0", 1).obs_dim == 4
+    finally:
+        del gym.registry["FromModule-v0"]
+    with pytest.raises(EnvironmentUnsupported, match="No module named 'no_walks'"):
+        VectorEnv("no_walks:FromModule-v0", 1)
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "message"),
+    [
+        (gym.spaces.Discrete(3), None, "observation space Discrete.*FlattenObservation"),
+        (gym.spaces.Dict(a=gym.spaces.Discrete(3)), None, "observation space Dict"),
+        (gym.spaces.Tuple((gym.spaces.Discrete(3),)), None, "observation space Tuple"),
+        (None, gym.spaces.MultiDiscrete([2, 2]), "MultiDiscrete.* not supported; .* Discrete over"),
+        (None, gym.spaces.Box(0, 1, (2, 2)), "one-dimensional Box of floats"),
+        (None, gym.spaces.Box(0, 9, (2,), np.int64), "one-dimensional Box of floats"),
+    ],
+)
+def test_unsupported_spaces_are_refused(
+    observation: gym.Space[Any] | None, action: gym.Space[Any] | None, message: str
+) -> None:
+    def make() -> Scripted:
+        env = Scripted()
+        env.observation_space = observation or env.observation_space
+        env.action_space = action or env.action_space
+        return env
+
+    with pytest.raises(EnvironmentUnsupported, match=message) as caught:
+        VectorEnv("odd", 1, env_fn=make)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_observation_of_another_shape_than_its_space_is_named() -> None:
+    class Short(Scripted):
+        observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+
+        def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+            super().reset(**kwargs)
+            return np.zeros(1, np.float32), {}
+
+    with pytest.raises(
+        EnvironmentFault, match=r"of shape \(1,\); the observation space has \(3,\)"
+    ):
+        VectorEnv("short", 1, env_fn=Short).reset(seed=0)
 
 
 def torch_copy(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""Networks of one's own: any module as a function of its parameters, and its Jacobian."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hypergrad_rl.errors import ConfigError
+from hypergrad_rl.networks import (
+    CategoricalPolicy,
+    Critic,
+    GaussianPolicy,
+    ModuleJacobian,
+    ModuleNetwork,
+    ValueJacobian,
+    init_critic,
+)
+
+OBS = 12
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tanh_net(obs_dim: int, out_dim: int = 1) -> nn.Module:
+    layers = [nn.Linear(obs_dim, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, out_dim)]
+    return nn.Sequential(*layers).double()
+
+
+def conv_net(obs_dim: int, out_dim: int = 1) -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(-1, (1, obs_dim)), nn.Conv1d(1, 3, 4), nn.ReLU(), nn.Flatten(-2),
+        nn.LayerNorm(3 * (obs_dim - 3)), nn.Linear(3 * (obs_dim - 3), out_dim),
+    ).double()  # fmt: skip
+
+
+def test_the_jacobian_of_a_module_is_that_of_the_layers() -> None:
+    params = {n: p.double() for n, p in init_critic(OBS, (6, 5), seeded(0)).items()}
+    names = [f"{2 * i}.{kind}" for i in range(3) for kind in ("weight", "bias")]
+    renamed = dict(zip(names, params.values(), strict=True))
+    network = ModuleNetwork(lambda: tanh_net(OBS), 1, seeded(1))
+    obs = torch.randn(7, OBS, generator=seeded(2), dtype=torch.float64)
+    v = {n: torch.randn(p.shape, generator=seeded(3), dtype=p.dtype) for n, p in params.items()}
+    factored, module = ValueJacobian(params, obs), ModuleJacobian(network, renamed, obs)
+    torch.testing.assert_close(module.kernel(), factored.kernel(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        module.times(dict(zip(names, v.values(), strict=True))),
+        factored.times(v), rtol=1e-12, atol=1e-12,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [tanh_net, conv_net])
+def test_the_jacobian_of_any_module(make: Callable[[int], nn.Module]) -> None:
+    critic = Critic(make)
+    params = critic.init(OBS, (), seeded(0))
+    obs = torch.randn(5, OBS, generator=seeded(1), dtype=torch.float64)
+    rows = []
+    for state in obs:  # reverse mode, one state at a time
+        leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+        grads = torch.autograd.grad(critic(leaves, state), list(leaves.values()))
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    dense = torch.stack(rows)
+    v = {n: torch.randn(p.shape, generator=seeded(2), dtype=p.dtype) for n, p in params.items()}
+    flat_v = torch.cat([leaf.flatten() for leaf in v.values()])
+    jacobian = critic.jacobian(params, obs)
+    torch.testing.assert_close(jacobian.kernel(), dense @ dense.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(jacobian.times(v), dense @ flat_v, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [CategoricalPolicy, GaussianPolicy])
+def test_policies_with_a_module(kind: type[CategoricalPolicy] | type[GaussianPolicy]) -> None:
+    policy = kind(3, lambda obs_dim, out_dim: conv_net(obs_dim, out_dim).float())
+    params = policy.init(OBS, (), seeded(0))
+    obs = torch.randn(2, 4, OBS, generator=seeded(1))
+    noise = policy.noise(2, 4, seeded(2))
+    actions = policy.act(params, obs, noise)
+    log_probs, entropy = policy.log_prob(params, obs, actions)
+    assert log_probs.shape == entropy.shape == (2, 4)
+    taken = policy.numpy_step(params)(obs[0].numpy(), noise[0].numpy())
+    torch.testing.assert_close(torch.from_numpy(taken), actions[0])
+
+
+def test_a_seed_decides_a_modules_parameters_and_disturbs_no_other_numbers() -> None:
+    before = torch.get_rng_state()
+    first, again, other = (Critic(conv_net).init(OBS, (), seeded(s)) for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not all(torch.equal(first[n], other[n]) for n in first)
+
+
+class NamedLogStd(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(OBS, 1)
+        self.log_std = nn.Parameter(torch.zeros(1))
+
+
+class TwoOutputs(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(OBS, 1), nn.BatchNorm1d(1)), "LayerNorm instead"),
+        (lambda: nn.Sequential(nn.Dropout(0.1), nn.Linear(OBS, 1)), "the layer Dropout"),
+        (nn.Identity, "expected at least one"),
+        (NamedLogStd, "none named log_std"),
+        (lambda: nn.Linear(OBS, 2), r"of shape \(4, 2\) .*: expected \(4, 1\)"),
+        (lambda: TwoOutputs(OBS, 2), r"of shape \(4,\) .*: expected \(4, 1\)"),
+    ],
+)
+def test_modules_that_cannot_serve_are_refused(make: Callable[[], nn.Module], message: str) -> None:
+    def use() -> Tensor:
+        network = ModuleNetwork(make, 1, seeded(0))
+        return network(network.params, torch.zeros(4, OBS))
+
+    with pytest.raises(ConfigError, match=message):
+        use()
