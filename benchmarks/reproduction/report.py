@@ -22,8 +22,9 @@ from hypergrad_rl.envs import VectorEnv
 from hypergrad_rl.functional import flatten
 from hypergrad_rl.report import estimate_text, read_metrics
 from hypergrad_rl.rollout import Collector
+from hypergrad_rl.run_directory import CHECKPOINT
 from hypergrad_rl.runs import Run
-from hypergrad_rl.trainer import CHECKPOINT, make_agent
+from hypergrad_rl.trainer import make_agent
 
 RIVALS = ("nested", "ppo")
 Row = dict[str, Any]

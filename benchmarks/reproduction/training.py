@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.reproduction.arms import Config
 from hypergrad_rl import HypergradRLError, RunDirectoryError, load_config, train
 from hypergrad_rl.report import read_metrics
-from hypergrad_rl.trainer import CHECKPOINT, CONFIG
+from hypergrad_rl.run_directory import CHECKPOINT, CONFIG
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "numpy", "gymnasium")
