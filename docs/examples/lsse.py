@@ -33,6 +33,8 @@ from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 import hypergrad
+from hypergrad_rl.advantages import discount_matrix, gae
+from hypergrad_rl.objectives import cross_term_weights
 
 F64 = torch.float64
 TAU = 0.4
@@ -120,8 +122,9 @@ def play(method: str, theta: Tensor, w: Tensor, steps: int, judge: str = "first"
     """The critic's steps, then one of the actor along its partial or total derivative; repeated."""
     path = [(theta, w)]
     for _ in range(steps):
-        for _ in range(METHODS[method]):
-            w = w - FOLLOWER_STEP * torch.func.grad(follower_loss, argnums=1)(theta, w)
+        share, returns = visits(theta), state_returns(theta)
+        for _ in range(METHODS[method]):  # along grad_w g
+            w = w - FOLLOWER_STEP * FEATURES.T @ (share * (FEATURES @ w - returns))
         f = leader_loss if judge == "first" else leader_loss_of_every_move(theta)
         if method == "blpo":
             # All three columns of the critic's Hessian: no error but that of the damping.
@@ -138,11 +141,63 @@ def play(method: str, theta: Tensor, w: Tensor, steps: int, judge: str = "first"
     return path
 
 
+def sampled_update(
+    theta: Tensor, w: Tensor, rollouts: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """BLPO's update from sampled episodes: critic steps, then the actor along d - c.
+
+    Nothing is differentiated through the process: G is made by ``gae`` with lambda = 1 and c by
+    ``cross_term_weights``, as in ``hypergrad_rl.BLPO``.
+    """
+    # An action is 1 where it is the one whose probability is sigmoid(theta).
+    noise = torch.rand(rollouts, 2, generator=generator, dtype=F64)
+    actions = (noise < theta.sigmoid()).long()
+    score = actions - theta.sigmoid()  # grad log pi of each step, in its own logit
+    room = 2 - actions[:, 0]
+    states = torch.stack([torch.zeros_like(room), room], dim=1)
+    rewards = torch.zeros(rollouts, 2, dtype=F64)
+    rewards[:, 1] = (actions[:, 0] == actions[:, 1]).to(F64)
+    over = torch.tensor([False, True]).expand(rollouts, 2)
+    features = FEATURES[states]  # (rollouts, 2, 3)
+    matrix = discount_matrix(over, 1.0, F64)
+
+    old = features @ w
+    following = torch.stack([old[:, 1], torch.zeros(rollouts, dtype=F64)], dim=1)
+    advantages = gae(matrix, rewards, old, following, over, 1.0)
+    targets = advantages + old
+    curvature = torch.einsum("nti,ntj->ij", features, features) / (2 * rollouts)
+    for _ in range(METHODS["blpo"]):
+        errors = (targets - features @ w)[..., None]
+        w = w + FOLLOWER_STEP * (errors * features).sum(1).mean(0) / 2
+
+    values = features @ w
+    d = torch.func.grad(lambda logits: -TAU * entropy(logits).sum())(theta)
+    d[0] -= (score[:, 0] * (values[:, 1] - values[:, 0])).mean()  # A_w of the first move
+    v = -features[:, 1].mean(0)  # of -E[A_w + V_w] at the first move
+    # g without its 1/2, of which cross_term_weights are the derivative, has twice the curvature.
+    solver = hypergrad.Nystrom(rank=3, sketch="columns", generator=generator)
+    x = hypergrad.solve(2 * curvature, v, solver, damping=DAMPING).value
+    weights = cross_term_weights("suffix", matrix, advantages, values, targets, features @ x)
+    c = (score * weights).mean(0) / 2
+    return theta - LEADER_STEP * (d - c), w
+
+
 def initial(seed: int) -> tuple[Tensor, Tensor]:
     """A random actor and a random critic."""
     generator = torch.Generator().manual_seed(seed)
     theta = 1.5 * torch.randn(2, generator=generator, dtype=F64)
     return theta, torch.randn(3, generator=generator, dtype=F64)
+
+
+def play_sampled(seed: int, steps: int, rollouts: int = 2000) -> Tensor:
+    """The actor after each sampled update, (steps, 2)."""
+    generator = torch.Generator().manual_seed(seed)
+    theta, w = initial(seed)
+    path = []
+    for _ in range(steps):
+        theta, w = sampled_update(theta, w, rollouts, generator)
+        path.append(theta)
+    return torch.stack(path)
 
 
 def measure(method: str, judge: str, paths: list[Trajectory]) -> dict[str, Any]:
@@ -232,9 +287,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if not every:
             paths[method] = got
         rows.append(measure(method, judge, got))
-    results = {"tau": TAU, "optimum": optimum(), "rows": rows}
+    # The mean of the second half: what is left of the noise of 2,000 episodes an update.
+    means = [
+        play_sampled(seed, options.steps)[options.steps // 2 :].mean(0)
+        for seed in range(options.seeds)
+    ]
+    sampled = (torch.stack(means).abs() - optimum()).norm(dim=-1)
+    results = {
+        "tau": TAU,
+        "optimum": optimum(),
+        "rows": rows,
+        "sampled_distance_to_optimum": sampled.tolist(),
+    }
     print(f"optimum: theta = +-({optimum():.6f}, {optimum():.6f})")
     print(table(rows))
+    print(f"sampled: {float(sampled.max()):.2f} from an optimum at most, in the mean of the path")
     options.run_dir.mkdir(parents=True, exist_ok=True)
     (options.run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     draw(paths, options.run_dir / "lsse.png")
