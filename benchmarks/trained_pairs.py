@@ -112,7 +112,7 @@ def main() -> None:
             pair = train(seed, correction=correction, updates=arguments.updates)
             check = pair.check()
             logits = with_zero(pair.theta)
-            entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+            entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
             values = policy_values(pair.mdp, logits)
             rows.append((check, float(entropy), float(pair.mdp.start @ values)))
         checks = [row[0] for row in rows]

@@ -135,7 +135,8 @@ def play(method: str, theta: Tensor, w: Tensor, steps: int, judge: str = "first"
             assert isinstance(got.grad, Tensor)
             step = got.grad
         else:  # c = 0: the critic is what it is
-            step = torch.func.grad(f)(theta, w)
+            leaf = theta.clone().requires_grad_()
+            (step,) = torch.autograd.grad(f(leaf, w), leaf)
         theta = theta - LEADER_STEP * step
         path.append((theta, w))
     return path
