@@ -10,9 +10,11 @@ from hypergrad_rl.errors import (
     HypergradRLError,
     RunDirectoryError,
 )
+from hypergrad_rl.play import TrainedPolicy, evaluate, export, load_policy, watch
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.presets import preset
-from hypergrad_rl.trainer import TrainResult, evaluate, load_config, train
+from hypergrad_rl.run_directory import load_config
+from hypergrad_rl.trainer import TrainResult, train
 
 __all__ = [
     "BLPO",
@@ -26,9 +28,13 @@ __all__ = [
     "PPOConfig",
     "RunDirectoryError",
     "TrainResult",
+    "TrainedPolicy",
     "evaluate",
+    "export",
     "load_config",
+    "load_policy",
     "make_config",
     "preset",
     "train",
+    "watch",
 ]

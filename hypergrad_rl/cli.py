@@ -1,247 +1,282 @@
-"""The command line: train, resume, evaluate, compare, report, plot."""
+"""The command line: train, resume, evaluate, watch, export, compare, report, plot."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import dataclasses
+import functools
+import io
 import itertools
 import multiprocessing
+import operator
+import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-from hypergrad_rl.config import ALGOS, BLPOConfig, PPOConfig
+from hypergrad_rl import play
+from hypergrad_rl.config import BLPOConfig, PPOConfig
 from hypergrad_rl.errors import ConfigError, HypergradRLError
 from hypergrad_rl.presets import preset
-from hypergrad_rl.trainer import CONFIG, METRICS, Config, evaluate, load_config, train
+from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_config
+from hypergrad_rl.trainer import train
 
-_OUTPUT = "RUNS where it is one directory of runs, runs/report otherwise"
-_OWN_FLAGS = ("env", "seed", "total_steps")  # the rest of the hyper-parameters is generated
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 2, with one line on stderr, for an error of the user's."""
-    args = _parser().parse_args(argv)
-    before = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
-    try:
-        words = sys.argv[1:] if argv is None else argv
-        args.command_line = shlex.join(["python", "-m", "hypergrad_rl", *words])
-        args.command(args)
-    except HypergradRLError as error:
-        print(f"hypergrad_rl: {error}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(before)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hypergrad_rl", description=__doc__)
-    names = "{train,resume,evaluate,compare,report,plot}"
-    commands = parser.add_subparsers(required=True, metavar=names)
-
-    sub = commands.add_parser("train", help="train one agent")
-    sub.add_argument("--algo", choices=ALGOS, default="blpo")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--run-dir", type=Path, help="default: runs/ENV-ALGO-SEED")
-    sub.add_argument("--env", default="CartPole-v1", help="a Gymnasium id")
-    _add_common(sub)
-    sub.set_defaults(command=_train)
-
-    sub = commands.add_parser("resume", help="continue a run from its checkpoint")
-    sub.add_argument("run_dir", type=Path)
-    _add_run_flags(sub)
-    sub.set_defaults(command=_resume)
-
-    sub = commands.add_parser("evaluate", help="play episodes with a trained policy")
-    sub.add_argument("run_dir", type=Path)
-    sub.add_argument("--episodes", type=_count, default=20)
-    sub.add_argument("--seed", type=_seed, default=1_000_000)
-    sub.add_argument("--stochastic", action="store_true", help="sample actions, as in training")
-    sub.add_argument("--threads", type=_count, default=1)
-    sub.set_defaults(command=_evaluate)
-
-    sub = commands.add_parser("compare", help="train several algorithms and seeds, and report")
-    sub.add_argument("--algos", choices=ALGOS, nargs="+", default=list(ALGOS))
-    sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    sub.add_argument("--run-dir", type=Path, default=Path("runs/compare"))
-    sub.add_argument("--jobs", type=_count, default=2, help="runs at a time, one thread each")
-    sub.add_argument("--env", nargs="+", default=["CartPole-v1"], help="Gymnasium ids")
-    _add_common(sub)
-    sub.set_defaults(command=_compare)
-
-    sub = commands.add_parser("report", help="compare finished runs, from their directories")
-    sub.add_argument("--output", type=Path, help=f"a directory; default: {_OUTPUT}")
-    _add_comparison(sub)
-    sub.add_argument("--range", nargs=3, metavar=("ENV", "LOW", "HIGH"), action="append",
-                     default=[], help="returns that count as 0 and 1 in figures over all tasks; "
-                     "once for each task")  # fmt: skip
-    sub.set_defaults(command=_report)
-
-    sub = commands.add_parser("plot", help="draw learning curves anew, from run directories")
-    default = f"learning_curve.png in a run, otherwise comparison.png in {_OUTPUT}"
-    sub.add_argument("--output", type=Path, help=f"a .png, .pdf or .svg; default: {default}")
-    _add_comparison(sub)
-    sub.set_defaults(command=_plot)
-    return parser
+Algo = Literal["ppo", "nested", "blpo"]
+Style = Literal["tuned", "paper"]
+_OWN = ("env", "seed")  # each command has these itself; the rest of the hyper-parameters are shared
+_HINT = "(default: the task's preset)"
+_FIELDS = {
+    name: (get_type_hints(kind)[name], field.default)
+    for kind in (PPOConfig, BLPOConfig)
+    for name, field in kind.__dataclass_fields__.items()
+    if name not in _OWN
+}
+#: Every hyper-parameter as a flag; those that are given override the preset.
+_Parameters: Any = dataclasses.make_dataclass(
+    "_Parameters",
+    [
+        (name, Annotated[kind, arg(help_behavior_hint=_HINT)], dataclasses.field(default=default))
+        for name, (kind, default) in _FIELDS.items()
+    ],
+    namespace={"__doc__": "Hyper-parameters; those that are given override the task's preset."},
+)
+HyperParameters: TypeAlias = OmitArgPrefixes[_Parameters]
 
 
-def _add_comparison(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("runs", type=Path, nargs="+", help="run directories, or directories of some")
-    sub.add_argument("--by", action="append", default=[], metavar="SETTING",
-                     help="tells variants of an algorithm apart; may be given again")  # fmt: skip
-    sub.add_argument("--mix", action="append", default=[], metavar="SETTING",
-                     help="may differ within an algorithm; may be given again")  # fmt: skip
-    sub.add_argument("--steps", type=int, help="read every run only up to here")
-    sub.set_defaults(threads=1)
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train one agent."""
+
+    parameters: HyperParameters
+    algo: Algo = "blpo"
+    """nested is BLPO without the correction"""
+    env: str = "CartPole-v1"
+    """a Gymnasium id"""
+    seed: int = 0
+    style: Style = "tuned"
+    """the task's preset: ours, or the published one"""
+    run_dir: Path | None = None
+    """default: runs/ENV-ALGO-SEED"""
+    stop_at_return: float | None = None
+    """end when the mean return of the last 20 episodes reaches it"""
+    checkpoint_every: float = 10.0
+    """seconds between checkpoints"""
+    tensorboard: bool = True
+    wandb: str | None = None
+    """a project of Weights & Biases to log to"""
+    threads: int = 1
+    """of PyTorch; 1 is fastest for small networks"""
+
+    def config(self, given: dict[str, Any]) -> Config:
+        """The preset with the hyper-parameters that were given."""
+        return preset(self.algo, self.env, self.style, seed=self.seed, **given)
+
+    def _do(self, given: dict[str, Any], line: str) -> None:
+        name = f"{self.env.replace('/', '-')}-{self.algo}-{self.seed}"
+        config, run_dir = self.config(given), self.run_dir or Path("runs") / name
+        _run(run_dir, config, tensorboard=self.tensorboard, threads=self.threads,
+             wandb=self.wandb, checkpoint_every=self.checkpoint_every,
+             stop_at_return=self.stop_at_return)  # fmt: skip
 
 
-def _add_common(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--total-steps", type=int, default=argparse.SUPPRESS, help="default: the task's preset"
-    )
-    _add_run_flags(sub)
-    group = sub.add_argument_group(
-        "hyper-parameters (default: the task's preset)", argument_default=argparse.SUPPRESS
-    )
-    parsers: dict[str, Callable[[str], Any]]
-    parsers = {
-        "int": int,
-        "float": float,
-        "float | None": _float_or_none,
-        "bool | Literal['auto']": _true_false_auto,
-    }
-    fields = {f.name: f for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
-    for name, field in fields.items():
-        if name not in _OWN_FLAGS:
-            flag, kind = "--" + name.replace("_", "-"), str(field.type)
-            if kind == "bool":
-                group.add_argument(flag, action=argparse.BooleanOptionalAction)
-            elif kind.startswith("tuple"):
-                group.add_argument(flag, type=int, nargs="+")
-            else:
-                group.add_argument(flag, type=parsers.get(kind, str))
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Continue a run from its checkpoint: it ends as if it had not been interrupted."""
+
+    run_dir: Positional[Path]
+    checkpoint_every: float = 10.0
+    """seconds between checkpoints"""
+    tensorboard: bool = True
+    threads: int = 1
+
+    def _do(self, given: dict[str, Any], line: str) -> None:
+        _run(self.run_dir, load_config(self.run_dir), resume=True, tensorboard=self.tensorboard,
+             threads=self.threads, checkpoint_every=self.checkpoint_every)  # fmt: skip
 
 
-def _count(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _seed(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= {least}")
-    return value
-
-
-def _float_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
-
-
-def _true_false_auto(text: str) -> bool | str:
-    """The configuration refuses what is none of the three."""
-    return {"true": True, "false": False}.get(text, text)
-
-
-def _add_run_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--threads", type=_count, default=1, help="threads of PyTorch; 1 is fastest here"
-    )
-    sub.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True)
-
-
-def _config(args: argparse.Namespace, env: str, algo: str, seed: int) -> Config:
-    """The preset with the flags given; of several algorithms, a flag goes to those that have it."""
-    fields = {f.name for kind in (PPOConfig, BLPOConfig) for f in dataclasses.fields(kind)}
-    given = {n: value for n, value in vars(args).items() if n in fields - {"env", "seed"}}
-    if hasattr(args, "algos"):
-        kind = PPOConfig if algo == "ppo" else BLPOConfig
-        given = {n: v for n, v in given.items() if n in kind.__dataclass_fields__}
-        if algo == "nested":
-            given.pop("solver", None)
-    return preset(algo, env, seed=seed, **given)
-
-
-def _train(args: argparse.Namespace) -> None:
-    config = _config(args, args.env, args.algo, args.seed)
-    run_dir = args.run_dir or Path("runs") / f"{args.env.replace('/', '-')}-{args.algo}-{args.seed}"
-    train(config, run_dir, progress=True, tensorboard=args.tensorboard, threads=args.threads)
-    _print_summary(run_dir)
-
-
-def _resume(args: argparse.Namespace) -> None:
-    config = load_config(args.run_dir)
-    train(
-        config, args.run_dir, resume=True, progress=True, tensorboard=args.tensorboard,
-        threads=args.threads,
-    )  # fmt: skip
-    _print_summary(args.run_dir)
-
-
-def _print_summary(run_dir: Path) -> None:
+def _run(run_dir: Path, config: Config, **options: Any) -> None:
     from hypergrad_rl.report import read_metrics, summarize
 
+    try:
+        ended = train(config, run_dir, progress=True, **options).ended
+    except KeyboardInterrupt:
+        if (run_dir / CONFIG).exists():
+            print(f"interrupted; `resume {run_dir}` continues", file=sys.stderr)
+        raise
     summary = summarize(read_metrics(run_dir))
     print(
-        f"return over the last tenth {summary.final_return:.1f}, area under the curve "
+        f"{ended}; return over the last tenth {summary.final_return:.1f}, area under the curve "
         f"{summary.area:.1f}, {summary.steps_per_second:.0f} steps/s; see {run_dir}"
     )
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    returns = evaluate(
-        args.run_dir, args.episodes, seed=args.seed, deterministic=not args.stochastic
-    )
-    print(
-        f"{len(returns)} episodes: mean return {np.mean(returns):.1f}, standard deviation "
-        f"{np.std(returns):.1f}, lowest {min(returns):.1f}, highest {max(returns):.1f}"
-    )
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Play episodes with a trained policy."""
+
+    run_dir: Positional[Path]
+    episodes: int = 20
+    seed: int = 1_000_000
+    stochastic: bool = False
+    """sample actions, as in training"""
+    threads: int = 1
+
+    def _do(self, given: dict[str, Any], line: str) -> None:
+        returns = play.evaluate(
+            self.run_dir, self.episodes, seed=self.seed, deterministic=not self.stochastic
+        )
+        print(
+            f"{len(returns)} episodes: mean return {np.mean(returns):.1f}, standard deviation "
+            f"{np.std(returns):.1f}, lowest {min(returns):.1f}, highest {max(returns):.1f}"
+        )
 
 
-def _compare(args: argparse.Namespace) -> None:
-    for flag, values in (("--algos", args.algos), ("--seeds", args.seeds), ("--env", args.env)):
-        # A run that counts twice would make the spread over seeds too small.
-        if len(set(values)) < len(values):
-            given = " ".join(map(str, values))
-            raise ConfigError(f"{flag} {given}: expected each of them once")
-    runs = {}
-    for env in args.env:
-        parent = args.run_dir / env.replace("/", "-") if len(args.env) > 1 else args.run_dir
-        for algo, seed in itertools.product(args.algos, args.seeds):
-            runs[parent / f"{algo}-{seed}"] = _config(args, env, algo, seed)
-    for run_dir in runs:
-        if (run_dir / METRICS).exists():
-            raise HypergradRLError(
-                f"{run_dir} already holds a run, which is left as it is; choose another --run-dir, "
-                f"or `report {args.run_dir}`"
-            )
-    train_all(runs, args.jobs, args.threads, args.tensorboard)
-    _write_report(list(runs), args.run_dir, args.command_line)
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Play episodes with a trained policy into a GIF or a video."""
+
+    run_dir: Positional[Path]
+    output: Path | None = None
+    """a .gif, or a .mp4 where imageio-ffmpeg is installed; default: episode.gif in the run"""
+    episodes: int = 1
+    seed: int = 1_000_000
+    stochastic: bool = False
+    """sample actions, as in training"""
+
+    def _do(self, given: dict[str, Any], line: str) -> None:
+        output, returns = play.watch(self.run_dir, self.output, self.episodes, seed=self.seed,
+                                     deterministic=not self.stochastic)  # fmt: skip
+        print(f"{output}: return {', '.join(f'{value:.1f}' for value in returns)}")
 
 
-def _report(args: argparse.Namespace) -> None:
-    try:
-        ranges = {env: (float(low), float(high)) for env, low, high in args.range}
-    except ValueError as error:
-        raise HypergradRLError(f"--range: expected ENV LOW HIGH, {error}") from error
-    _write_report(args.runs, args.output or _output(args.runs), args.command_line, by=args.by,
-                  mix=args.mix, steps=args.steps, ranges=ranges)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a trained policy to a file that PyTorch alone reads."""
+
+    run_dir: Positional[Path]
+    output: Path | None = None
+    """default: policy.pt2 in the run"""
+
+    def _do(self, given: dict[str, Any], line: str) -> None:
+        output = play.export(self.run_dir, self.output)
+        print(f"{output}: torch.export.load(path).module() takes observations to actions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Train several algorithms and seeds, and report."""
+
+    parameters: HyperParameters
+    algos: tuple[Algo, ...] = ("ppo", "nested", "blpo")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    env: tuple[str, ...] = ("CartPole-v1",)
+    """Gymnasium ids"""
+    style: Style = "tuned"
+    run_dir: Path = Path("runs/compare")
+    jobs: int = 2
+    """runs at a time, one thread each"""
+    tensorboard: bool = True
+    threads: int = 1
+
+    def _do(self, given: dict[str, Any], line: str) -> None:
+        for flag, values in (("algos", self.algos), ("seeds", self.seeds), ("env", self.env)):
+            # A run that counts twice would make the spread over seeds too small.
+            if len(set(values)) < len(values):
+                words = " ".join(map(str, values))
+                raise ConfigError(f"--{flag} {words}: expected each of them once")
+        runs = {}
+        for env in self.env:
+            parent = self.run_dir / env.replace("/", "-") if len(self.env) > 1 else self.run_dir
+            for algo, seed in itertools.product(self.algos, self.seeds):
+                # Of several algorithms, a flag goes to those that have it.
+                kind = PPOConfig if algo == "ppo" else BLPOConfig
+                own = {n: v for n, v in given.items() if n in kind.__dataclass_fields__}
+                if algo == "nested":
+                    own.pop("solver", None)
+                runs[parent / f"{algo}-{seed}"] = preset(algo, env, self.style, seed=seed, **own)
+        for run_dir in runs:
+            if (run_dir / METRICS).exists():
+                raise HypergradRLError(
+                    f"{run_dir} already holds a run, which is left as it is; choose another "
+                    f"--run-dir, or `report {self.run_dir}`"
+                )
+        train_all(runs, self.jobs, self.threads, self.tensorboard)
+        _write_report(list(runs), self.run_dir, line)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Compare finished runs, from their directories."""
+
+    runs: Positional[tuple[Path, ...]]
+    """run directories, or directories of some"""
+    output: Path | None = None
+    """a directory; default: RUNS where it is one directory of runs, runs/report otherwise"""
+    by: UseAppendAction[tuple[str, ...]] = ()
+    """a setting that tells variants of an algorithm apart"""
+    mix: UseAppendAction[tuple[str, ...]] = ()
+    """a setting that may differ within an algorithm"""
+    steps: int | None = None
+    """read every run only up to here"""
+    range: UseAppendAction[
+        tuple[Annotated[tuple[str, str, str], arg(metavar="ENV LOW HIGH")], ...]
+    ] = ()
+    """returns that count as 0 and 1 in figures over all tasks; once for each task"""
+
+    def _do(self, given: dict[str, Any], line: str) -> None:
+        try:
+            ranges = {env: (float(low), float(high)) for env, low, high in self.range}
+        except ValueError as error:
+            raise ConfigError(f"--range: expected ENV LOW HIGH, {error}") from error
+        _write_report(self.runs, self.output or _output(self.runs), line, by=self.by,
+                      mix=self.mix, steps=self.steps, ranges=ranges)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draw learning curves anew, from run directories."""
+
+    runs: Positional[tuple[Path, ...]]
+    """run directories, or directories of some"""
+    output: Path | None = None
+    """a .png, .pdf or .svg; default: learning_curve.png in a run, else comparison.png"""
+    by: UseAppendAction[tuple[str, ...]] = ()
+    """a setting that tells variants of an algorithm apart"""
+    mix: UseAppendAction[tuple[str, ...]] = ()
+    """a setting that may differ within an algorithm"""
+    steps: int | None = None
+    """read every run only up to here"""
+
+    def _do(self, given: dict[str, Any], line: str) -> None:
+        from hypergrad_rl.comparison import compare_runs
+        from hypergrad_rl.report import plot_comparison, plot_run
+
+        one = len(self.runs) == 1 and (self.runs[0] / CONFIG).exists()
+        default = "learning_curve.png" if one else "comparison.png"
+        output = self.output or (self.runs[0] if one else _output(self.runs)) / default
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if one:
+                plot_run(self.runs[0], output)
+            else:
+                results = compare_runs(self.runs, by=self.by, mix=self.mix, steps=self.steps)
+                plot_comparison(results, output)
+                print(*(f"note: {note}\n" for note in results["notes"]), sep="", end="")
+        except HypergradRLError:
+            raise
+        except (OSError, ValueError) as error:  # the latter: a format Matplotlib does not write
+            raise HypergradRLError(f"cannot draw {output}: {error}") from error
+        print(output)
 
 
 def _output(runs: Sequence[Path]) -> Path:
@@ -257,26 +292,64 @@ def _write_report(runs: Sequence[Path], output: Path, command: str, **options: A
           f"run: {output / 'results.json'}, results.csv, runs.csv")  # fmt: skip
 
 
-def _plot(args: argparse.Namespace) -> None:
-    from hypergrad_rl.comparison import compare_runs
-    from hypergrad_rl.report import plot_comparison, plot_run
+_COMMANDS: Any = functools.reduce(
+    operator.or_,
+    [
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())]
+        for kind in (Train, Resume, Evaluate, Watch, Export, Compare, Report, Plot)
+    ],
+)
 
-    one = len(args.runs) == 1 and (args.runs[0] / CONFIG).exists()
-    default = args.runs[0] / "learning_curve.png" if one else _output(args.runs) / "comparison.png"
-    output = args.output or default
+
+def parse(words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The command, and the hyper-parameters that were given.
+
+    Raises:
+        ConfigError: words that are no command.
+    """
+    flags = {f"--{prefix}{n.replace('_', '-')}": n for n in _FIELDS for prefix in ("", "no-")}
+    words, flag = list(words), None
+    names: dict[str, None] = {}
+    for i, word in enumerate(words):
+        if word.startswith("--"):
+            flag = flags.get(word.partition("=")[0].replace("_", "-"))
+            if flag is not None:
+                names[flag] = None
+        # As they are elsewhere than in Python; "none" is also a solver.
+        elif flag is not None and _FIELDS[flag][0] is not str:
+            words[i] = {"none": "None", "true": "True", "false": "False"}.get(word, word)
+    told = io.StringIO()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if one:
-            plot_run(args.runs[0], output)
-        else:
-            results = compare_runs(args.runs, by=args.by, mix=args.mix, steps=args.steps)
-            plot_comparison(results, output)
-            print(*(f"note: {note}\n" for note in results["notes"]), sep="", end="")
-    except HypergradRLError:
-        raise
-    except (OSError, ValueError) as error:  # the latter: a format that Matplotlib does not write
-        raise HypergradRLError(f"cannot draw {output}: {error}") from error
-    print(output)
+        with contextlib.redirect_stderr(told):
+            command = tyro.cli(_COMMANDS, args=words, prog="python -m hypergrad_rl")
+    except SystemExit as ended:
+        if not ended.code:
+            raise  # --help
+        boxless = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─|+]|-{4,}", " ", told.getvalue())
+        raise ConfigError(" ".join(boxless.split())) from None
+    parameters = getattr(command, "parameters", None)
+    return command, {name: getattr(parameters, name) for name in names}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 2, with one line on stderr, for an error of the user's."""
+    words = sys.argv[1:] if argv is None else argv
+    before = torch.get_num_threads()
+    try:
+        command, given = parse(words)
+        for name, least in (("threads", 1), ("jobs", 1)):
+            if (value := getattr(command, name, least)) < least:
+                raise ConfigError(f"--{name} {value}: expected an integer >= {least}")
+        torch.set_num_threads(getattr(command, "threads", 1))
+        command._do(given, shlex.join(["python", "-m", "hypergrad_rl", *words]))
+    except HypergradRLError as error:
+        print(f"hypergrad_rl: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        torch.set_num_threads(before)
+    return 0
 
 
 def train_all(runs: dict[Path, Config], jobs: int, threads: int, tensorboard: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def compare_runs(
     *,
     by: Sequence[str] = (),
     mix: Sequence[str] = (),
+    label: Callable[[Run], str] | None = None,
     steps: int | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     bootstrap: Bootstrap | None = None,
@@ -45,6 +46,7 @@ def compare_runs(
         paths: see :func:`find_runs`.
         by: see :func:`group_runs`.
         mix: see :func:`group_runs`.
+        label: see :func:`group_runs`.
         steps: see :func:`find_runs`; needed where trainings on a task differ in length.
         ranges: of each task the returns that count as 0 and 1, for figures over all tasks.
         bootstrap: of every interval.
@@ -56,7 +58,7 @@ def compare_runs(
     """
     bootstrap = bootstrap or Bootstrap()
     runs, left_out = find_runs(paths, steps)
-    grouped = group_runs(runs, by, mix)
+    grouped = group_runs(runs, by, mix, label)
     notes = [f"left out, not finished: {text}" for text in left_out]
     tasks = {}
     for env, algorithms in grouped.items():

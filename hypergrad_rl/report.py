@@ -177,7 +177,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     for env, task in results["tasks"].items():
         header = (env, "seeds", *FIGURES.values(), "steps/s")
         rows = [
-            (label, str(len(entry["runs"])), *(_estimate(entry[name], 1) for name in FIGURES),
+            (label, str(len(entry["runs"])), *(estimate_text(entry[name], 1) for name in FIGURES),
              f"{entry['steps_per_second']:.0f}")
             for label, entry in task["algorithms"].items()
         ]  # fmt: skip
@@ -186,14 +186,14 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         header = (f"{ALL_TASKS}, normalised", *FIGURES.values())
         parts.append(_aligned([
             header,
-            *((label, *(_estimate(entry[name], 3) for name in FIGURES))
+            *((label, *(estimate_text(entry[name], 3) for name in FIGURES))
               for label, entry in results["aggregate"].items()),
         ]))  # fmt: skip
     if results["improvement"]:
         header = ("probability that a run of the first beats one of the second", *FIGURES.values())
         rows = [
             (f"{pair['env']}: {pair['x']} over {pair['y']}",
-             *(_estimate(pair[name], 2, "probability") for name in FIGURES))
+             *(estimate_text(pair[name], 2, "probability") for name in FIGURES))
             for pair in results["improvement"]
         ]  # fmt: skip
         parts.append(_aligned([header, *rows]))
@@ -202,7 +202,8 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _estimate(estimate: Mapping[str, float | None], digits: int, key: str = "iqm") -> str:
+def estimate_text(estimate: Mapping[str, float | None], digits: int, key: str = "iqm") -> str:
+    """A figure of a comparison with its interval, as text."""
     value, low, high = estimate[key], estimate["low"], estimate["high"]
     if value is None:
         return "unknown"

@@ -122,6 +122,24 @@ class Collector:
         self.obs = self.env.reset(seed)
         self.discounted = np.zeros(self.env.num_envs)
 
+    @property
+    def policy(self) -> Policy:
+        """The policy for the environments' actions."""
+        return self.env.policy
+
+    @property
+    def obs_dim(self) -> int:
+        """Entries of an observation."""
+        return self.env.obs_dim
+
+    def warm_up(self, actor: Params) -> float:
+        """Nothing is compiled here: 0 seconds."""
+        return 0.0
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.env.close()
+
     def collect(self, actor: Params) -> tuple[Rollout, Episodes]:
         """One rollout of ``config.num_steps`` steps in each environment.
 

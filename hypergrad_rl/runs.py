@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,13 +116,19 @@ def _read_run(directory: Path, steps: int | None) -> Run | str:
     return Run(directory, settings, metrics, **dataclasses.asdict(summarize(metrics)))
 
 
-def group_runs(runs: Sequence[Run], by: Sequence[str] = (), mix: Sequence[str] = ()) -> Tasks:
+def group_runs(
+    runs: Sequence[Run],
+    by: Sequence[str] = (),
+    mix: Sequence[str] = (),
+    label: Callable[[Run], str] | None = None,
+) -> Tasks:
     """Runs by environment and algorithm.
 
     Args:
         runs: in the order in which algorithms are to be reported.
         by: settings whose values set variants of an algorithm apart, and name them.
         mix: settings that may differ between the runs of one algorithm.
+        label: what a run's algorithm is called in the report; None for its ``algo``.
 
     Raises:
         ConfigError: runs of an algorithm differ in a setting that neither ``by`` nor ``mix`` has,
@@ -136,7 +142,8 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = (), mix: Sequence[str] =
             )
     tasks: Tasks = {}
     for run in runs:
-        tasks.setdefault(run.settings["env"], {}).setdefault(run.settings["algo"], []).append(run)
+        name = run.settings["algo"] if label is None else label(run)
+        tasks.setdefault(run.settings["env"], {}).setdefault(name, []).append(run)
     grouped: Tasks = {}
     for env, algorithms in tasks.items():
         labelled = grouped.setdefault(env, {})
@@ -147,8 +154,8 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = (), mix: Sequence[str] =
             for run in members:
                 settings = [f"{n}={run.settings.get(n, _MISSING)}" for n in names]
                 labelled.setdefault(" ".join([algo, *settings]), []).append(run)
-        for label, members in labelled.items():
-            _check_alike(label, env, members, {*by, *mix})
+        for title, members in labelled.items():
+            _check_alike(title, env, members, {*by, *mix})
     return grouped
 
 

@@ -1,37 +1,44 @@
-"""Training: the loop over rollouts, the run directory, evaluation."""
+"""Training: the loop over rollouts and updates."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import json
+import contextlib
 import sys
 import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from hypergrad_rl import run_directory as runs
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.blpo import BLPO
-from hypergrad_rl.checkpoint import load_checkpoint, save_checkpoint
+from hypergrad_rl.checkpoint import save_checkpoint
 from hypergrad_rl.compiled import backend_of
-from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
+from hypergrad_rl.config import PPOConfig
 from hypergrad_rl.envs import VectorEnv
-from hypergrad_rl.errors import ConfigError, RunDirectoryError
+from hypergrad_rl.errors import EnvironmentUnsupported, RunDirectoryError
 from hypergrad_rl.ppo import PPO
-from hypergrad_rl.rollout import Collector, normalize
+from hypergrad_rl.rollout import Collector
+from hypergrad_rl.run_directory import CHECKPOINT, Config, RunLog
+from hypergrad_rl.tensor_envs import TASKS, ArrayCollector
 
-Config = PPOConfig | BLPOConfig
 NARROW = 256  # widest layer of a network for which one thread is fastest
-CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.csv", "checkpoint.pt"
+RECENT = 20  # episodes whose mean return is compared with stop_at_return
+Callback = Callable[[int, dict[str, float], Agent], bool | None]
 
 
 def make_agent(
-    config: Config, env: VectorEnv, generator: torch.Generator, backend: str | None = None
+    config: Config,
+    env: VectorEnv | Collector | ArrayCollector,
+    generator: torch.Generator,
+    backend: str | None = None,
 ) -> Agent:
     """The agent that ``config`` describes, with parameters drawn from ``generator``.
 
@@ -41,16 +48,37 @@ def make_agent(
     return kind(config, env.policy, env.obs_dim, generator, backend)
 
 
+def make_collector(
+    config: Config, generator: torch.Generator, backend: str | None
+) -> Collector | ArrayCollector:
+    """What plays the rollouts: the task as array code where there is any and it is not refused.
+
+    Raises:
+        EnvironmentUnsupported: ``env_backend="tensor"`` for a task or settings without array code.
+    """
+    normalized = config.normalize_observations or config.normalize_rewards
+    if config.env_backend != "gymnasium" and config.env in TASKS and not normalized:
+        return ArrayCollector(TASKS[config.env], config, generator, backend)
+    if config.env_backend == "tensor":
+        raise EnvironmentUnsupported(
+            f'env_backend="tensor" with env={config.env!r}: expected one of {", ".join(TASKS)}, '
+            "without normalised observations or rewards; use the backend gymnasium"
+        )
+    return Collector(VectorEnv(config.env, config.num_envs), config, generator)
+
+
 @dataclass
 class TrainResult:
-    """The trained agent and the metrics of every update (one dict of numbers each).
+    """The trained agent and the metrics of every update made (one dict of numbers each).
 
-    ``compile_seconds``, what compiling took, counts in no time or rate of the metrics.
+    ``compile_seconds``, what compiling took, counts in no time or rate of the metrics; ``ended``
+    says why the training ended.
     """
 
     agent: Agent
     metrics: list[dict[str, float]]
     compile_seconds: float = 0.0
+    ended: str = ""
 
 
 def train(
@@ -60,87 +88,135 @@ def train(
     resume: bool = False,
     progress: bool = False,
     tensorboard: bool = False,
-    checkpoint_every: int = 100,
+    wandb: str | None = None,
+    checkpoint_every: float = 10.0,
     threads: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    stop_at_return: float | None = None,
 ) -> TrainResult:
     """Train an agent.
 
     Args:
         config: a :class:`PPOConfig` or :class:`BLPOConfig`.
-        run_dir: where config.json, metrics.csv, checkpoint.pt, learning_curve.png and TensorBoard
-            events go; nothing is written for None.
-        resume: continue the run in ``run_dir`` from its checkpoint. Agent, optimisers, generator,
-            normalisers and counters go on as they were; the environments, whose state Gymnasium
-            cannot save, start new episodes, so a resumed run is not that of an uninterrupted one.
+        run_dir: where config.json, run_info.json, metrics.csv, checkpoint.safetensors,
+            learning_curve.png and TensorBoard events go; nothing is written for None.
+        resume: continue the run in ``run_dir`` from its checkpoint, or from the beginning where it
+            was killed before the first one. The finished run is that of an uninterrupted one, to
+            the last bit, on the same machine and build of PyTorch, on CPU (times apart), as far
+            as callbacks keep no state of their own. ``wandb`` and ``stop_at_return`` are the
+            run's own.
         progress: show a progress bar.
         tensorboard: write TensorBoard events.
-        checkpoint_every: updates between checkpoints; the last update is always saved.
+        wandb: a project of Weights & Biases to log to.
+        checkpoint_every: seconds between checkpoints, 0 for one after every update. The last
+            update is always saved, and the last one that was completed before an exception.
         threads: of PyTorch while training, put back afterwards. None for 1 if no layer is wider
             than 256, where more threads cost more than they bring, else for as many as are set.
+        callbacks: called after every update as ``callback(update, metrics, agent)``, update 1
+            first; one that returns True ends the training.
+        stop_at_return: end when the mean return of the last 20 episodes reaches it.
 
     Returns:
         The agent and the metrics. The same config gives the same metrics on the same machine and
         build of PyTorch (time columns apart).
 
     Raises:
-        RunDirectoryError: ``run_dir`` already holds a run, or holds none to resume.
+        RunDirectoryError: ``run_dir`` already holds a run, is in use, holds none to resume, or
+            cannot be written. What was completed is kept.
         EnvironmentUnsupported, EnvironmentFault, CheckpointError: see ``hypergrad_rl.errors``.
 
+    >>> from hypergrad_rl import make_config
     >>> config = make_config("ppo", env="CartPole-v1", total_steps=1024)
-    >>> len(train(config).metrics)
-    2
+    >>> len(train(config, callbacks=[lambda update, metrics, agent: update == 1]).metrics)
+    1
     """
+    directory = None if run_dir is None else Path(run_dir)
+    if directory is None and (resume or wandb):
+        raise RunDirectoryError("resume and wandb need a run directory")
+    if wandb:
+        runs.import_wandb()  # before anything is made
+    info: dict[str, Any] = {
+        "ended": None,
+        "stop_at_return": stop_at_return,
+        "wandb": wandb and {"project": wandb, "name": str(run_dir), "id": uuid.uuid4().hex},
+    }
     before = torch.get_num_threads()
     if threads is None:
         threads = 1 if max(config.hidden) <= NARROW else before
     torch.set_num_threads(threads)
     try:
-        return _train(config, run_dir, resume, progress, tensorboard, checkpoint_every)
+        with contextlib.ExitStack() as stack:
+            backend = backend_of(config)
+            generator = torch.Generator().manual_seed(config.seed)
+            collector = make_collector(config, generator, backend)
+            stack.enter_context(contextlib.closing(collector))
+            if directory is not None:
+                stack.enter_context(runs.held(directory))
+                if resume:
+                    info = {**info, **runs.load_info(directory)}
+                else:
+                    runs.begin(directory, config, info)
+            result = _train(
+                config, collector, backend, directory, info, resume, progress, tensorboard,
+                checkpoint_every, callbacks,
+            )  # fmt: skip
+            if directory is not None:
+                runs.write_info(directory, {**info, "ended": result.ended})
+                _draw(directory)
+            return result
     finally:
         torch.set_num_threads(before)
 
 
 def _train(
     config: Config,
-    run_dir: str | Path | None,
+    collector: Collector | ArrayCollector,
+    backend: str | None,
+    directory: Path | None,
+    info: dict[str, Any],
     resume: bool,
     progress: bool,
     tensorboard: bool,
-    checkpoint_every: int,
+    checkpoint_every: float,
+    callbacks: Sequence[Callback],
 ) -> TrainResult:
-    generator = torch.Generator().manual_seed(config.seed)
-    env = VectorEnv(config.env, config.num_envs)
-    agent = make_agent(config, env, generator, backend_of(config))
-    collector = Collector(env, config, generator)
-    first, elapsed = 0, 0.0
-    directory = None if run_dir is None else Path(run_dir)
-    if resume:
-        if directory is None:
-            raise RunDirectoryError("resume needs the run directory to continue")
-        state = load_checkpoint(directory / CHECKPOINT)
+    agent = make_agent(config, collector, collector.generator, backend)
+    first, elapsed, ended, goal = 0, 0.0, None, info["stop_at_return"]
+    recent: deque[float] = deque(maxlen=RECENT)
+    state = runs.last_state(directory) if resume and directory is not None else None
+    if state is not None:
         agent.load_state_dict(state["agent"])
         collector.load_state_dict(state["collector"])
-        first, elapsed = state["update"], state["seconds"]
-        collector.reset(config.seed + 1_000_003 * first)  # other episodes than the first ones
-    elif directory is not None:
-        claim_run_directory(directory, config)
-
-    compile_seconds = compile_agent(agent, progress) if first < config.num_updates else 0.0
-    log = MetricsLog(directory, first, tensorboard)
+        first, elapsed, ended = state["update"], state["seconds"], state["ended"]
+        recent.extend(state["recent_returns"])
+    saved = first
+    compile_seconds = 0.0 if ended else compile_agent(agent, collector, progress)
+    log = RunLog(
+        directory, config, first, tensorboard and not ended, None if ended else info["wandb"]
+    )
+    steps = config.num_envs * config.num_steps
     bar = tqdm(
-        total=config.num_updates * config.num_envs * config.num_steps,
-        initial=first * config.num_envs * config.num_steps,
-        unit="step", unit_scale=True, disable=not progress, desc=f"{config.algo} {config.env}",
+        total=config.num_updates * steps, initial=first * steps, unit="step", unit_scale=True,
+        disable=not progress, desc=f"{config.algo} {config.env}",
     )  # fmt: skip
+
+    def save() -> None:
+        nonlocal saved
+        if directory is not None and state is not None and saved < state["update"]:
+            log.sync()
+            save_checkpoint(directory / CHECKPOINT, state)
+            saved = state["update"]
+
+    metrics: list[dict[str, float]] = []
     start = time.perf_counter() - elapsed
-    metrics = []
+    due = time.perf_counter() + checkpoint_every
     try:
-        for update in range(first, config.num_updates):
+        while not ended:
             began = time.perf_counter()
+            update = first + len(metrics)
             rollout, episodes = collector.collect(agent.actor)
             stats = agent.update(rollout, progress=update / config.num_updates)
             now = time.perf_counter()
-            steps = rollout.rewards.numel()
             row = {
                 "update": update + 1,
                 "env_steps": (update + 1) * steps,
@@ -151,164 +227,55 @@ def _train(
                 "episode_length": float(np.mean(episodes.lengths)) if episodes.lengths else np.nan,
                 **stats,
             }
-            metrics.append(row)
             log.write(row)
+            recent.extend(episodes.returns)
+            stopped = [callback(update + 1, row, agent) for callback in callbacks]
+            if update + 1 == config.num_updates:
+                ended = "all steps are made"
+            elif goal is not None and len(recent) == RECENT and np.mean(recent) >= goal:
+                ended = f"mean return of {RECENT} episodes {np.mean(recent):.6g} >= {goal:.6g}"
+            elif True in stopped:
+                ended = "a callback ended it"
+            metrics.append(row)
+            # What an exception in the next update goes back to.
+            state = {
+                "agent": agent.state_dict(), "collector": collector.state_dict(),
+                "update": update + 1, "seconds": now - start, "ended": ended,
+                "recent_returns": list(recent),
+            }  # fmt: skip
+            if ended or now >= due:
+                save()
+                due = time.perf_counter() + checkpoint_every
             bar.update(steps)
-            if episodes.returns:
-                bar.set_postfix(episode_return=f"{row['episode_return']:.1f}", refresh=False)
-            last = update + 1 == config.num_updates
-            if directory is not None and (last or (update + 1) % checkpoint_every == 0):
-                save_checkpoint(
-                    directory / CHECKPOINT,
-                    {
-                        "agent": agent.state_dict(),
-                        "collector": collector.state_dict(),
-                        "update": update + 1,
-                        "seconds": now - start,
-                    },
-                )
+            if recent:
+                bar.set_postfix({"return": f"{np.mean(recent):.1f}"}, refresh=False)
+    except BaseException:
+        save()
+        raise
     finally:
         bar.close()
         log.close()
-        env.close()
-    if directory is not None:
-        from hypergrad_rl.report import plot_run  # Matplotlib takes half a second to import
+    return TrainResult(agent, metrics, compile_seconds, ended)
 
+
+def _draw(directory: Path) -> None:
+    from hypergrad_rl.report import plot_run  # Matplotlib takes half a second to import
+
+    try:
         plot_run(directory)
-    return TrainResult(agent, metrics, compile_seconds)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot draw into {directory}: {error}") from error
 
 
-def compile_agent(agent: Agent, progress: bool) -> float:
-    """Compile the agent's update before the clock starts; the seconds it took."""
+def compile_agent(agent: Agent, collector: Collector | ArrayCollector, progress: bool) -> float:
+    """Compile the agent's update, and the rollout, before the clock starts; the seconds it took."""
     if progress and agent.backend is not None:
         tqdm.write(
             "compiling the update: up to a minute, a few seconds once it is cached "
             "(--compile false goes without)",
             file=sys.stderr,
         )
-    seconds = agent.warm_up()
+    seconds = agent.warm_up() + collector.warm_up(agent.actor)
     if progress and agent.backend is not None:
         tqdm.write(f"compiled in {seconds:.0f} s", file=sys.stderr)
     return seconds
-
-
-def claim_run_directory(directory: Path, config: Config) -> None:
-    """Make ``directory`` and its config.json, which two runs can never both succeed in.
-
-    Raises:
-        RunDirectoryError: it already holds a run.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    settings = {"algo": config.algo, **dataclasses.asdict(config)}
-    try:
-        with (directory / CONFIG).open("x") as file:
-            json.dump(settings, file, indent=2)
-    except FileExistsError as error:
-        raise RunDirectoryError(
-            f"{directory} already holds a run, which is left as it is; choose another --run-dir, "
-            f"or continue it with `resume {directory}`"
-        ) from error
-
-
-def load_config(run_dir: str | Path) -> Config:
-    """The configuration of a run.
-
-    Raises:
-        RunDirectoryError: ``run_dir`` holds no run.
-    """
-    path = Path(run_dir) / CONFIG
-    if not path.is_file():
-        raise RunDirectoryError(f"{run_dir} holds no run: {path} is missing")
-    settings = json.loads(path.read_text())
-    return make_config(settings.pop("algo"), **settings)
-
-
-class MetricsLog:
-    """metrics.csv, flushed row by row, and TensorBoard events; nothing without a directory."""
-
-    def __init__(self, directory: Path | None, first_update: int, tensorboard: bool) -> None:
-        self.file: TextIO | None = None
-        self.writer: Any = None
-        self.write_header = first_update == 0
-        if directory is None:
-            return
-        if first_update:  # rows after the checkpoint are computed again
-            kept = (directory / METRICS).read_text().splitlines(keepends=True)[: first_update + 1]
-            temporary = directory / "metrics.tmp"
-            temporary.write_text("".join(kept))
-            temporary.replace(directory / METRICS)
-        self.file = (directory / METRICS).open("a", newline="")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # seconds to import
-
-            self.writer = SummaryWriter(str(directory))
-
-    def write(self, row: dict[str, float]) -> None:
-        """Add the metrics of one update."""
-        if self.file is None:
-            return
-        table = csv.DictWriter(self.file, list(row))
-        if self.write_header:
-            table.writeheader()
-            self.write_header = False
-        table.writerow({k: "" if np.isnan(v) else f"{v:.8g}" for k, v in row.items()})
-        self.file.flush()
-        if self.writer is not None:
-            for name, value in row.items():
-                if not np.isnan(value):
-                    self.writer.add_scalar(name, value, int(row["env_steps"]))
-
-    def close(self) -> None:
-        """Close both files."""
-        if self.file is not None:
-            self.file.close()
-        if self.writer is not None:
-            self.writer.close()
-
-
-def evaluate(
-    run_dir: str | Path, episodes: int = 20, *, seed: int = 1_000_000, deterministic: bool = True
-) -> list[float]:
-    """Returns of ``episodes`` fresh episodes of the checkpointed policy, on separate environments.
-
-    Every environment plays its own episodes to the end and as many as any other, so that short
-    episodes are not over-represented.
-
-    Args:
-        run_dir: a run directory with a checkpoint.
-        episodes: how many, rounded up to a multiple of the environments (at most 8).
-        seed: of the environments and of sampled actions.
-        deterministic: take the most likely action (the mean) instead of sampling.
-
-    Raises:
-        ConfigError: ``episodes`` below 1 or a negative ``seed``.
-        RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint.
-    """
-    for name, value, least in (("episodes", episodes, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ConfigError(f"{name}={value}: expected an integer >= {least}")
-    config = load_config(run_dir)
-    state = load_checkpoint(Path(run_dir) / CHECKPOINT)
-    generator = torch.Generator().manual_seed(seed)
-    env = VectorEnv(config.env, min(8, episodes))
-    agent = make_agent(config, env, generator)
-    agent.load_state_dict(state["agent"])
-    generator.manual_seed(seed)
-    collector = Collector(env, dataclasses.replace(config, num_envs=env.num_envs), generator)
-    collector.load_statistics(state["collector"])
-    obs, running = env.reset(seed), np.zeros(env.num_envs)
-    finished: list[list[float]] = [[] for _ in range(env.num_envs)]
-    per_env = -(-episodes // env.num_envs)
-    with torch.inference_mode():
-        while min(map(len, finished)) < per_env:
-            normalized = torch.from_numpy(normalize(collector.obs_moments, obs))
-            noise = None if deterministic else env.policy.noise(1, env.num_envs, generator)[0]
-            step = env.step(env.policy.act(agent.actor, normalized, noise).numpy())
-            running += step.rewards
-            for i in np.flatnonzero(step.terminated | step.truncated):
-                if len(finished[i]) < per_env:
-                    finished[i].append(float(running[i]))
-                running[i] = 0.0
-            obs = step.obs
-    env.close()
-    return [r for returns in finished for r in returns]

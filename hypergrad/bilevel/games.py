@@ -150,6 +150,46 @@ class StackelbergCheck:
         return not self.failures
 
     @property
+    def meets_necessary(self) -> bool:
+        """Whether no first- or second-order condition that an equilibrium must meet is broken.
+
+        The two gradients are zero, the follower's Hessian is positive definite (so that there is a
+        response to differentiate), and the leader's total Hessian is positive *semi*-definite to
+        rounding: its smallest eigenvalue is at least ``-leader_rounding``.
+        """
+        return (
+            self.follower_gradient_norm <= self.gradient_tol
+            and self.leader_gradient_norm is not None
+            and self.leader_gradient_norm <= self.gradient_tol
+            and self.leader_curvature is not None
+            and self.leader_rounding is not None
+            and self.leader_curvature >= -self.leader_rounding
+        )
+
+    @property
+    def follower_distance(self) -> float | None:
+        """|grad_z f2| over its curvature: how far, at most and to first order, z is from r(x).
+
+        A gradient measured in the units of the parameters, whatever the scale of the losses.  None
+        without a positive curvature.
+        """
+        if not self.follower_curvature > self.follower_rounding:
+            return None
+        return self.follower_gradient_norm / self.follower_curvature
+
+    @property
+    def leader_distance(self) -> float | None:
+        """|D f1| over its curvature: how far, at most and to first order, x is from the minimum.
+
+        None without a positive curvature.
+        """
+        if self.leader_gradient_norm is None or self.leader_curvature is None:
+            return None
+        if not self.leader_curvature > (self.leader_rounding or 0.0):
+            return None
+        return self.leader_gradient_norm / self.leader_curvature
+
+    @property
     def message(self) -> str:
         """One sentence for people, with the figures."""
         if self.failures:

@@ -175,6 +175,59 @@ def test_a_leader_that_can_gain() -> None:
     assert GOOD.check(x, GOOD.response(x), gradient_tol=1.0).is_equilibrium
 
 
+def test_distances_are_those_to_the_equilibrium_at_most() -> None:
+    x, _ = GOOD.equilibrium
+    moved = x + 1e-3 * gaussian(3, seed=11)
+    z = GOOD.response(moved) + 1e-6 * gaussian(4, seed=12)
+    check = GOOD.check(moved, z)
+    # Of quadratics |D f1| >= m |x - x*| exactly, at the response.
+    assert check.leader_distance is not None
+    assert check.follower_distance is not None
+    exact = GOOD.check(moved, GOOD.response(moved))
+    assert exact.leader_distance is not None
+    assert exact.leader_distance >= float((moved - x).norm()) * (1 - 1e-9)
+    condition = torch.linalg.cond(GOOD.total_hessian)
+    assert exact.leader_distance <= float((moved - x).norm() * condition) * (1 + 1e-9)
+    assert check.follower_distance >= float((z - GOOD.response(moved)).norm()) * (1 - 1e-6)
+    # No scale of the losses changes them.
+    scaled = hypergrad.check_stackelberg(
+        lambda x, z: 1e3 * GOOD.leader(x, z), lambda x, z: 1e-3 * GOOD.follow(x, z), moved, z
+    )
+    assert scaled.leader_distance == pytest.approx(check.leader_distance, rel=1e-9)
+    assert scaled.follower_distance == pytest.approx(check.follower_distance, rel=1e-9)
+
+
+@pytest.mark.parametrize(("least", "necessary"), [(0.5, True), (0.0, True), (-0.5, False)])
+def test_necessary_conditions_allow_a_flat_direction(least: float, necessary: bool) -> None:
+    curvatures = torch.tensor([1.0, least], dtype=F64)
+    zero = torch.zeros(2, dtype=F64)
+
+    def follower(x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * ((z - x) ** 2).sum()
+
+    def check(x: Tensor, z: Tensor) -> hypergrad.StackelbergCheck:
+        return hypergrad.check_stackelberg(
+            lambda x, z: 0.5 * (curvatures * z**2).sum(), follower, x, z
+        )
+
+    found = check(zero, zero)
+    assert found.is_equilibrium == (least > 0)
+    assert found.meets_necessary == necessary
+    assert (found.leader_distance is None) == (least <= 0)
+    assert not check(zero + 1e-3, zero + 1e-3).meets_necessary
+    assert not check(zero, zero + 1e-3).meets_necessary
+
+
+def test_without_a_response_the_necessary_conditions_are_not_met() -> None:
+    zero = torch.zeros(1, dtype=F64)
+    check = hypergrad.check_stackelberg(
+        lambda x, z: (x * z).sum(), lambda x, z: -(z**2).sum() - (x * z).sum(), zero, zero
+    )
+    assert not check.meets_necessary
+    assert check.follower_distance is None
+    assert check.leader_distance is None
+
+
 def test_a_leader_at_a_saddle_of_what_it_gets() -> None:
     # Its own Hessian is positive definite: only the response makes it a saddle.
     game = Quadratic(matrix(0.1, 0.2, 0.3, seed=1), GOOD.follower)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypergrad_rl import ConfigError, RunDirectoryError, make_config
-from hypergrad_rl.cli import _config, _parser, main
+from hypergrad_rl.cli import main, parse
 from hypergrad_rl.comparison import compare_runs, write_comparison
 from hypergrad_rl.report import comparison_table, learning_curve, read_metrics, to_metrics
 from hypergrad_rl.runs import find_runs
@@ -244,10 +244,10 @@ def test_the_recorded_command_makes_the_same_run(
     ((run,), _) = find_runs([path])
     python, dash_m, package, *words = shlex.split(run.command)
     assert (python, dash_m, package) == ("python", "-m", "hypergrad_rl")
-    args = _parser().parse_args(words)
+    command, given = parse(words)
     expected = make_config(algo, seed=7, total_steps=20 * ROLLOUT, **settings)
-    assert _config(args, args.env, args.algo, args.seed) == expected
-    assert args.run_dir == path
+    assert command.config(given) == expected
+    assert command.run_dir == path
 
 
 def test_tasks_are_never_averaged_raw(tmp_path: Path) -> None:

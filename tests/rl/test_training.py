@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,13 @@ import pytest
 import torch
 
 from hypergrad_rl import BLPOConfig, PPOConfig, evaluate, load_config, make_config, preset, train
-from hypergrad_rl.checkpoint import load_checkpoint, save_checkpoint
+from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.cli import main
 from hypergrad_rl.envs import RunningMoments, VectorEnv
 from hypergrad_rl.errors import (
-    CheckpointError,
     ConfigError,
     EnvironmentFault,
     EnvironmentUnsupported,
-    RunDirectoryError,
 )
 from hypergrad_rl.report import read_metrics, summarize, to_metrics
 from hypergrad_rl.rollout import Collector
@@ -194,30 +193,16 @@ def test_checkpoints_round_trip(algo: str, tmp_path: Path) -> None:
         algo, "Pendulum-v1", total_steps=1024, num_envs=2, epochs=1, num_steps=256, hidden=[16, 16]
     )
     trained = train(config, tmp_path)
-    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    state = load_checkpoint(tmp_path / "checkpoint.safetensors")
     torch.testing.assert_close(state["agent"], trained.agent.state_dict(), rtol=0, atol=0)
     assert state["update"] == config.num_updates
     assert state["collector"]["obs_moments.count"] == 1024
     assert load_config(tmp_path) == config
     assert evaluate(tmp_path, 4) == evaluate(tmp_path, 4)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint.pt", "config.json", "learning_curve.png", "metrics.csv",
+        ".lock", "checkpoint.safetensors", "config.json", "learning_curve.png", "metrics.csv",
+        "run_info.json",
     ]  # fmt: skip
-
-
-def test_resume_continues_where_the_checkpoint_is(tmp_path: Path) -> None:
-    config = preset("ppo", "CartPole-v1", total_steps=4 * 512)
-    train(config, tmp_path)
-    before = read_metrics(tmp_path)
-    # As if the run had been killed in its third update, with checkpoints at every second one.
-    state = load_checkpoint(tmp_path / "checkpoint.pt")
-    save_checkpoint(tmp_path / "checkpoint.pt", {**state, "update": 2})
-    train(config, tmp_path, resume=True)
-    after = read_metrics(tmp_path)
-    assert after["update"].tolist() == [1, 2, 3, 4]
-    assert after["policy_loss"][:2].tolist() == before["policy_loss"][:2].tolist()
-    assert after["policy_loss"][2] != before["policy_loss"][2]
-    assert (np.diff(after["seconds"]) > 0).all()
 
 
 def test_a_used_run_directory_is_refused_and_keeps_its_content(
@@ -240,20 +225,6 @@ def test_a_used_run_directory_is_refused_and_keeps_its_content(
     assert message.count("\n") == 1
     assert "already holds a run" in message
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
-        load_checkpoint(tmp_path / "checkpoint.pt")
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(b"nothing of the kind")
-    with pytest.raises(CheckpointError, match="damaged or foreign"):
-        load_checkpoint(path)
-    torch.save({"weights": torch.ones(2)}, path)
-    with pytest.raises(CheckpointError, match="written by another version"):
-        load_checkpoint(path)
-    with pytest.raises(RunDirectoryError, match="holds no run"):
-        load_config(tmp_path)
 
 
 def test_unknown_and_unsupported_environments(
@@ -369,17 +340,15 @@ def test_compare_refuses_to_count_a_run_twice(
         ("evaluate", "run", "--seed", "-1"),
         ("train", "--threads", "0"),
         ("compare", "--jobs", "0"),
-        ("compare", "--jobs", "two"),
     ],
 )
 def test_a_flag_outside_its_range_is_named(
     command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert ended.value.code == 2
+    assert main(command) == 2
     message = capsys.readouterr().err
-    assert f"argument {command[-2]}: {command[-1]!r}: expected an integer >= " in message
+    assert message.count("\n") == 1
+    assert re.search(rf"{command[-2][2:]}.?{command[-1]}: expected an integer >= ", message)
 
 
 def test_evaluate_refuses_no_episodes(tmp_path: Path) -> None:

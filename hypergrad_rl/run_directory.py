@@ -1,0 +1,211 @@
+"""The directory of a run: held by one process at a time, and what is written into it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from hypergrad_rl.checkpoint import load_checkpoint, write_atomically
+from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
+from hypergrad_rl.errors import ConfigError, HypergradRLError, RunDirectoryError
+
+Config = PPOConfig | BLPOConfig
+CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.csv", "checkpoint.safetensors"
+INFO, LOCK = "run_info.json", ".lock"
+
+
+def load_config(run_dir: str | Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        RunDirectoryError: ``run_dir`` holds no run, or its config.json is damaged.
+        ConfigError: config.json has a hyper-parameter that this version does not know.
+    """
+    path = Path(run_dir) / CONFIG
+    if not path.is_file():
+        raise RunDirectoryError(f"{run_dir} holds no run: {path} is missing")
+    try:
+        settings = json.loads(path.read_text())
+        return make_config(settings.pop("algo"), **settings)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunDirectoryError(
+            f"{path} is damaged or no run's: expected the settings of a run "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def load_info(run_dir: Path) -> dict[str, Any]:
+    """How a run is run beside its hyper-parameters, and under "ended" why it ended, or None."""
+    path = run_dir / INFO
+    try:
+        info: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} is damaged: {error}") from error
+    return info
+
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Make and hold a directory: the operating system lets go of it however the process ends.
+
+    Raises:
+        RunDirectoryError: another run has it, or nothing can be written there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(directory / LOCK, timeout=0))
+        except Timeout as error:
+            raise RunDirectoryError(
+                f"{directory} is in use by a run that is still going; choose another --run-dir"
+            ) from error
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write into {directory} ({error.strerror or error}); choose another "
+                "--run-dir"
+            ) from error
+        yield
+
+
+def begin(directory: Path, config: Config, info: dict[str, Any]) -> None:
+    """Write config.json and run_info.json of a new run into a directory that is held.
+
+    Raises:
+        RunDirectoryError: the directory already holds a run.
+    """
+    if (directory / CONFIG).exists():
+        raise RunDirectoryError(
+            f"{directory} already holds a run, which is left as it is; choose another --run-dir, "
+            f"or continue it with `resume {directory}`"
+        )
+    write_info(directory, info)
+    settings = {"algo": config.algo, **dataclasses.asdict(config)}
+    write_atomically(directory / CONFIG, json.dumps(settings, indent=2).encode())
+
+
+def write_info(directory: Path, info: dict[str, Any]) -> None:
+    """Replace run_info.json."""
+    write_atomically(directory / INFO, json.dumps(info, indent=2).encode())
+
+
+def last_state(directory: Path) -> dict[str, Any] | None:
+    """The checkpoint of a run; None for a run that was killed before its first one.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    # A checkpoint of another format is not taken for none: its run is not begun anew.
+    if not (directory / CHECKPOINT).exists() and not (directory / "checkpoint.pt").exists():
+        return None
+    return load_checkpoint(directory / CHECKPOINT)
+
+
+class RunLog:
+    """metrics.csv, flushed row by row, and the events of TensorBoard and Weights & Biases.
+
+    Rows after the ``first`` ones are those of updates that the checkpoint does not have: they are
+    dropped, since the updates are done again.
+    """
+
+    def __init__(
+        self, directory: Path | None, config: Config, first: int, tensorboard: bool, wandb: Any
+    ) -> None:
+        self.file: FileIO | None = None
+        self.writer: Any = None
+        self.wandb: Any = None
+        if directory is None:
+            return
+        self.path = directory / METRICS
+        kept = self.path.read_bytes().splitlines(True)[: first + 1] if first else []
+        if first and (len(kept) <= first or not kept[-1].endswith(b"\n")):
+            raise RunDirectoryError(
+                f"{self.path} has fewer than the {first} rows of the checkpoint: they are lost"
+            )
+        write_atomically(self.path, b"".join(kept))
+        self.write_header = not first
+        # Unbuffered: what a full disk refused is not tried again when the file is closed.
+        self.file = self.path.open("ab", buffering=0)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+            steps = first * config.num_envs * config.num_steps
+            self.writer = SummaryWriter(str(directory), purge_step=steps + 1 if first else None)
+        if wandb:
+            self.wandb = import_wandb().init(
+                **wandb, dir=str(directory), config=dataclasses.asdict(config), resume="allow"
+            )
+
+    def write(self, row: dict[str, float]) -> None:
+        """Add the metrics of one update.
+
+        Raises:
+            RunDirectoryError: they cannot be written.
+        """
+        if self.file is None:
+            return
+        cells = ["" if np.isnan(value) else f"{value:.8g}" for value in row.values()]
+        text = ",".join(cells) + "\n"
+        if self.write_header:
+            text, self.write_header = ",".join(row) + "\n" + text, False
+        known = {name: value for name, value in row.items() if not np.isnan(value)}
+        with self._writing():
+            left = text.encode()
+            while left:  # a write may take a part
+                left = left[self.file.write(left) :]
+            if self.writer is not None:
+                for name, value in known.items():
+                    self.writer.add_scalar(name, value, int(row["env_steps"]))
+        if self.wandb is not None:
+            self.wandb.log(known, step=int(row["env_steps"]))
+
+    def sync(self) -> None:
+        """See to it that the rows are on the disk before the checkpoint that counts on them."""
+        if self.file is not None:
+            with self._writing():
+                os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Close what is open."""
+        with self._writing(), contextlib.ExitStack() as stack:
+            for close in (
+                self.file and self.file.close,
+                self.writer and self.writer.close,
+                self.wandb and self.wandb.finish,
+            ):
+                if close:
+                    stack.callback(close)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write into {self.path.parent}: {error.strerror or error}"
+            ) from error
+
+
+def import_wandb() -> Any:
+    """Weights & Biases.
+
+    Raises:
+        HypergradRLError: it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise HypergradRLError(
+            f"Weights & Biases cannot be imported ({error}): pip install wandb, or train without it"
+        ) from error
