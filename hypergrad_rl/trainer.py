@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from hypergrad_rl.run_directory import CHECKPOINT, Config, RunLog
 
 NARROW = 256  # widest layer of a network for which one thread is fastest
 RECENT = 20  # episodes whose mean return is compared with stop_at_return
+EnvFn = Callable[[], gym.Env[Any, Any]]
 Callback = Callable[[int, dict[str, float], Agent], bool | None]
 
 
@@ -70,6 +72,7 @@ def train(
     threads: int | None = None,
     callbacks: Sequence[Callback] = (),
     stop_at_return: float | None = None,
+    env_fn: EnvFn | None = None,
 ) -> TrainResult:
     """Train an agent.
 
@@ -92,6 +95,7 @@ def train(
         callbacks: called after every update as ``callback(update, metrics, agent)``, update 1
             first; one that returns True ends the training.
         stop_at_return: end when the mean return of the last 20 episodes reaches it.
+        env_fn: makes one environment, in place of ``config.env``, which then only names it.
 
     Returns:
         The agent and the metrics. The same config gives the same metrics on the same machine and
@@ -123,7 +127,8 @@ def train(
     torch.set_num_threads(threads)
     try:
         with contextlib.ExitStack() as stack:
-            env = stack.enter_context(contextlib.closing(VectorEnv(config.env, config.num_envs)))
+            env = VectorEnv(config.env, config.num_envs, env_fn=env_fn)
+            stack.enter_context(contextlib.closing(env))
             if directory is not None:
                 stack.enter_context(runs.held(directory))
                 if resume:
