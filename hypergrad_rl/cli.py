@@ -228,8 +228,8 @@ class Report:
     """a setting that may differ within an algorithm"""
     steps: int | None = None
     """read every run only up to here"""
-    range: UseAppendAction[
-        tuple[Annotated[tuple[str, str, str], arg(metavar="ENV LOW HIGH")], ...]
+    range: Annotated[
+        UseAppendAction[tuple[tuple[str, str, str], ...]], arg(metavar="ENV LOW HIGH")
     ] = ()
     """returns that count as 0 and 1 in figures over all tasks; once for each task"""
 
@@ -325,7 +325,8 @@ def parse(words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     except SystemExit as ended:
         if not ended.code:
             raise  # --help
-        boxless = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─|+]|-{4,}", " ", told.getvalue())
+        text = told.getvalue().partition("\n")[2]  # without the box's title
+        boxless = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─|+]|-{4,}", " ", text)
         raise ConfigError(" ".join(boxless.split())) from None
     parameters = getattr(command, "parameters", None)
     return command, {name: getattr(parameters, name) for name in names}
@@ -340,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, least in (("threads", 1), ("jobs", 1)):
             if (value := getattr(command, name, least)) < least:
                 raise ConfigError(f"--{name} {value}: expected an integer >= {least}")
+        if getattr(command, "runs", None) == ():
+            raise ConfigError("expected run directories, or directories of some")
         torch.set_num_threads(getattr(command, "threads", 1))
         command._do(given, shlex.join(["python", "-m", "hypergrad_rl", *words]))
     except HypergradRLError as error:

@@ -18,6 +18,7 @@ from hypergrad_rl.envs import VectorEnv
 from hypergrad_rl.errors import ConfigError, EnvironmentUnsupported, RunDirectoryError
 from hypergrad_rl.rollout import NORMALIZED_LIMIT
 from hypergrad_rl.run_directory import CHECKPOINT, load_config
+from hypergrad_rl.trainer import EnvFn
 
 MAX_FPS = 25  # of pictures: half of what CartPole is stepped at, for half the file
 
@@ -64,29 +65,32 @@ class TrainedPolicy(torch.nn.Module):
 
 
 def _load(
-    run_dir: str | Path, num_envs: int = 1, render_mode: str | None = None
+    run_dir: str | Path, env_fn: EnvFn | None, num_envs: int = 1, render_mode: str | None = None
 ) -> tuple[VectorEnv, TrainedPolicy]:
     config = load_config(run_dir)
     state = load_checkpoint(Path(run_dir) / CHECKPOINT)
-    env = VectorEnv(config.env, num_envs, render_mode)
+    env = VectorEnv(config.env, num_envs, render_mode, env_fn)
     return env, TrainedPolicy(env, state)
 
 
-def load_policy(run_dir: str | Path) -> TrainedPolicy:
+def load_policy(run_dir: str | Path, *, env_fn: EnvFn | None = None) -> TrainedPolicy:
     """The policy of a run's last checkpoint as a module: observations to the most likely actions.
 
     Args:
         run_dir: a run directory with a checkpoint.
+        env_fn: as for :func:`train`.
 
     Raises:
         RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint.
     """
-    env, policy = _load(run_dir)
+    env, policy = _load(run_dir, env_fn)
     env.close()
     return policy
 
 
-def export(run_dir: str | Path, output: str | Path | None = None) -> Path:
+def export(
+    run_dir: str | Path, output: str | Path | None = None, *, env_fn: EnvFn | None = None
+) -> Path:
     """Write the policy to a file that PyTorch alone reads, without this package and Gymnasium.
 
     ``torch.export.load(path).module()`` takes observations (batch, *observation shape), float32,
@@ -95,11 +99,12 @@ def export(run_dir: str | Path, output: str | Path | None = None) -> Path:
     Args:
         run_dir: a run directory with a checkpoint.
         output: default: policy.pt2 in it.
+        env_fn: as for :func:`train`.
 
     Raises:
         RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint.
     """
-    policy, path = load_policy(run_dir), Path(output or Path(run_dir) / "policy.pt2")
+    policy, path = load_policy(run_dir, env_fn=env_fn), Path(output or Path(run_dir) / "policy.pt2")
     batch = torch.export.Dim("batch")
     program = torch.export.export(
         policy, (torch.zeros(2, *policy.shape),), dynamic_shapes={"obs": {0: batch}, "noise": None}
@@ -112,7 +117,12 @@ def export(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
 
 def evaluate(
-    run_dir: str | Path, episodes: int = 20, *, seed: int = 1_000_000, deterministic: bool = True
+    run_dir: str | Path,
+    episodes: int = 20,
+    *,
+    seed: int = 1_000_000,
+    deterministic: bool = True,
+    env_fn: EnvFn | None = None,
 ) -> list[float]:
     """Returns of ``episodes`` fresh episodes of the checkpointed policy, on separate environments.
 
@@ -124,13 +134,14 @@ def evaluate(
         episodes: how many, rounded up to a multiple of the environments (at most 8).
         seed: of the environments and of sampled actions.
         deterministic: take the most likely action (the mean) instead of sampling.
+        env_fn: as for :func:`train`.
 
     Raises:
         ConfigError: ``episodes`` below 1 or a negative ``seed``.
         RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint.
     """
     _at_least(episodes=(episodes, 1), seed=(seed, 0))
-    env, policy = _load(run_dir, min(8, episodes))
+    env, policy = _load(run_dir, env_fn, min(8, episodes))
     per_env = -(-episodes // env.num_envs)
     finished: list[list[float]] = [[] for _ in range(env.num_envs)]
     with closing(env):
@@ -166,6 +177,7 @@ def watch(
     *,
     seed: int = 1_000_000,
     deterministic: bool = True,
+    env_fn: EnvFn | None = None,
 ) -> tuple[Path, list[float]]:
     """Play episodes and write what is seen as a GIF or, with imageio-ffmpeg, as a video.
 
@@ -175,6 +187,7 @@ def watch(
         episodes: how many, one after another.
         seed: of the environment and of sampled actions.
         deterministic: take the most likely action (the mean) instead of sampling.
+        env_fn: as for :func:`train`; its environments draw in render mode "rgb_array".
 
     Returns:
         The file and the returns of the episodes.
@@ -189,7 +202,7 @@ def watch(
     path = Path(output or Path(run_dir) / "episode.gif")
     if path.suffix not in (".gif", ".mp4"):
         raise ConfigError(f"{path}: expected a name that ends in .gif or .mp4")
-    env, policy = _load(run_dir, render_mode="rgb_array")
+    env, policy = _load(run_dir, env_fn, render_mode="rgb_array")
     returns: list[float] = []
     pictures: list[Any] = []
     fps = env.envs[0].metadata.get("render_fps", 30)

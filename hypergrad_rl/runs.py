@@ -18,6 +18,7 @@ from typing import Any
 from hypergrad_rl.config import BLPOConfig, PPOConfig
 from hypergrad_rl.errors import ConfigError, RunDirectoryError
 from hypergrad_rl.report import Metrics, read_metrics, summarize
+from hypergrad_rl.run_directory import load_info
 
 _MISSING = "(not recorded)"
 _FIELD_TYPES = {f.name: str(f.type) for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
@@ -103,7 +104,8 @@ def _read_run(directory: Path, steps: int | None) -> Run | str:
     if unknown:
         raise RunDirectoryError(f"{directory / 'metrics.csv'} lacks {', '.join(sorted(unknown))}")
     done = int(metrics["env_steps"][-1])
-    if done < needed:
+    stopped = steps is None and load_info(directory).get("ended")  # early, which is an end too
+    if done < needed and not stopped:
         return f"{directory} has made {done:,} of {needed:,} steps"
     if steps is not None:
         kept = metrics["env_steps"] <= steps

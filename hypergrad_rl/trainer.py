@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from hypergrad_rl.tensor_envs import TASKS, ArrayCollector
 
 NARROW = 256  # widest layer of a network for which one thread is fastest
 RECENT = 20  # episodes whose mean return is compared with stop_at_return
+EnvFn = Callable[[], gym.Env[Any, Any]]
 Callback = Callable[[int, dict[str, float], Agent], bool | None]
 
 
@@ -49,7 +51,7 @@ def make_agent(
 
 
 def make_collector(
-    config: Config, generator: torch.Generator, backend: str | None
+    config: Config, generator: torch.Generator, backend: str | None, env_fn: EnvFn | None = None
 ) -> Collector | ArrayCollector:
     """What plays the rollouts: the task as array code where there is any and it is not refused.
 
@@ -57,14 +59,16 @@ def make_collector(
         EnvironmentUnsupported: ``env_backend="tensor"`` for a task or settings without array code.
     """
     normalized = config.normalize_observations or config.normalize_rewards
-    if config.env_backend != "gymnasium" and config.env in TASKS and not normalized:
+    known = env_fn is None and config.env in TASKS and not normalized
+    if known and config.env_backend != "gymnasium":
         return ArrayCollector(TASKS[config.env], config, generator, backend)
     if config.env_backend == "tensor":
         raise EnvironmentUnsupported(
             f'env_backend="tensor" with env={config.env!r}: expected one of {", ".join(TASKS)}, '
             "without normalised observations or rewards; use the backend gymnasium"
         )
-    return Collector(VectorEnv(config.env, config.num_envs), config, generator)
+    env = VectorEnv(config.env, config.num_envs, env_fn=env_fn)
+    return Collector(env, config, generator)
 
 
 @dataclass
@@ -93,6 +97,7 @@ def train(
     threads: int | None = None,
     callbacks: Sequence[Callback] = (),
     stop_at_return: float | None = None,
+    env_fn: EnvFn | None = None,
 ) -> TrainResult:
     """Train an agent.
 
@@ -115,6 +120,7 @@ def train(
         callbacks: called after every update as ``callback(update, metrics, agent)``, update 1
             first; one that returns True ends the training.
         stop_at_return: end when the mean return of the last 20 episodes reaches it.
+        env_fn: makes one environment, in place of ``config.env``, which then only names it.
 
     Returns:
         The agent and the metrics. The same config gives the same metrics on the same machine and
@@ -148,7 +154,7 @@ def train(
         with contextlib.ExitStack() as stack:
             backend = backend_of(config)
             generator = torch.Generator().manual_seed(config.seed)
-            collector = make_collector(config, generator, backend)
+            collector = make_collector(config, generator, backend, env_fn)
             stack.enter_context(contextlib.closing(collector))
             if directory is not None:
                 stack.enter_context(runs.held(directory))

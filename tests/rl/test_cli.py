@@ -1,0 +1,270 @@
+"""The command line: what a user does wrong is one line and status 2, and loses nothing."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from hypergrad_rl import load_config, trainer
+from hypergrad_rl.checkpoint import load_checkpoint
+from hypergrad_rl.cli import main
+from hypergrad_rl.run_directory import held
+
+QUICK = ["--total-steps", "256", "--num-envs", "2", "--num-steps", "32", "--epochs", "1",
+         "--hidden", "8", "--no-tensorboard"]  # fmt: skip
+PPO = ["train", "--algo", "ppo", *QUICK]
+Refused = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "_draw", lambda directory: None)  # a second of Matplotlib
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command that must fail in the user's way; its line."""
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        assert main(words) == 2
+        out, error = capsys.readouterr()
+        lines = [line for line in error.split("\n") if not line.startswith("\r")]
+        assert out == ""
+        assert lines[-2].startswith("hypergrad_rl: ")
+        assert lines[-1] == ""
+        assert len(lines) == 2 or "step/s" in error  # a progress bar before it
+        return lines[-2]
+
+    return run
+
+
+class Broken(gym.Env[Any, Any]):
+    """Fails in its own way in step 150, counted over all."""
+
+    observation_space: gym.Space[Any] = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space: gym.Space[Any] = gym.spaces.Discrete(2)
+    how, count = "", 0
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        Broken.count += 1
+        failing = Broken.count == 150
+        if failing and Broken.how == "raises":
+            raise ValueError("no such\nmotor")
+        bad = float("nan") if failing and Broken.how == "nan" else 0.0
+        return np.full(1, bad, np.float32), 1.0, False, False, {}
+
+
+@pytest.fixture
+def broken() -> Iterator[str]:
+    gym.register("Broken-v0", lambda **kw: Broken(**kw), disable_env_checker=True)
+    Broken.count, Broken.how = 0, ""
+    yield "Broken-v0"
+    del gym.registry["Broken-v0"]
+
+
+def test_commands_that_are_none(refused: Refused, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    for words, message in (
+        ((), "Expected one of {train, resume,"),
+        (("fly",), "Unrecognized options: fly"),
+        (("train", "--algo", "sac"), "invalid choice 'sac' for argument '--algo'"),
+        (("train", "--wings", "2"), "Unrecognized options: --wings"),
+        (("train", "--damping", "much"), "--damping"),
+        (("train", "--gamma", "2"), r"gamma=2.0: expected a number in [0, 1]"),
+        (("train", "--algo", "ppo", "--rank", "3"), "rank=3: expected a hyper-parameter of ppo"),
+        (("train", "--style", "paper", "--env", "Pendulum-v1"), "no published settings"),
+        (("resume",), "Missing"),
+        (("resume", run), "holds no run"),
+        (("evaluate", run), "holds no run"),
+        (("watch", run), "holds no run"),
+        (("export", run), "holds no run"),
+        (("report",), "expected run directories"),
+    ):
+        assert message in refused(*words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "resume", "evaluate", "watch", "compare", "report"])
+def test_help_is_no_error(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert not ended.value.code
+    assert f"usage: python -m hypergrad_rl {command}" in capsys.readouterr().out
+
+
+def test_only_the_command_line_needs_tyro() -> None:
+    code = "import sys, hypergrad_rl; sys.exit('tyro' in sys.modules or 'PIL' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_flags_reach_the_configuration(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *QUICK, "--compile=false", "--correction_bound", "none", "--solver",
+                 "identity", "--seed", "4", "--run-dir", str(run)]) == 0  # fmt: skip
+    config: Any = load_config(run)
+    assert (config.compile, config.correction_bound, config.solver) == (False, None, "identity")
+    assert (config.seed, config.hidden, config.algo) == (4, (8,), "blpo")
+    assert main([*PPO, "--no-anneal", "--run-dir", str(tmp_path / "ppo")]) == 0
+    config = load_config(tmp_path / "ppo")
+    assert (config.anneal, config.normalize_advantages) == (False, True)
+
+
+def test_unsupported_spaces(refused: Refused, broken: str, tmp_path: Path) -> None:
+    space: Any = Broken.action_space
+    try:
+        Broken.action_space = gym.spaces.MultiDiscrete([2, 2])
+        assert "action space MultiDiscrete([2 2]) is not supported" in refused(
+            *PPO, "--env", broken, "--run-dir", str(tmp_path / "run")
+        )
+    finally:
+        Broken.action_space = space
+    assert "cannot make environment 'Lunar-v9'" in refused(*PPO, "--env", "Lunar-v9")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [("raises", "raised ValueError: no such motor"), ("nan", "non-finite")]
+)
+def test_a_broken_environment_loses_nothing(
+    how: str, message: str, broken: str, refused: Refused, tmp_path: Path
+) -> None:
+    Broken.how = how
+    run = tmp_path / "run"
+    assert message in refused(*PPO, "--env", broken, "--run-dir", str(run))
+    assert load_checkpoint(run / "checkpoint.safetensors")["update"] == 2  # of 64 steps each
+    assert main(["resume", str(run), "--no-tensorboard"]) == 0
+    assert json.loads((run / "run_info.json").read_text())["ended"] == "all steps are made"
+
+
+def test_run_directories_that_cannot_be_used(refused: Refused, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "cannot write into" in refused(*PPO, "--run-dir", str(file))
+    assert "cannot write into" in refused(*PPO, "--run-dir", str(file / "below"))
+    assert file.read_text() == "mine"
+    # Nobody may make directories in /proc, not even an administrator.
+    assert "cannot write into /proc/run" in refused(*PPO, "--run-dir", "/proc/run")
+    run = tmp_path / "run"
+    with held(run):
+        assert "in use by a run that is still going" in refused(*PPO, "--run-dir", str(run))
+    assert main([*PPO, "--run-dir", str(run)]) == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert "already holds a run" in refused(*PPO, "--run-dir", str(run))
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "watch", "export"])
+def test_checkpoints_that_cannot_be_used(command: str, refused: Refused, tmp_path: Path) -> None:
+    assert main([*PPO, "--run-dir", str(tmp_path)]) == 0
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert "is damaged or foreign" in refused(command, str(tmp_path))
+    safetensors.torch.save_file({"weight": torch.ones(2)}, path)
+    assert "is not a 'hypergrad_rl checkpoint 3'" in refused(command, str(tmp_path))
+    path.write_bytes(whole)
+    (tmp_path / "config.json").write_text('{"algo": "ppo", ')
+    assert "is damaged or no run's" in refused(command, str(tmp_path))
+
+
+def test_a_checkpoint_of_other_networks(refused: Refused, tmp_path: Path) -> None:
+    for name, flags in (("a", []), ("b", ["--hidden", "4"])):
+        assert main([*PPO, *flags, "--run-dir", str(tmp_path / name)]) == 0
+    (tmp_path / "a" / "checkpoint.safetensors").replace(tmp_path / "b" / "checkpoint.safetensors")
+    assert "config.json is not that of this run" in refused("resume", str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("tensorboard", [[], ["--no-tensorboard"]])
+def test_a_full_disk(tensorboard: list[str], tmp_path: Path) -> None:
+    """The system refuses to make any file longer than a limit, between two checkpoints' sizes."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    command = [sys.executable, "-m", "hypergrad_rl", *PPO[:-1], "--total-steps", "20000"]
+    subprocess.run([*command, "--no-tensorboard", "--total-steps", "128", "--run-dir", str(whole)],
+                   check=True, capture_output=True)  # fmt: skip
+    limit = (whole / "checkpoint.safetensors").stat().st_size + 2_000
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    ended = subprocess.run(
+        [*command, *tensorboard, "--checkpoint-every", "0", "--run-dir", str(run)],
+        preexec_fn=full, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "cannot write" in ended.stderr.strip().split("\n")[-1]
+    update = load_checkpoint(run / "checkpoint.safetensors")["update"]
+    assert 0 < update < 20_000 / 64
+    assert main(["resume", str(run), "--no-tensorboard"]) == 0
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + -(-20_000 // 64)
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Collector, "collect", interrupt)
+    assert main([*PPO, "--run-dir", str(tmp_path)]) == 130
+    assert f"interrupted; `resume {tmp_path}` continues\n" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["resume", str(tmp_path), "--no-tensorboard"]) == 0  # from the beginning
+
+
+def test_weights_and_biases_where_it_is_installed(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in refused(*PPO, "--wandb", "p", "--run-dir", str(run))
+    assert not run.exists()
+
+    begun: list[dict[str, Any]] = []
+    rows: list[tuple[int, dict[str, float]]] = []
+    fake: Any = types.ModuleType("wandb")
+
+    def init(**options: Any) -> Any:
+        begun.append(options)
+        return types.SimpleNamespace(
+            log=lambda row, step: rows.append((step, row)), finish=lambda: rows.append((-1, {}))
+        )
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert main([*PPO, "--wandb", "p", "--run-dir", str(run)]) == 0
+    assert [step for step, _ in rows] == [64, 128, 192, 256, -1]
+    assert begun[0]["project"] == "p"
+    assert begun[0]["config"]["total_steps"] == 256
+    os.remove(run / "checkpoint.safetensors")  # noqa: PTH107
+    assert main(["resume", str(run), "--no-tensorboard"]) == 0
+    assert begun[1]["id"] == begun[0]["id"]  # the same run of theirs
+    assert all(np.isfinite(list(row.values())).all() for _, row in rows)
+
+
+def test_stop_at_return(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    assert main([*PPO, "--total-steps", "100000", "--stop-at-return", "15", "--run-dir", run]) == 0
+    assert "mean return of 20 episodes" in capsys.readouterr().out
+    assert main([*PPO, "--total-steps", "512", "--run-dir", str(tmp_path / "other")]) == 0
+    assert main(["report", run, "--output", str(tmp_path / "report")]) == 0
