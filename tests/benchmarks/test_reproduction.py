@@ -41,7 +41,7 @@ def test_what_was_begun_is_finished_and_reported(
     with (output / "CartPole-v1.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [(row["arm"], row["seeds"]) for row in table] == [("nested", "2"), (arms[1], "2")]
-    assert table[1]["P(better than nested)"]
+    assert table[1]["P(final_return over nested)"]
     with (output / "instrumentation.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["arm"] == "paper_nystrom"
