@@ -59,7 +59,7 @@ def write_report(root: Path, output: Path) -> str:
         for path in paths
     ])  # fmt: skip
     _write(output / "arms.csv", [
-        {"arm": name, "": arm.what, "settings": " ".join(f"{k}={v}" for k, v in
+        {"arm": name, "is": arm.what, "settings": " ".join(f"{k}={v}" for k, v in
          {"preset": arm.presets, **arm.settings}.items())} for name, arm in ARMS.items()
     ])  # fmt: skip
     for task, entry in results["tasks"].items():
@@ -87,13 +87,13 @@ def _summary(arms: Mapping[str, Any], arm: str) -> Row:
         "arm": arm,
         "seeds": len(arms[arm]["runs"]),
         "mean return, last tenth": _number(final["mean"], ".1f"),
-        "standard deviation": _number(final["standard_deviation"], ".1f"),
+        "sd": _number(final["standard_deviation"], ".1f"),
         "interquartile mean": estimate_text(final, 1),
-        "area under the curve": estimate_text(area, 1),
+        "area under curve": estimate_text(area, 1),
     }
     for rival, name in itertools.product(RIVALS, FIGURES):
         known = rival in arms and rival != arm
-        row[f"P({name} over {rival})"] = (
+        row[f"P({FIGURES[name]} > {rival})"] = (
             _better(_values(arms[arm], name), _values(arms[rival], name)) if known else ""
         )
     # Of a run that was continued only the last part is known.
