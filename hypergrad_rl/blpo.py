@@ -11,7 +11,7 @@ One update, for a rollout of N environments x T steps under pi_old::
     G, A_w0 <- lambda-returns and advantages under the critic w0       fixed for the rollout
     repeat epochs times, for each trajectory (or group of them) in random order:
         repeat nested_steps times:  w <- Adam(w, grad_w g)
-        d <- grad_theta f(theta, w)              A_w under the updated critic, not normalised
+        d <- grad_theta (f - c_H entropy)        A_w under the updated critic, not normalised
         v <- grad_w f_outer(theta, w)            through GAE; f_outer: the return or f itself
         x <- solve (H + damping I) x = v         H: Gauss-Newton (or Hessian) of g, by Nyström; of x
                                                  only u = J x is needed, see critic_response
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import hypergrad
 from hypergrad_rl.advantages import gae
-from hypergrad_rl.agent import Agent, mean_stats, policy_stats
+from hypergrad_rl.agent import Agent, direct_gradient, mean_stats
 from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import BLPOConfig
 from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
@@ -71,14 +71,7 @@ def outer_gradients(
     """
     advantages, _ = critic_advantages(critic, batch, config.gamma)
 
-    def f(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
-        log_probs, entropy = policy.log_prob(theta, batch.obs, batch.actions)
-        log_ratio = log_probs - batch.log_probs
-        loss = f_advantage(log_ratio, advantages.detach(), config.clip)
-        stats = policy_stats(log_ratio, entropy, config.clip)
-        return loss, {"log_ratio": log_ratio, **stats}
-
-    d, loss, stats = gradient(f, actor)
+    d, stats = direct_gradient(policy, actor, batch, advantages.detach(), config)
     log_ratio = stats.pop("log_ratio")
 
     def f_outer(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,7 +81,7 @@ def outer_gradients(
         return f_advantage(log_ratio, advantages, config.clip), {}
 
     v = gradient(f_outer, critic)[0] if config.solver != "none" else {}
-    return d, v, {"policy_loss": loss, **stats}
+    return d, v, stats
 
 
 def sketch_rows(

@@ -45,10 +45,15 @@ class Compiled:
 
             self.failure: type[Exception] = InductorError
 
+    @property
+    def compiles(self) -> bool:
+        """Whether calls run a graph."""
+        return self.run is not self.function
+
     def __call__(self, *inputs: Any) -> Any:
         """The results of ``function(*inputs)``, as constants."""
         with torch.no_grad():
-            if self.run is self.function:
+            if not self.compiles:
                 return self.function(*inputs)
             try:
                 return self.run(*inputs)

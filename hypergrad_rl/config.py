@@ -29,12 +29,16 @@ class AgentConfig(ABC):
     gamma: float = 0.99
     gae_lambda: float = 0.95
     clip: float = 0.2
+    entropy_bonus: float = 0.0  # c_H in f - c_H E[entropy], of which d is the gradient
     learning_rate: float = 2.5e-4  # of the actor
     critic_learning_rate: float = 1e-3
     adam_eps: float = 1e-5
     hidden: tuple[int, ...] = (64, 64)
     normalize_observations: bool = False
     normalize_rewards: bool = False
+    # "tensor": the environment's physics as array code (CartPole-v1, Acrobot-v1; without
+    # normalisation), which "auto" takes where it can.
+    env_backend: Literal["auto", "gymnasium", "tensor"] = "auto"
     # The minibatch update as one graph: "auto" compiles trainings long enough to be worth the
     # minute that it takes; without a working C++ compiler it runs eagerly, with equal results.
     compile: bool | Literal["auto"] = "auto"
@@ -52,6 +56,8 @@ class AgentConfig(ABC):
             self._number(name, lambda v: 0 <= v <= 1, "a number in [0, 1]")
         for name in ("clip", "learning_rate", "critic_learning_rate", "adam_eps"):
             self._positive(name)
+        self._number("entropy_bonus", lambda v: v >= 0, "a number >= 0")
+        self._choice("env_backend", ("auto", "gymnasium", "tensor"))
         ok = isinstance(self.compile, bool) or self.compile == "auto"
         _check(ok, "compile", self.compile, 'True, False or "auto"')
 
@@ -112,7 +118,6 @@ class PPOConfig(AgentConfig):
             2 * self.num_minibatches <= size, "num_minibatches", self.num_minibatches,
             f"at least 2 samples per minibatch of the {size} in a rollout",
         )  # fmt: skip
-        self._number("entropy_bonus", lambda v: v >= 0, "a number >= 0")
         self._positive("max_grad_norm")
 
     @property
@@ -130,7 +135,7 @@ class PPOConfig(AgentConfig):
 class BLPOConfig(AgentConfig):
     """BLPO (arXiv 2505.11714); with ``solver="none"`` it is Nested PPO.
 
-    No entropy bonus, no gradient clipping, no annealing: the published setting.
+    No gradient clipping, no annealing, and by default no entropy bonus: the published setting.
     """
 
     nested_steps: int = 10

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from hypergrad_rl.errors import EnvironmentUnsupported
+from hypergrad_rl.errors import (
+    CheckpointError,
+    EnvironmentFault,
+    EnvironmentNotReproducible,
+    EnvironmentUnsupported,
+)
 from hypergrad_rl.networks import CategoricalPolicy, GaussianPolicy, Policy
 
 Array = NDArray[np.float32]
@@ -24,6 +32,41 @@ class Transition:
     rewards: NDArray[np.float64]
     terminated: NDArray[np.bool_]
     truncated: NDArray[np.bool_]
+    ended: list[tuple[int, float, int]]  # environment, return and length of the episodes that ended
+
+
+def episode_seed(seed: int, env: int, episode: int) -> int:
+    """A seed for one episode of one environment, below 2^31: a hash, so that no state is kept.
+
+    >>> episode_seed(0, 0, 1) == episode_seed(0, 1, 0)
+    False
+    """
+    digest = hashlib.blake2b(b"%d %d %d" % (seed, env, episode), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
+    """``gym.make``, which knows MinAtar's environments too.
+
+    A MinAtar game repeats the former action now and then, after a reset that of the former episode;
+    here an episode depends on nothing before it.
+    """
+    if not env_id.startswith("MinAtar/"):
+        return gym.make(env_id, render_mode=render_mode)
+    if env_id not in gym.registry:
+        import minatar.gym
+
+        minatar.gym.register_envs()
+    return FreshStickyAction(gym.make(env_id, render_mode=render_mode))
+
+
+class FreshStickyAction(gym.Wrapper[Any, Any, Any, Any]):
+    """A MinAtar game whose first action to be repeated is 0 in every episode."""
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Reset, and forget the last action."""
+        self.unwrapped.game.last_action = 0  # type: ignore[attr-defined]
+        return super().reset(**kwargs)
 
 
 class VectorEnv:
@@ -43,7 +86,7 @@ class VectorEnv:
 
     def __init__(self, env_id: str, num_envs: int, render_mode: str | None = None) -> None:
         try:
-            self.envs = [gym.make(env_id, render_mode=render_mode) for _ in range(num_envs)]
+            self.envs = [make_env(env_id, render_mode) for _ in range(num_envs)]
         except (gym.error.Error, ModuleNotFoundError) as error:
             reason = " ".join(str(error).split())
             raise EnvironmentUnsupported(
@@ -67,39 +110,162 @@ class VectorEnv:
                 "one-dimensional Box"
             )
         self.env_id, self.num_envs, self.action_space = env_id, num_envs, action_space
-        self.obs_dim = int(np.prod(obs_space.shape))
+        self.obs_shape, self.obs_dim = obs_space.shape, int(np.prod(obs_space.shape))
+        # The actions of the running episodes, step by step: environment i's since ``start[i]``.
+        dtype = np.result_type(
+            np.float32 if isinstance(action_space, gym.spaces.Box) else np.int64, action_space.dtype
+        )
+        self.taken = np.empty((256, num_envs, *(action_space.shape or ())), dtype)
 
     def reset(self, seed: int) -> Array:
-        """First observations (num_envs, obs_dim); environment i is seeded with ``seed + i``."""
-        obs = np.empty((self.num_envs, self.obs_dim), np.float32)
-        for i, env in enumerate(self.envs):
-            obs[i] = np.reshape(env.reset(seed=seed + i)[0], -1)
-        return obs
+        """Start episode 0 everywhere; first observations (num_envs, obs_dim).
+
+        Episode j of environment i is reset with the :func:`episode_seed` of (seed, i, j).
+        """
+        self.seed, self.filled = seed, 0
+        self.episodes, self.start = [0] * self.num_envs, [0] * self.num_envs
+        self.returns = [0.0] * self.num_envs
+        self.obs = np.empty((self.num_envs, self.obs_dim), np.float32)
+        for i in range(self.num_envs):
+            self._begin(i, 0, self.obs)
+        return self.obs
+
+    def _begin(self, i: int, episode: int, obs: Array) -> None:
+        """Start that episode in environment i, its first observation into ``obs[i]``."""
+        self.episodes[i], self.start[i], self.returns[i] = episode, self.filled, 0.0
+        first = self.envs[i].reset(seed=episode_seed(self.seed, i, episode))[0]
+        obs.reshape(-1, *self.obs_shape)[i] = first
 
     def step(self, actions: NDArray[np.generic]) -> Transition:
         """One step of every environment.
 
         Box actions are clipped to the action space's bounds, as is usual for a Gaussian policy;
         probabilities stay those of the unclipped action.
+
+        Raises:
+            EnvironmentFault: an environment raised; its own error is the cause.
         """
         if isinstance(self.action_space, gym.spaces.Box):
             actions = np.clip(actions, self.action_space.low, self.action_space.high)
         else:
             actions = actions + self.action_space.start
+        self._remember(actions)
         next_obs = np.empty((self.num_envs, self.obs_dim), np.float32)
+        shaped = next_obs.reshape(-1, *self.obs_shape)
         rewards, ends = np.empty(self.num_envs), np.empty((2, self.num_envs), np.bool_)
-        resets: dict[int, Any] = {}
-        for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            raw, rewards[i], ends[0, i], ends[1, i], _ = env.step(action)
-            next_obs[i] = np.reshape(raw, -1)
-            if ends[0, i] or ends[1, i]:
-                resets[i] = env.reset()[0]
-        obs = next_obs
-        if resets:
-            obs = next_obs.copy()
-            for i, first in resets.items():
-                obs[i] = np.reshape(first, -1)
-        return Transition(obs, next_obs, rewards, ends[0], ends[1])
+        ended: list[tuple[int, float, int]] = []
+        i = 0
+        try:
+            for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
+                shaped[i], reward, terminated, truncated, _ = env.step(action)
+                rewards[i], ends[0, i], ends[1, i] = reward, terminated, truncated
+                self.returns[i] += float(reward)
+                if terminated or truncated:
+                    ended.append((i, self.returns[i], self.filled - self.start[i]))
+            self.obs = next_obs
+            if ended:
+                self.obs = next_obs.copy()
+                for i, _, _ in ended:
+                    self._begin(i, self.episodes[i] + 1, self.obs)
+        except Exception as error:
+            raise self._fault(i, error) from error
+        return Transition(self.obs, next_obs, rewards, ends[0], ends[1], ended)
+
+    def place(self, env: int, episode: int, step: int) -> str:
+        """How errors name a step of an episode (episodes count from 0, their steps from 1)."""
+        return f"{self.env_id} (environment {env}, episode {episode}, step {step})"
+
+    def _fault(self, i: int, error: Exception) -> EnvironmentFault:
+        place = self.place(i, self.episodes[i], self.filled - self.start[i])
+        return EnvironmentFault(f"{place} raised {type(error).__name__}: {error}")
+
+    def _remember(self, actions: NDArray[np.generic]) -> None:
+        if self.filled == len(self.taken):
+            first = min(self.start)  # what was before belongs to episodes that are over
+            kept = self.taken[first:]
+            shape = (2 * len(kept) + 256, *self.taken.shape[1:])
+            self.taken = np.empty(shape, self.taken.dtype)
+            self.taken[: len(kept)] = kept
+            self.filled, self.start = len(kept), [s - first for s in self.start]
+        self.taken[self.filled] = actions
+        self.filled += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all environments: their episodes' numbers and actions so far.
+
+        Tensors, numbers and strings alone, and nothing of an environment's inside: from its seed
+        and its actions an episode is played again.
+        """
+        actions = [self.taken[s : self.filled, i] for i, s in enumerate(self.start)]
+        return {
+            "seed": self.seed,
+            "episodes": list(self.episodes),
+            "lengths": [len(part) for part in actions],
+            "actions": torch.from_numpy(np.concatenate(actions)),
+            "returns": list(self.returns),
+            "obs": torch.from_numpy(self.obs.copy()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[int]:
+        """Continue where ``state_dict`` was called, by playing the running episodes again.
+
+        Costs as many steps as they have had. An environment whose episode does not come out the
+        same to the last bit (it draws random numbers from elsewhere than its seed, or remembers
+        former episodes) begins the next one instead.
+
+        Returns:
+            The indices of the environments which had to begin a new episode.
+
+        Warns:
+            EnvironmentNotReproducible: there is such an environment.
+
+        Raises:
+            CheckpointError: the state of another number of environments.
+        """
+        if len(state["episodes"]) != self.num_envs:
+            raise CheckpointError(
+                f"the state is that of {len(state['episodes'])} environments; expected "
+                f"{self.num_envs}: use the num_envs of the run that is continued"
+            )
+        self.reset(state["seed"])
+        self.filled = max(state["lengths"])
+        self.taken = np.empty((self.filled + 256, *self.taken.shape[1:]), self.taken.dtype)
+        obs, lost = state["obs"].numpy().copy(), []
+        for i, actions in enumerate(state["actions"].split(state["lengths"])):
+            if self._replay(i, state["episodes"][i], actions.numpy(), obs[i], state["returns"][i]):
+                self.start[i] -= len(actions)
+                self.taken[self.start[i] : self.filled, i] = actions
+            else:
+                lost.append(i)
+                self._begin(i, state["episodes"][i] + 1, obs)
+        if lost:
+            warnings.warn(
+                f"{self.env_id}: played again from their seeds and actions, the episodes of "
+                f"environments {lost} came out otherwise, so new ones begin there and this run is "
+                "not that of an uninterrupted one. An environment is reproducible when all its "
+                "random numbers come from the seed given to reset (self.np_random).",
+                EnvironmentNotReproducible,
+                stacklevel=2,
+            )
+        self.obs = obs
+        return lost
+
+    def _replay(
+        self, i: int, episode: int, actions: NDArray[np.generic], last: Array, total: float
+    ) -> bool:
+        """Whether these actions in that episode lead to the observation and the return given."""
+        obs = np.empty_like(self.obs)
+        self._begin(i, episode, obs)
+        shaped = obs.reshape(-1, *self.obs_shape)
+        try:
+            for action in actions:
+                shaped[i], reward, terminated, truncated, _ = self.envs[i].step(action)
+                self.returns[i] += float(reward)
+                if terminated or truncated:
+                    return False
+        except Exception as error:
+            raise self._fault(i, error) from error
+        return np.array_equal(obs[i], last) and self.returns[i] == total
 
     def close(self) -> None:
         """Close the environments."""

@@ -14,7 +14,11 @@ class EnvironmentUnsupported(HypergradRLError, ValueError):
 
 
 class EnvironmentFault(HypergradRLError, RuntimeError):
-    """An environment returned a non-finite observation or reward."""
+    """An environment raised, or returned a non-finite observation or reward."""
+
+
+class EnvironmentNotReproducible(UserWarning):
+    """An environment's episode, played again from its seed and its actions, came out otherwise."""
 
 
 class RunDirectoryError(HypergradRLError, OSError):

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad_rl.agent import Agent, mean_stats, policy_stats
+from hypergrad_rl.agent import Agent, direct_gradient, mean_stats
 from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import PPOConfig
 from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
 from hypergrad_rl.networks import Params, critic_value
-from hypergrad_rl.objectives import clipped_surrogate, value_loss
+from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch, Rollout
 
 
@@ -76,17 +76,12 @@ class PPO(Agent):
         if config.normalize_advantages:
             adv = (adv - adv.mean()) / (adv.std() + 1e-8)
 
-        def f(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
-            log_probs, entropy = self.policy.log_prob(theta, b.obs, b.actions)
-            log_ratio = log_probs - b.log_probs
-            loss = clipped_surrogate(log_ratio, adv, config.clip).mean()
-            stats = {"policy_loss": loss, **policy_stats(log_ratio, entropy, config.clip)}
-            return loss - config.entropy_bonus * entropy.mean(), stats
-
         def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
             return value_loss(critic_value(w, b.obs), b.targets), {}
 
-        d, _, stats = gradient(f, unflatten(actor.params, self.actor_shapes))
+        theta = unflatten(actor.params, self.actor_shapes)
+        d, stats = direct_gradient(self.policy, theta, b, adv, config)
+        del stats["log_ratio"]
         grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
         # Separately: clipped together, the critic's large gradients would shrink the actor's to
         # below Adam's epsilon while the values are still far off.

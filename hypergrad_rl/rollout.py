@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,21 +109,36 @@ class Collector:
         self.env, self.config, self.generator = env, config, generator
         self.obs_moments = RunningMoments(env.obs_dim) if config.normalize_observations else None
         self.return_moments = RunningMoments(1) if config.normalize_rewards else None
-        self.discounted = np.zeros(env.num_envs)
         self.reset(config.seed)
 
     def reset(self, seed: int) -> None:
         """Start new episodes everywhere."""
         self.obs = self.env.reset(seed)
-        self.returns = np.zeros(self.env.num_envs)
-        self.lengths = np.zeros(self.env.num_envs, np.int64)
-        self.discounted[:] = 0.0
+        self.discounted = np.zeros(self.env.num_envs)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy for the environments' actions."""
+        return self.env.policy
+
+    @property
+    def obs_dim(self) -> int:
+        """Entries of an observation."""
+        return self.env.obs_dim
+
+    def warm_up(self, actor: Params) -> float:
+        """Nothing is compiled here: 0 seconds."""
+        return 0.0
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.env.close()
 
     def collect(self, actor: Params) -> tuple[Rollout, Episodes]:
         """One rollout of ``config.num_steps`` steps in each environment.
 
         Raises:
-            EnvironmentFault: a non-finite observation or reward.
+            EnvironmentFault: an environment raised, or a non-finite observation or reward.
         """
         steps, env = self.config.num_steps, self.env
         act = env.policy.numpy_step(actor)
@@ -132,6 +148,7 @@ class Collector:
         terminated, done = np.empty((2, steps, env.num_envs), np.bool_)
         actions: NDArray[np.generic] | None = None
         raw = np.empty_like(obs) if self.obs_moments else obs
+        episodes, lengths = Episodes([], []), [env.filled - start for start in env.start]
         for t in range(steps):
             raw[t] = self.obs
             if self.obs_moments:
@@ -142,44 +159,68 @@ class Collector:
             actions[t] = action
             step = env.step(action)
             self.obs, rewards[t], terminated[t] = step.obs, step.rewards, step.terminated
-            next_obs[t] = normalize(self.obs_moments, step.next_obs)
+            next_obs[t] = step.next_obs
             np.logical_or(step.terminated, step.truncated, out=done[t])
+            for _, value, length in step.ended:
+                episodes.returns.append(value)
+                episodes.lengths.append(length)
         assert actions is not None
-        episodes, discounted = self._episodes(rewards, done)
-        if not (np.isfinite(next_obs).all() and np.isfinite(rewards).all()):
-            raise EnvironmentFault(
-                f"{env.env_id} returned a non-finite observation or reward in this rollout; "
-                "training stopped at the last checkpoint"
-            )
+        self._check_finite(raw, next_obs, rewards, done, lengths)
+        # Normalised by what was known before this rollout, as the states acted in.
+        next_obs = normalize(self.obs_moments, next_obs)
         if self.obs_moments:
             self.obs_moments.update(raw)
         if self.return_moments:
-            self.return_moments.update(discounted)
+            self.return_moments.update(self._discounted_returns(rewards, done))
             rewards /= np.sqrt(self.return_moments.variance + 1e-8)
             rewards = rewards.clip(-NORMALIZED_LIMIT, NORMALIZED_LIMIT)
         arrays = (obs, actions, rewards.astype(np.float32), next_obs, terminated, done)
         # (T, N, ...) -> (N, T, ...)
         return Rollout(*(torch.from_numpy(a.swapaxes(0, 1).copy()) for a in arrays)), episodes
 
-    def _episodes(
-        self, rewards: NDArray[np.float64], done: NDArray[np.bool_]
-    ) -> tuple[Episodes, NDArray[np.float64]]:
-        """The episodes that ended, in order of time, and the running discounted returns (T, N)."""
-        ended, discounted = Episodes([], []), np.empty_like(rewards)
-        for t, over in enumerate(done):
-            self.returns += rewards[t]
-            self.lengths += 1
-            if self.return_moments:
-                discounted[t] = self.discounted = self.config.gamma * self.discounted + rewards[t]
-            if over.any():
-                ended.returns += self.returns[over].tolist()
-                ended.lengths += self.lengths[over].tolist()
-                self.returns[over] = self.lengths[over] = self.discounted[over] = 0
-        return ended, discounted
+    def _check_finite(
+        self,
+        raw: Array,
+        next_obs: Array,
+        rewards: NDArray[np.float64],
+        done: NDArray[np.bool_],
+        lengths: list[int],
+    ) -> None:
+        bad_obs = ~np.asarray((np.isfinite(raw) & np.isfinite(next_obs)).all(-1))
+        bad = bad_obs | ~np.isfinite(rewards)
+        if bad.any():
+            t, i = (int(index) for index in np.argwhere(bad)[0])
+            ends = np.flatnonzero(done[:t, i])
+            raise EnvironmentFault(
+                self.env.place(
+                    i,
+                    self.env.episodes[i] - int(done[t:, i].sum()),
+                    t - int(ends[-1]) if len(ends) else t + 1 + lengths[i],
+                )
+                + f" returned a non-finite {'observation' if bad_obs[t, i] else 'reward'}; "
+                "training stopped at the last checkpoint"
+            )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The normalisers' statistics."""
-        state = {}
+    def _discounted_returns(
+        self, rewards: NDArray[np.float64], done: NDArray[np.bool_]
+    ) -> NDArray[np.float64]:
+        """The running discounted returns of all environments at each step, (T, N)."""
+        discounted = np.empty_like(rewards)
+        for t, over in enumerate(done):
+            discounted[t] = self.discounted = self.config.gamma * self.discounted + rewards[t]
+            self.discounted[over] = 0
+        return discounted
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics, running episodes and returns: tensors, numbers and strings in nested dicts.
+
+        With the policy's parameters and the generator's state, it is all that the next rollouts
+        depend on.
+        """
+        state: dict[str, Any] = {
+            "env": self.env.state_dict(),
+            "discounted": torch.from_numpy(self.discounted.copy()),
+        }
         for name in ("obs_moments", "return_moments"):
             if moments := getattr(self, name):
                 state[f"{name}.mean"] = torch.from_numpy(moments.mean.copy())
@@ -187,8 +228,15 @@ class Collector:
                 state[f"{name}.count"] = torch.tensor(moments.count)
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over statistics that ``state_dict`` returned."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was called; see :meth:`VectorEnv.load_state_dict`."""
+        self.load_statistics(state)
+        begun = self.env.load_state_dict(state["env"])
+        self.obs, self.discounted = self.env.obs, state["discounted"].numpy().copy()
+        self.discounted[begun] = 0
+
+    def load_statistics(self, state: dict[str, Any]) -> None:
+        """Take over the normalisers alone: to evaluate, on other environments."""
         for name in ("obs_moments", "return_moments"):
             if moments := getattr(self, name):
                 moments.mean = state[f"{name}.mean"].numpy().copy()

@@ -21,9 +21,10 @@ from hypergrad_rl.checkpoint import load_checkpoint, save_checkpoint
 from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
 from hypergrad_rl.envs import VectorEnv
-from hypergrad_rl.errors import ConfigError, RunDirectoryError
+from hypergrad_rl.errors import ConfigError, EnvironmentUnsupported, RunDirectoryError
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.rollout import Collector, normalize
+from hypergrad_rl.tensor_envs import TASKS, ArrayCollector
 
 Config = PPOConfig | BLPOConfig
 NARROW = 256  # widest layer of a network for which one thread is fastest
@@ -31,7 +32,10 @@ CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.csv", "checkpoint.pt"
 
 
 def make_agent(
-    config: Config, env: VectorEnv, generator: torch.Generator, backend: str | None = None
+    config: Config,
+    env: VectorEnv | Collector | ArrayCollector,
+    generator: torch.Generator,
+    backend: str | None = None,
 ) -> Agent:
     """The agent that ``config`` describes, with parameters drawn from ``generator``.
 
@@ -39,6 +43,25 @@ def make_agent(
     """
     kind = PPO if isinstance(config, PPOConfig) else BLPO
     return kind(config, env.policy, env.obs_dim, generator, backend)
+
+
+def make_collector(
+    config: Config, generator: torch.Generator, backend: str | None
+) -> Collector | ArrayCollector:
+    """What plays the rollouts: the task as array code where there is any and it is not refused.
+
+    Raises:
+        EnvironmentUnsupported: ``env_backend="tensor"`` for a task or settings without array code.
+    """
+    normalized = config.normalize_observations or config.normalize_rewards
+    if config.env_backend != "gymnasium" and config.env in TASKS and not normalized:
+        return ArrayCollector(TASKS[config.env], config, generator, backend)
+    if config.env_backend == "tensor":
+        raise EnvironmentUnsupported(
+            f'env_backend="tensor" with env={config.env!r}: expected one of {", ".join(TASKS)}, '
+            "without normalised observations or rewards; use the backend gymnasium"
+        )
+    return Collector(VectorEnv(config.env, config.num_envs), config, generator)
 
 
 @dataclass
@@ -70,8 +93,7 @@ def train(
         run_dir: where config.json, metrics.csv, checkpoint.pt, learning_curve.png and TensorBoard
             events go; nothing is written for None.
         resume: continue the run in ``run_dir`` from its checkpoint. Agent, optimisers, generator,
-            normalisers and counters go on as they were; the environments, whose state Gymnasium
-            cannot save, start new episodes, so a resumed run is not that of an uninterrupted one.
+            normalisers, counters and environments go on as they were.
         progress: show a progress bar.
         tensorboard: write TensorBoard events.
         checkpoint_every: updates between checkpoints; the last update is always saved.
@@ -109,9 +131,9 @@ def _train(
     checkpoint_every: int,
 ) -> TrainResult:
     generator = torch.Generator().manual_seed(config.seed)
-    env = VectorEnv(config.env, config.num_envs)
-    agent = make_agent(config, env, generator, backend_of(config))
-    collector = Collector(env, config, generator)
+    backend = backend_of(config)
+    collector = make_collector(config, generator, backend)
+    agent = make_agent(config, collector, generator, backend)
     first, elapsed = 0, 0.0
     directory = None if run_dir is None else Path(run_dir)
     if resume:
@@ -121,11 +143,12 @@ def _train(
         agent.load_state_dict(state["agent"])
         collector.load_state_dict(state["collector"])
         first, elapsed = state["update"], state["seconds"]
-        collector.reset(config.seed + 1_000_003 * first)  # other episodes than the first ones
     elif directory is not None:
         claim_run_directory(directory, config)
 
-    compile_seconds = compile_agent(agent, progress) if first < config.num_updates else 0.0
+    compile_seconds = (
+        compile_agent(agent, collector, progress) if first < config.num_updates else 0.0
+    )
     log = MetricsLog(directory, first, tensorboard)
     bar = tqdm(
         total=config.num_updates * config.num_envs * config.num_steps,
@@ -170,7 +193,7 @@ def _train(
     finally:
         bar.close()
         log.close()
-        env.close()
+        collector.close()
     if directory is not None:
         from hypergrad_rl.report import plot_run  # Matplotlib takes half a second to import
 
@@ -178,15 +201,15 @@ def _train(
     return TrainResult(agent, metrics, compile_seconds)
 
 
-def compile_agent(agent: Agent, progress: bool) -> float:
-    """Compile the agent's update before the clock starts; the seconds it took."""
+def compile_agent(agent: Agent, collector: Collector | ArrayCollector, progress: bool) -> float:
+    """Compile the agent's update, and the rollout, before the clock starts; the seconds it took."""
     if progress and agent.backend is not None:
         tqdm.write(
             "compiling the update: up to a minute, a few seconds once it is cached "
             "(--compile false goes without)",
             file=sys.stderr,
         )
-    seconds = agent.warm_up()
+    seconds = agent.warm_up() + collector.warm_up(agent.actor)
     if progress and agent.backend is not None:
         tqdm.write(f"compiled in {seconds:.0f} s", file=sys.stderr)
     return seconds
@@ -295,7 +318,7 @@ def evaluate(
     agent.load_state_dict(state["agent"])
     generator.manual_seed(seed)
     collector = Collector(env, dataclasses.replace(config, num_envs=env.num_envs), generator)
-    collector.load_state_dict(state["collector"])
+    collector.load_statistics(state["collector"])
     obs, running = env.reset(seed), np.zeros(env.num_envs)
     finished: list[list[float]] = [[] for _ in range(env.num_envs)]
     per_env = -(-episodes // env.num_envs)

@@ -184,7 +184,7 @@ def solver_effect(run_dir: Path) -> float:
     env = VectorEnv(config.env, config.num_envs)
     agent, collector = make_agent(config, env, generator), Collector(env, config, generator)
     agent.load_state_dict(state["agent"])
-    collector.load_state_dict(state["collector"])
+    collector.load_statistics(state["collector"])
     batch = agent.make_batch(collector.collect(agent.actor)[0])
     env.close()
     # The system in the parameters, as for the published cross term: there the answer is x itself.

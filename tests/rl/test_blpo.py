@@ -137,6 +137,20 @@ def test_direct_gradient_and_v(problem: Problem, objective: str) -> None:
     assert stats["policy_loss"] == pytest.approx(f.item())
 
 
+@pytest.mark.parametrize("solver", ["nystrom", "none"])
+def test_the_entropy_bonus_is_in_the_direct_gradient_alone(problem: Problem, solver: str) -> None:
+    actor, critic, batch = problem
+    plain, with_bonus = config(solver=solver), config(solver=solver, entropy_bonus=0.3)
+    d, v, stats = outer_gradients(POLICY, actor, critic, batch, plain)
+    other_d, other_v, others = outer_gradients(POLICY, actor, critic, batch, with_bonus)
+    entropy = POLICY.log_prob(actor, batch.obs, batch.actions)[1].mean()
+    expected = flat(d) - 0.3 * flat(gradient(entropy, actor))
+    torch.testing.assert_close(flat(other_d), expected, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(leaf, v[name]) for name, leaf in other_v.items())
+    assert others == stats  # the logged loss is f itself
+    assert stats["entropy"] == pytest.approx(entropy.item())
+
+
 def test_v_by_finite_differences(problem: Problem) -> None:
     actor, critic, batch = problem
     settings = config(outer_objective="return")

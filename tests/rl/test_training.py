@@ -112,7 +112,7 @@ def test_a_nan_reward_stops_training_with_a_message(
     config = PPOConfig(
         env=countdown(fault=3), num_envs=1, num_steps=8, num_minibatches=1, total_steps=8
     )
-    with pytest.raises(EnvironmentFault, match="non-finite observation or reward"):
+    with pytest.raises(EnvironmentFault, match="non-finite reward"):
         train(config, tmp_path)
 
 

@@ -1,0 +1,195 @@
+"""Environments: episodes with seeds of their own, states that are saved and restored."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from hypergrad_rl import PPOConfig
+from hypergrad_rl.envs import VectorEnv, episode_seed
+from hypergrad_rl.errors import CheckpointError, EnvironmentFault, EnvironmentNotReproducible
+from hypergrad_rl.rollout import Collector
+
+
+class Scripted(gym.Env[Any, Any]):
+    """A random walk that ends after ``end`` steps; with hidden randomness, and faults, if asked."""
+
+    observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space: gym.Space[Any] = gym.spaces.Discrete(2)
+
+    def __init__(
+        self,
+        end: int = 9,
+        hidden: bool = False,
+        raises: int = -1,
+        bad_obs: int = -1,
+        bad_reward: int = -1,
+        render_mode: str | None = None,
+    ) -> None:
+        self.end, self.hidden = end, hidden
+        self.raises, self.bad_obs, self.bad_reward = raises, bad_obs, bad_reward
+        self.secret = np.random.default_rng()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.steps, self.x = 0, self.np_random.normal()
+        return np.array([self.x, 0], np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        if self.steps == self.raises:
+            raise ValueError("out of fuel")
+        self.x += (self.secret if self.hidden else self.np_random).normal() + float(action)
+        obs = np.array([np.nan if self.steps == self.bad_obs else self.x, self.steps], np.float32)
+        reward = float("inf") if self.steps == self.bad_reward else self.x
+        return obs, reward, self.steps >= self.end, False, {}
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., str]]:
+    """Ids of Scripted variants, registered for one test."""
+    ids: list[str] = []
+
+    def make(limit: int | None = None, **kwargs: Any) -> str:
+        name = f"Scripted{len(ids)}-v0"
+        gym.register(name, lambda **kw: Scripted(**kw), max_episode_steps=limit, kwargs=kwargs)
+        ids.append(name)
+        return name
+
+    yield make
+    for name in ids:
+        del gym.registry[name]
+
+
+def random_actions(env: VectorEnv, steps: int, rng: np.random.Generator) -> list[Any]:
+    if isinstance(env.action_space, gym.spaces.Discrete):
+        return list(rng.integers(env.action_space.n, size=(steps, env.num_envs)))
+    shape = (steps, env.num_envs, *env.action_space.shape)
+    return list(rng.normal(size=shape).astype(np.float32))
+
+
+def assert_same_steps(one: VectorEnv, other: VectorEnv, actions: list[Any]) -> None:
+    for action in actions:
+        a, b = one.step(action), other.step(action)
+        for name, value in vars(a).items():
+            np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "Hopper-v5",
+     "MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1"],
+)  # fmt: skip
+@pytest.mark.parametrize("case", [0, 1])
+def test_a_restored_environment_goes_on_as_if_nothing_had_been(env_id: str, case: int) -> None:
+    rng = np.random.default_rng(case)
+    env, again = VectorEnv(env_id, 3), VectorEnv(env_id, 3)
+    env.reset(seed=7 + case)
+    for action in random_actions(env, int(rng.integers(700)), rng):  # beyond the first buffer
+        env.step(action)
+    state = torch_copy(env.state_dict())
+    assert again.load_state_dict(state) == []
+    np.testing.assert_array_equal(env.obs, again.obs)
+    assert_same_steps(env, again, random_actions(env, 500, rng))
+
+
+def torch_copy(state: dict[str, Any]) -> dict[str, Any]:
+    """Through JSON what is no tensor: all that a state may hold."""
+    tensors = {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    rest = {k: v for k, v in state.items() if k not in tensors}
+    return {**json.loads(json.dumps(rest)), **tensors}
+
+
+def test_hidden_randomness_is_reported_and_new_episodes_begin(
+    scripted: Callable[..., str],
+) -> None:
+    env_id = scripted(hidden=True)
+    env, again = VectorEnv(env_id, 2), VectorEnv(env_id, 2)
+    env.reset(seed=0)
+    for _ in range(12):
+        env.step(np.zeros(2, np.int64))
+    with pytest.warns(EnvironmentNotReproducible, match=r"Scripted0-v0: .* environments \[0, 1\]"):
+        assert again.load_state_dict(env.state_dict()) == [0, 1]
+    assert again.episodes == [2, 2]
+    assert again.obs[:, 1].tolist() == [0, 0]
+    assert again.returns == [0, 0]
+
+
+def test_states_do_not_fit_other_numbers_of_environments() -> None:
+    env = VectorEnv("CartPole-v1", 2)
+    env.reset(seed=0)
+    with pytest.raises(CheckpointError, match="that of 2 environments; expected 3"):
+        VectorEnv("CartPole-v1", 3).load_state_dict(env.state_dict())
+
+
+def test_every_episode_has_a_seed_of_its_own(scripted: Callable[..., str]) -> None:
+    env = VectorEnv(scripted(end=1), 2)
+    firsts = [env.reset(seed=3).copy()]
+    firsts += [env.step(np.zeros(2, np.int64)).obs.copy() for _ in range(4)]
+    assert len(np.unique(np.array(firsts)[..., 0])) == 10
+    expected = np.random.default_rng(episode_seed(3, 1, 4)).normal()
+    assert firsts[4][1, 0] == np.float32(expected)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_restored_collector_goes_on_as_if_nothing_had_been(
+    normalize: bool, scripted: Callable[..., str]
+) -> None:
+    config = PPOConfig(
+        env=scripted(end=11, limit=8), num_envs=3, num_steps=20, num_minibatches=1,
+        normalize_observations=normalize, normalize_rewards=normalize,
+    )  # fmt: skip
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    one, other = (Collector(VectorEnv(config.env, 3), config, g) for g in generators)
+    actor = one.env.policy.init(2, (4,), torch.Generator().manual_seed(1))
+    one.collect(actor)
+    generators[1].set_state(generators[0].get_state())
+    other.load_state_dict(one.state_dict())
+    for _ in range(2):
+        (a, episodes), (b, others) = one.collect(actor), other.collect(actor)
+        assert episodes == others
+        for name, value in vars(a).items():
+            assert torch.equal(value, getattr(b, name)), name
+
+
+def collect(env_id: str) -> None:
+    config = PPOConfig(env=env_id, num_envs=2, num_steps=10, num_minibatches=1,
+                       normalize_observations=True)  # fmt: skip
+    collector = Collector(VectorEnv(env_id, 2), config, torch.Generator().manual_seed(0))
+    actor = collector.env.policy.init(2, (4,), torch.Generator().manual_seed(1))
+    for _ in range(3):
+        collector.collect(actor)
+
+
+def test_an_environment_that_raises_is_named(scripted: Callable[..., str]) -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        collect(scripted(raises=7))
+    message = "Scripted0-v0 (environment 0, episode 0, step 7) raised ValueError: out of fuel"
+    assert str(caught.value) == message
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bad_obs": 5, "end": 4}, ""),
+        ({"bad_obs": 5}, r"\(environment 0, episode 0, step 5\) returned a non-finite observation"),
+        ({"bad_reward": 9}, r"\(environment 0, episode 0, step 9\) .* non-finite reward"),
+        ({"bad_reward": 13, "end": 20}, r"\(environment 0, episode 0, step 13\) .* reward"),
+    ],
+)
+def test_what_is_not_finite_is_named(
+    settings: dict[str, Any], message: str, scripted: Callable[..., str]
+) -> None:
+    env_id = scripted(**settings)
+    if not message:  # the fault lies behind the episode's end
+        return collect(env_id)
+    with pytest.raises(EnvironmentFault, match=message):
+        collect(env_id)
+    return None
