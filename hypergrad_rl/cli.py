@@ -118,6 +118,7 @@ def _add_common(sub: argparse.ArgumentParser) -> None:
         "int": int,
         "float": float,
         "float | None": _float_or_none,
+        "float | Literal['auto']": lambda text: text if text == "auto" else float(text),
         "bool | Literal['auto']": _true_false_auto,
     }
     fields = {f.name: f for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
