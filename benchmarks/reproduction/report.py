@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,22 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from benchmarks.reproduction.arms import ARMS, TASKS
 from benchmarks.reproduction.training import PROVENANCE
 from hypergrad_rl import BLPOConfig, RunDirectoryError, load_config
-from hypergrad_rl.blpo import inverse_hvp, outer_gradients, sketch_rows
-from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.comparison import compare_runs, write_comparison
-from hypergrad_rl.envs import VectorEnv
-from hypergrad_rl.functional import flatten
 from hypergrad_rl.report import FIGURES, estimate_text, read_metrics
-from hypergrad_rl.rollout import Collector
 from hypergrad_rl.runs import Run
 from hypergrad_rl.statistics import Bootstrap, probability_of_improvement
-from hypergrad_rl.trainer import CHECKPOINT, make_agent
 
 RIVALS = ("nested", "ppo")
 #: Runs of the authors' program, made by the module of that name; and the arm that is the same.
@@ -158,14 +150,14 @@ def _instrumentation(paths: Iterable[Path]) -> list[Row]:
         columns = {name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]}
         config = load_config(members[0])
         assert isinstance(config, BLPOConfig)
-        effects = np.array([solver_effect(path) for path in members])
+        effects = [_provenance(path).get("solver_effect") for path in members]
         rows.append({
             "task": task, "arm": arm, "seeds": len(members), "bound": config.correction_bound,
             "bound active": _number(np.nanmean(columns["bound_active"]), ".2%"),
             "norm of c over d": _median(columns["correction_ratio"]),
             "cosine of c and d": _median(columns["correction_cosine"]),
             "relative residual": _median(columns["ihvp_relative_residual"]),
-            "change of x against v / damping": _median(effects),
+            "change of x against v / damping": _median(np.array(effects, float)),
         })  # fmt: skip
     return rows
 
@@ -173,30 +165,6 @@ def _instrumentation(paths: Iterable[Path]) -> list[Row]:
 def _median(values: Any) -> str:
     known = values[~np.isnan(values)]
     return _number(np.median(known) if len(known) else None, ".3g")
-
-
-def solver_effect(run_dir: Path) -> float:
-    """|x - v / damping| / |v / damping| for the trained agent: the median over the trajectories
-    of one rollout, with x in the space of the critic's parameters."""
-    config = load_config(run_dir)
-    assert isinstance(config, BLPOConfig)
-    state, generator = load_checkpoint(run_dir / CHECKPOINT), torch.Generator().manual_seed(0)
-    env = VectorEnv(config.env, config.num_envs)
-    agent, collector = make_agent(config, env, generator), Collector(env, config, generator)
-    agent.load_state_dict(state["agent"])
-    collector.load_statistics(state["collector"])
-    batch = agent.make_batch(collector.collect(agent.actor)[0])
-    env.close()
-    # The system in the parameters, as for the published cross term: there the answer is x itself.
-    whole = dataclasses.replace(config, cross_term="paper")
-    size, changes = agent.critic_state.params.numel(), []
-    for i in range(config.num_envs):
-        trajectory = batch.select(torch.tensor([i]))
-        v = outer_gradients(env.policy, agent.actor, agent.critic, trajectory, config)[1]
-        omega = sketch_rows(whole, config.num_steps, size, generator)
-        x, null = flatten(inverse_hvp(agent.critic, trajectory, v, whole, omega)[0]), flatten(v)
-        changes.append(float((config.damping * x - null).norm() / null.norm()))
-    return float(np.median(changes))
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
