@@ -169,6 +169,7 @@ def _median(values: Any) -> str:
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]) if rows else ["arm"], lineterminator="\n")
+        names = dict.fromkeys(itertools.chain.from_iterable(rows))
+        table = csv.DictWriter(file, list(names), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
