@@ -144,12 +144,16 @@ class BLPOConfig(AgentConfig):
     # The residual alone does not tell a good rank: u is small where the curvature is large, so a
     # residual of 0.04 left an error of 3 |u| on Acrobot-v1 (damping 1, rank 32, largest eigenvalue
     # 4,000). Here, on CartPole-v1: residual below 1e-4, error in u below 1e-3.
-    damping: float = 10.0
+    damping: float | Literal["auto"] = 10.0
     rank: int = 32
-    sketch: Literal["gaussian", "columns"] = "gaussian"
+    sketch: Literal["gaussian", "columns", "diagonal"] = "gaussian"
+    sketch_every: int = 1  # minibatches of a rollout that share a sketch
+    redraw_sketch: bool = True  # False: the same random numbers for every sketch
+    sketch_shift: float = 0.0  # added to the diagonal of the core W of a sketch of columns
     cg_iters: int = 20
     cg_rtol: float = 1e-3  # 0 for exactly cg_iters iterations
     curvature: str = "ggn"
+    curvature_batch: str = "minibatch"  # what H and v are of
     outer_objective: str = "return"
     cross_term: str = "suffix"
     # |c| <= bound |d|; None for no bound. Unbounded, c is about 15 |d| and training drops out now
@@ -159,19 +163,22 @@ class BLPOConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("nested_steps", "envs_per_minibatch", "rank", "cg_iters"):
+        for name in ("nested_steps", "envs_per_minibatch", "rank", "sketch_every", "cg_iters"):
             self._integer(name, 1)
         _check(
             self.num_envs % self.envs_per_minibatch == 0, "envs_per_minibatch",
             self.envs_per_minibatch, f"a divisor of num_envs={self.num_envs}",
         )  # fmt: skip
-        self._choice("solver", ("nystrom", "cg", "exact", "identity", "none"))
-        self._choice("sketch", ("gaussian", "columns"))
+        self._choice("solver", ("nystrom", "nystrom_pcg", "cg", "exact", "identity", "none"))
+        self._choice("sketch", ("gaussian", "columns", "diagonal"))
         self._choice("curvature", ("ggn", "hessian"))
+        self._choice("curvature_batch", ("minibatch", "rollout"))
         self._choice("outer_objective", ("return", "advantage"))
         self._choice("cross_term", ("suffix", "full", "paper"))
-        self._positive("damping")
-        self._number("cg_rtol", lambda v: v >= 0, "a number >= 0")
+        if self.damping != "auto":
+            self._number("damping", lambda v: v > 0, 'a number > 0 or "auto"')
+        for name in ("cg_rtol", "sketch_shift"):
+            self._number(name, lambda v: v >= 0, "a number >= 0")
         if self.correction_bound is not None:
             self._positive("correction_bound")
 
@@ -190,9 +197,11 @@ class BLPOConfig(AgentConfig):
     def compiles_whole(self) -> bool:
         """Whether a minibatch update is one graph.
 
-        CG with a tolerance stops on values: compiled, it runs eagerly between two graphs.
+        What decides on values, CG with a tolerance or an automatic damping, runs eagerly between
+        two graphs.
         """
-        return not (self.solver == "cg" and self.cg_rtol > 0)
+        looks = self.solver == "nystrom_pcg" or (self.solver == "cg" and self.cg_rtol > 0)
+        return self.solver == "none" or not (looks or self.damping == "auto")
 
 
 ALGOS = ("ppo", "nested", "blpo")

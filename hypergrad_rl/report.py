@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 
 from hypergrad_rl.errors import RunDirectoryError
@@ -133,6 +134,7 @@ def plot_comparison(results: Mapping[str, Any], path: str | Path) -> None:
     for (env, task), row in zip(tasks.items(), panels, strict=True):
         _draw_curves(row[0], task["algorithms"], colours)
         row[0].set(xlabel="environment steps", ylabel="episode return", title=env)
+        row[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k: six digits overlap
         for axes, (name, title) in zip(row[1:], FIGURES.items(), strict=True):
             _draw_intervals(axes, task["algorithms"], name, colours)
             axes.set_title(title)

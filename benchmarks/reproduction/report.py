@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from benchmarks.reproduction.arms import ARMS, TASKS
 from benchmarks.reproduction.training import PROVENANCE
 from hypergrad_rl import BLPOConfig, RunDirectoryError, load_config
-from hypergrad_rl.blpo import inverse_hvp, outer_gradients, sketch_rows
-from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.comparison import compare_runs, write_comparison
-from hypergrad_rl.envs import VectorEnv
-from hypergrad_rl.functional import flatten
-from hypergrad_rl.report import estimate_text, read_metrics
-from hypergrad_rl.rollout import Collector
-from hypergrad_rl.run_directory import CHECKPOINT
+from hypergrad_rl.report import FIGURES, estimate_text, read_metrics
 from hypergrad_rl.runs import Run
-from hypergrad_rl.trainer import make_agent
+from hypergrad_rl.statistics import Bootstrap, probability_of_improvement
 
 RIVALS = ("nested", "ppo")
+#: Runs of the authors' program, made by the module of that name; and the arm that is the same.
+AUTHORS = Path(__file__).with_name("authors.csv")
+SAME = {"ppo": "ppo_paper_rate", "nested": "nested", "nystrom": "paper_nystrom", "cg": "paper_cg"}
 Row = dict[str, Any]
 
 
@@ -34,7 +31,8 @@ def write_report(root: Path, output: Path) -> str:
     """The files of :func:`write_comparison`, and those of the page; the table of the comparison.
 
     arms.csv has what each arm is, TASK.csv its figures, instrumentation.csv what its updates did,
-    provenance.csv the code that made each run. All of it is of the finished runs below ``root``.
+    authors.csv the authors' own program beside it, provenance.csv the code that made each run. All
+    of it is of the finished runs below ``root``.
     """
     paths = [
         path.parent
@@ -48,23 +46,21 @@ def write_report(root: Path, output: Path) -> str:
         paths, label=_arm, command=f"python -m benchmarks.reproduction report --run-dir {root}"
     )
     table = write_comparison(results, output)
-    provenance = [
-        {"task": path.parts[-2], "arm": path.parts[-3], "seed": int(path.name),
-         **json.loads((path / PROVENANCE).read_text())}
+    _write(output / "provenance.csv", [
+        {"task": path.parts[-2], "arm": path.parts[-3], "seed": int(path.name), **_provenance(path)}
         for path in paths
-    ]  # fmt: skip
-    _write(output / "provenance.csv", provenance)
+    ])  # fmt: skip
     _write(output / "arms.csv", [
-        {"arm": name, "": arm.what, "settings": " ".join(f"{k}={v}" for k, v in
+        {"arm": name, "is": arm.what, "settings": " ".join(f"{k}={v}" for k, v in
          {"preset": arm.presets, **arm.settings}.items())} for name, arm in ARMS.items()
     ])  # fmt: skip
     for task, entry in results["tasks"].items():
-        rows = [
-            _summary(results, task, arm, figures, provenance)
-            for arm, figures in entry["algorithms"].items()
-        ]
-        _write(output / f"{task}.csv", rows)
+        arms = entry["algorithms"]
+        _write(output / f"{task}.csv", [_summary(arms, arm) for arm in arms])
     _write(output / "instrumentation.csv", _instrumentation(paths))
+    if AUTHORS.exists():
+        with AUTHORS.open(newline="") as file:
+            _write(output / "authors.csv", _beside_authors(results, list(csv.DictReader(file))))
     return table
 
 
@@ -72,49 +68,73 @@ def _arm(run: Run) -> str:
     return run.path.parts[-3]
 
 
-def _summary(
-    results: Mapping[str, Any], task: str, arm: str, entry: Mapping[str, Any], made: Sequence[Row]
-) -> Row:
-    final, area = entry["final_return"], entry["area"]
-    cpu = [
-        row["cpu_seconds"]
-        for row in made
-        if (row["task"], row["arm"], row["resumed"]) == (task, arm, False)
-    ]
-    return {
+def _provenance(run_dir: str | Path) -> Row:
+    entry: Row = json.loads((Path(run_dir) / PROVENANCE).read_text())
+    return entry
+
+
+def _summary(arms: Mapping[str, Any], arm: str) -> Row:
+    final, area = arms[arm]["final_return"], arms[arm]["area"]
+    row = {
         "arm": arm,
-        "seeds": len(entry["runs"]),
+        "seeds": len(arms[arm]["runs"]),
         "mean return, last tenth": _number(final["mean"], ".1f"),
-        "standard deviation": _number(final["standard_deviation"], ".1f"),
+        "sd": _number(final["standard_deviation"], ".1f"),
         "interquartile mean": estimate_text(final, 1),
-        **{
-            f"P(better than {rival})": _improvement(results, task, arm, rival, "final_return")
-            for rival in RIVALS
-        },
-        "area under the curve": estimate_text(area, 1),
-        "P(larger area than nested)": _improvement(results, task, arm, "nested", "area"),
-        "CPU s": _number(np.mean(cpu) if cpu else None, ".0f"),
+        "area under curve": estimate_text(area, 1),
     }
+    for rival, name in itertools.product(RIVALS, FIGURES):
+        known = rival in arms and rival != arm
+        row[f"P({FIGURES[name]} > {rival})"] = (
+            _better(_values(arms[arm], name), _values(arms[rival], name)) if known else ""
+        )
+    # Of a run that was continued only the last part is known.
+    made = [_provenance(run["run_dir"]) for run in arms[arm]["runs"]]
+    cpu_seconds = [entry["cpu_seconds"] for entry in made if not entry["resumed"]]
+    row["CPU s"] = _number(np.mean(cpu_seconds) if cpu_seconds else None, ".0f")
+    return row
 
 
-def _number(value: float | None, form: str) -> str:
+def _number(value: Any, form: str) -> str:
     return "" if value is None or np.isnan(value) else format(value, form)
 
 
-def _improvement(results: Mapping[str, Any], task: str, arm: str, rival: str, name: str) -> str:
-    """Of ``arm`` over ``rival``, whichever of the two the comparison lists first."""
-    for pair in results["improvement"]:
-        if pair["env"] == task and {pair["x"], pair["y"]} == {arm, rival}:
-            estimate = pair[name]
-            if pair["y"] == arm:
-                estimate = {
-                    key: None if estimate[other] is None else 1 - estimate[other]
-                    for key, other in (
-                        ("probability", "probability"), ("low", "high"), ("high", "low")
-                    )
-                }  # fmt: skip
-            return estimate_text(estimate, 2, "probability")
-    return ""
+def _values(entry: Mapping[str, Any], name: str) -> NDArray[np.float64]:
+    return np.array([run[name] for run in entry["runs"]], float)  # None, unknown, is nan
+
+
+def _better(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
+    """The probability that a run of x beats one of y."""
+    ends = Bootstrap().interval([x, y], probability_of_improvement)
+    low, high = (None, None) if ends is None else map(float, ends)
+    probability = float(probability_of_improvement(x, y))
+    return estimate_text({"p": probability, "low": low, "high": high}, 2, "p")
+
+
+def _beside_authors(results: Mapping[str, Any], theirs: Sequence[Row]) -> list[Row]:
+    """The returns of the authors' program, which has environments of its own, beside ours."""
+    rows = []
+    for task in TASKS:
+        for algorithm, arm in SAME.items():
+            made = np.array([
+                float(row["final_return"])
+                for row in theirs
+                if (row["task"], row["algorithm"]) == (task, algorithm)
+            ])  # fmt: skip
+            entry = results["tasks"].get(task, {}).get("algorithms", {}).get(arm)
+            if len(made) == 0:
+                continue
+            ours = None if entry is None else _values(entry, "final_return")
+            row: Row = {
+                "task": task, "algorithm": algorithm, "seeds": len(made),
+                "mean return, last tenth": _number(made.mean(), ".1f"),
+                "lowest": _number(made.min(), ".1f"), "highest": _number(made.max(), ".1f"),
+                "arm here": arm,
+                "its mean": "" if ours is None else _number(ours.mean(), ".1f"),
+                "P(here better)": "" if ours is None else _better(ours, made),
+            }  # fmt: skip
+            rows.append(row)
+    return rows
 
 
 def _instrumentation(paths: Iterable[Path]) -> list[Row]:
@@ -130,14 +150,14 @@ def _instrumentation(paths: Iterable[Path]) -> list[Row]:
         columns = {name: np.concatenate([m[name] for m in metrics]) for name in metrics[0]}
         config = load_config(members[0])
         assert isinstance(config, BLPOConfig)
-        effects = np.array([solver_effect(path) for path in members])
+        effects = [_provenance(path).get("solver_effect") for path in members]
         rows.append({
             "task": task, "arm": arm, "seeds": len(members), "bound": config.correction_bound,
             "bound active": _number(np.nanmean(columns["bound_active"]), ".2%"),
             "norm of c over d": _median(columns["correction_ratio"]),
             "cosine of c and d": _median(columns["correction_cosine"]),
             "relative residual": _median(columns["ihvp_relative_residual"]),
-            "change of x against v / damping": _median(effects),
+            "change of x against v / damping": _median(np.array(effects, float)),
         })  # fmt: skip
     return rows
 
@@ -147,32 +167,9 @@ def _median(values: Any) -> str:
     return _number(np.median(known) if len(known) else None, ".3g")
 
 
-def solver_effect(run_dir: Path) -> float:
-    """|x - v / damping| / |v / damping| for the trained agent: the median over the trajectories
-    of one rollout, with x in the space of the critic's parameters."""
-    config = load_config(run_dir)
-    assert isinstance(config, BLPOConfig)
-    state, generator = load_checkpoint(run_dir / CHECKPOINT), torch.Generator().manual_seed(0)
-    env = VectorEnv(config.env, config.num_envs)
-    agent, collector = make_agent(config, env, generator), Collector(env, config, generator)
-    agent.load_state_dict(state["agent"])
-    collector.load_statistics(state["collector"])
-    batch = agent.make_batch(collector.collect(agent.actor)[0])
-    env.close()
-    # The system in the parameters, as for the published cross term: there the answer is x itself.
-    whole = dataclasses.replace(config, cross_term="paper")
-    size, changes = agent.critic_state.params.numel(), []
-    for i in range(config.num_envs):
-        trajectory = batch.select(torch.tensor([i]))
-        v = outer_gradients(env.policy, agent.actor, agent.critic, trajectory, config)[1]
-        omega = sketch_rows(whole, config.num_steps, size, generator)
-        x, null = flatten(inverse_hvp(agent.critic, trajectory, v, whole, omega)[0]), flatten(v)
-        changes.append(float((config.damping * x - null).norm() / null.norm()))
-    return float(np.median(changes))
-
-
 def _write(path: Path, rows: Sequence[Row]) -> None:
     with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]) if rows else ["arm"], lineterminator="\n")
+        names = dict.fromkeys(itertools.chain.from_iterable(rows))
+        table = csv.DictWriter(file, list(names), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

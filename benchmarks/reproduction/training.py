@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import threading
 import time
@@ -20,9 +22,14 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.reproduction.arms import Config
-from hypergrad_rl import HypergradRLError, RunDirectoryError, load_config, train
+from hypergrad_rl import BLPO, HypergradRLError, RunDirectoryError, load_config, train
+from hypergrad_rl.agent import Agent
+from hypergrad_rl.envs import VectorEnv
+from hypergrad_rl.functional import flatten
+from hypergrad_rl.hypergradient import follower_gradient
+from hypergrad_rl.inverse import draw_sketch, inverse_hvp
 from hypergrad_rl.report import read_metrics
-from hypergrad_rl.run_directory import CHECKPOINT, CONFIG
+from hypergrad_rl.rollout import Collector
 
 PROVENANCE = "provenance.json"
 PACKAGES = ("torch", "numpy", "gymnasium")
@@ -46,7 +53,7 @@ def unfinished(runs: Mapping[Path, Config]) -> dict[Path, Config]:
             for the arm's.
     """
     for run_dir, config in runs.items():
-        if (run_dir / CONFIG).exists() and load_config(run_dir) != config:
+        if (run_dir / "config.json").exists() and load_config(run_dir) != config:
             raise RunDirectoryError(
                 f"{run_dir} holds a run with other settings than its arm has now; choose another "
                 "--run-dir, or move it away"
@@ -110,16 +117,49 @@ def _end_with(parent: int) -> None:
 
 
 def _train(run_dir: Path, config: Config) -> None:
-    resume = (run_dir / CHECKPOINT).exists()
+    resume = any(file.suffix != ".tmp" for file in run_dir.glob("checkpoint.*"))
     if not resume and run_dir.exists():
         shutil.rmtree(run_dir)  # of this arm, and killed before its first checkpoint
     began, entry = time.process_time(), _versions()
-    train(config, run_dir, resume=resume, threads=1)
+    agent = train(config, run_dir, resume=resume, threads=1).agent
     torch.compiler.reset()  # the graphs of one run are of no use to the next
     entry |= {"cpu_seconds": round(time.process_time() - began, 1), "resumed": resume}
+    entry["solver_effect"] = solver_effect(agent)
     temporary = run_dir / "provenance.tmp"
     temporary.write_text(json.dumps(entry, indent=1) + "\n")
     temporary.replace(run_dir / PROVENANCE)
+
+
+def solver_effect(agent: Agent) -> float | None:
+    """|damping x - v| / |v|, what solving changes: the median over the trajectories of one rollout.
+
+    x is in the space of the critic's parameters. None where no such system is solved, and where
+    observations are normalised, by statistics that the agent does not have.
+    """
+    config = agent.config
+    if (
+        not isinstance(agent, BLPO)
+        or config.normalize_observations
+        or agent.config.solver == "none"
+    ):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    env = VectorEnv(config.env, config.num_envs)
+    batch = agent.make_batch(Collector(env, config, generator).collect(agent.actor)[0])
+    env.close()
+    # The system in the parameters, as for the published cross term: there the answer is x itself.
+    whole = dataclasses.replace(agent.config, cross_term="paper")
+    assert not isinstance(whole.damping, str)  # no arm has "auto"
+    changes = []
+    for i in range(config.num_envs):
+        part = batch.select(torch.tensor([i]))
+        # Right after a rollout the policy is the one that made it: log rho = 0.
+        v = follower_gradient(agent.critic, torch.zeros_like(part.targets), part, whole)
+        right = flatten(v)
+        sketch = draw_sketch(whole, config.num_steps, len(right), generator)
+        x = inverse_hvp(agent.critic, part, v, whole, sketch).value
+        changes.append(float((whole.damping * x - right).norm() / right.norm()))
+    return statistics.median(changes)
 
 
 def _versions() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from hypergrad_rl import load_config, trainer
 from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.cli import main
 from hypergrad_rl.run_directory import held
+from hypergrad_rl.tensor_envs import ArrayCollector
 
 QUICK = ["--total-steps", "256", "--num-envs", "2", "--num-steps", "32", "--epochs", "1",
          "--hidden", "8", "--no-tensorboard"]  # fmt: skip
@@ -225,7 +226,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.Collector, "collect", interrupt)
+    monkeypatch.setattr(ArrayCollector, "collect", interrupt)
     assert main([*PPO, "--run-dir", str(tmp_path)]) == 130
     assert f"interrupted; `resume {tmp_path}` continues\n" in capsys.readouterr().err
     monkeypatch.undo()

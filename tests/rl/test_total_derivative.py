@@ -16,8 +16,12 @@ from torch import Tensor
 import hypergrad
 from benchmarks.outer_objective import Game
 from benchmarks.tabular import ACTIONS, GAMMA, LAMBDA, STATES, TabularMDP
-from hypergrad_rl import BLPOConfig, blpo
+from hypergrad_rl import BLPOConfig
+from hypergrad_rl import hypergradient as pieces
+from hypergrad_rl.advantages import gae
+from hypergrad_rl.agent import direct_gradient
 from hypergrad_rl.networks import CategoricalPolicy, Params, critic_value
+from hypergrad_rl.objectives import cross_term_weights
 from hypergrad_rl.rollout import Batch, Rollout, make_batch
 
 #: Every group of rollouts makes one step, as a minibatch does; their spread is the standard error.
@@ -56,9 +60,11 @@ def sampled(mdp: TabularMDP, response: Tensor, config: BLPOConfig) -> tuple[Tens
     groups = GROUPS[config.cross_term]
     for group in range(groups):
         batch = batch_of(mdp, seed=100 + group)
-        d, v, _ = blpo.outer_gradients(POLICY, actor, critic, batch, config)
-        c, _ = blpo.correction(POLICY, actor, critic, v, batch, config, None)
-        step, _ = blpo.combine(d, c, config.correction_bound)
+        advantages, _ = pieces.critic_advantages(critic, batch, config.gamma)
+        d, stats = direct_gradient(POLICY, actor, batch, advantages.detach(), config)
+        v = pieces.follower_gradient(critic, stats["log_ratio"], batch, config)
+        c, _ = pieces.correction(POLICY, actor, critic, v, batch, config)
+        step, _ = pieces.combine(d, c, config.correction_bound)
         steps.append(step["weight0"].T)
     all_steps = torch.stack(steps)
     return all_steps.mean(0), all_steps.std(0) / groups**0.5
@@ -99,29 +105,24 @@ def test_the_step_is_the_total_derivative(cross_term: str, objective: str, seed:
     assert agrees(mean, error, derivative)
 
 
-weights = blpo.cross_term_weights
-
-
 def own_step_only(mode: str, matrix: Tensor, advantages: Tensor, *rest: Tensor) -> Tensor:
     return -2 * advantages * rest[-1]
 
 
 def wrong_sign(*arguments: Any) -> Tensor:
-    return -weights(*arguments)
+    return -cross_term_weights(*arguments)
 
 
 def gamma_alone(mode: str, matrix: Tensor, *rest: Tensor) -> Tensor:
     lag = torch.arange(matrix.shape[-1]) - torch.arange(matrix.shape[-1])[:, None]
-    return weights(mode, matrix * LAMBDA ** -lag.to(F64), *rest)
+    return cross_term_weights(mode, matrix * LAMBDA ** -lag.to(F64), *rest)
 
 
 def detached(critic: Params, batch: Batch, gamma: float) -> tuple[Tensor, Tensor]:
     """Advantages that bootstrap from values the critic's gradient does not reach."""
     values = critic_value(critic, batch.obs)
     next_values = critic_value(critic, batch.next_obs).detach()
-    return blpo.gae(
-        batch.matrix, batch.rewards, values, next_values, batch.terminated, gamma
-    ), values
+    return gae(batch.matrix, batch.rewards, values, next_values, batch.terminated, gamma), values
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,6 @@ def test_a_wrong_step_is_noticed(
 ) -> None:
     mdp = TabularMDP.random(0)
     response, derivative = exact(mdp, "suffix", "return")
-    monkeypatch.setattr(blpo, name, wrong)
+    monkeypatch.setattr(pieces, name, wrong)
     mean, error = sampled(mdp, response, settings("suffix", "return"))
     assert not agrees(mean, error, derivative)

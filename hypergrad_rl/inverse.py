@@ -1,0 +1,292 @@
+"""The follower's linear system (H + damping I) x = v: where it is solved, how, and how well.
+
+H is the curvature of g in the critic, its Hessian or its Gauss-Newton matrix (2/N) J'J, with J the
+Jacobian of the values at the N samples. What a cross term needs decides the space:
+
+- the whole x (the published one): parameter space, n x n;
+- only u = J x, with the Gauss-Newton matrix: sample space, N x N (128 against 4,545 by default), by
+
+      J ((2/N) J'J + damping I)^-1 v  =  ((2/N) J J' + damping I)^-1 J v
+
+  with J J' formed once, without J. Both matrices have the same non-zero eigenvalues, hence the same
+  Nyström rank serves. A sketch to be kept over minibatches (``sketch_every``) needs parameter
+  space: every minibatch has its own J J'.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import hypergrad
+from hypergrad_rl.config import BLPOConfig
+from hypergrad_rl.functional import flatten, shapes_of, unflatten
+from hypergrad_rl.networks import Params, ValueJacobian, critic_value
+from hypergrad_rl.objectives import value_loss
+from hypergrad_rl.rollout import Batch
+
+#: Ritz values are read off this many of the vectors that a solve has multiplied, the last ones.
+RITZ_VECTORS = 16
+#: Directions of their span below this share of the longest, squared: rounding, times its inverse.
+_DEPENDENT = 1e-3
+
+
+class Sketch(NamedTuple):
+    """A Nyström sketch from one block of products: A_nys = Y' W^+ Y.
+
+    Attributes:
+        products: Y = Omega A, (k, n). For the columns' sketch they are k columns of A.
+        core: W = Omega A Omega', (k, k).
+    """
+
+    products: Tensor
+    core: Tensor
+
+    def solve(self, v: Tensor, damping: float, shift: float = 0.0) -> Tensor:
+        """(A_nys + damping I)^-1 v by Woodbury's identity, as in Hataya and Yamada (2023).
+
+            x = (v - Y' (damping W + Y Y')^-1 Y v) / damping
+
+        Summed in float64: the k x k matrix squares the condition of Y. A direction in which Y
+        vanishes (the weights of an input that is always zero) has no part in it. ``shift`` is
+        added to the diagonal of W.
+        """
+        y, w, wide = self.products.double(), self.core.double(), v.double()
+        eye = torch.eye(len(w), dtype=w.dtype)
+        inner = damping * (0.5 * (w + w.T) + shift * eye) + y @ y.T
+        small = torch.linalg.pinv(inner, hermitian=True) @ (y @ wide)
+        x: Tensor = ((wide - small @ y) / damping).to(v.dtype)
+        return x
+
+
+class Solved(NamedTuple):
+    """The answer to a damped system, with what there is to say about it.
+
+    Attributes:
+        value: shaped like the right-hand side.
+        stats: ``ihvp_relative_residual``, |v - (H + damping I) x| / |v| by a product with H
+            itself; ``curvature_smallest`` and ``curvature_largest``, see :func:`ritz_extremes`;
+            ``damping`` where that is found automatically.
+        sketch: the sketch that was used, if one is to be kept.
+    """
+
+    value: Tensor
+    stats: dict[str, Tensor]
+    sketch: Sketch | None
+
+
+def in_sample_space(config: BLPOConfig) -> bool:
+    """Whether the system is as large as the batch, and not as the critic."""
+    return config.curvature == "ggn" and config.cross_term != "paper" and config.sketch_every == 1
+
+
+def draw_sketch(
+    config: BLPOConfig, num_samples: int, num_params: int, generator: torch.Generator
+) -> Tensor | None:
+    """The random numbers that a sketch is made with; None if the solver needs none.
+
+    Gaussian rows (rank, size), the indices of columns (rank,), what weighted columns are sorted
+    by (size,), or the seed of a preconditioner. They are drawn here, and not in the solver, because
+    what is drawn within a compiled graph is not what is drawn outside.
+    """
+    if config.solver not in ("nystrom", "nystrom_pcg"):
+        return None
+    if not config.redraw_sketch:
+        generator = torch.Generator().manual_seed(config.seed)
+    if config.solver == "nystrom_pcg":
+        return torch.randint(2**31, (), generator=generator)
+    size = num_samples if in_sample_space(config) else num_params
+    rank = min(config.rank, size)
+    if config.sketch == "gaussian":
+        return torch.randn(rank, size, generator=generator)
+    if config.sketch == "columns":
+        return torch.randperm(size, generator=generator)[:rank]
+    return torch.empty(size).exponential_(generator=generator)
+
+
+def inverse_hvp(
+    critic: Params,
+    batch: Batch,
+    v: Params,
+    config: BLPOConfig,
+    sketch: Tensor | Sketch | None = None,
+) -> Solved:
+    """Solve (H + damping I) x = v, H the curvature of g at w on the batch; x as a flat vector.
+
+    The Gauss-Newton matrix is positive semi-definite; the Hessian is indefinite away from the
+    optimum, where CG stops early and says so in its residual.
+
+    Args:
+        critic: the parameters w.
+        batch: with ``obs`` (..., obs_dim) and ``targets`` (...).
+        v: shaped like the critic.
+        config: of it, the options of the solver and the curvature.
+        sketch: from :func:`draw_sketch`, or one that is made.
+    """
+    shapes, w = shapes_of(critic), flatten(critic).detach()
+
+    def values(w: Tensor, obs: Tensor) -> Tensor:
+        return critic_value(unflatten(w, shapes), obs)
+
+    def loss(w: Tensor, obs: Tensor, targets: Tensor) -> Tensor:
+        return value_loss(values(w, obs), targets)
+
+    curvature: hypergrad.LinearOperator
+    if config.curvature == "ggn":
+        curvature = hypergrad.ggn(values, value_loss, w, batch.obs, batch.targets)
+    else:
+        # Of the modes the one that multiplies a block at once, and always the same: a resumed run
+        # repeats the other to the last bit.
+        curvature = hypergrad.hessian(
+            loss, w, batch.obs, batch.targets, mode="forward_over_reverse"
+        )
+    diagonal = None
+    if config.solver == "nystrom" and config.sketch == "diagonal" and isinstance(sketch, Tensor):
+        # Of the Gauss-Newton matrix also for the Hessian, whose own costs a product an entry.
+        rows = torch.func.vmap(torch.func.grad(values), (None, 0))(w, batch.obs.flatten(0, -2))
+        diagonal = rows.square().sum(0)
+    return _solve(curvature, flatten(v), config, sketch, diagonal)
+
+
+def critic_response(
+    critic: Params,
+    batch: Batch,
+    v: Params,
+    config: BLPOConfig,
+    sketch: Tensor | Sketch | None = None,
+) -> Solved:
+    """How x changes the critic's values on the batch: u = J x, shaped like ``batch.targets``.
+
+    It is all that the cross term needs of x; the arguments are those of :func:`inverse_hvp`. The
+    residual is that of the system that is solved.
+    """
+    jacobian = ValueJacobian(critic, batch.obs.flatten(0, -2))
+    if in_sample_space(config):
+        rhs = jacobian.times(v)
+        kernel = (2 / len(rhs)) * jacobian.kernel()
+        operator = hypergrad.as_operator(kernel)
+        solved = _solve(operator, rhs, config, sketch, kernel.diagonal())
+        u = solved.value
+    else:
+        solved = inverse_hvp(critic, batch, v, config, sketch)
+        u = jacobian.times(unflatten(solved.value, shapes_of(critic)))
+    return solved._replace(value=u.view_as(batch.targets))
+
+
+class _Watched(hypergrad.LinearOperator):
+    """An operator on flat vectors that keeps what it has multiplied, and the products."""
+
+    def __init__(self, operator: hypergrad.LinearOperator) -> None:
+        super().__init__(operator.layout)
+        self.operator = operator
+        self.vectors: list[Tensor] = []
+        self.products: list[Tensor] = []
+
+    def _apply(self, block: Tensor) -> Tensor:
+        products = self.operator.matmat(block)
+        assert isinstance(products, Tensor)
+        self.vectors.append(block)
+        self.products.append(products)
+        return products
+
+
+def _solve(
+    operator: hypergrad.LinearOperator,
+    v: Tensor,
+    config: BLPOConfig,
+    sketch: Tensor | Sketch | None,
+    diagonal: Tensor | None,
+) -> Solved:
+    curvature, damping = _Watched(operator), config.damping
+    single_pass = config.solver == "nystrom" and (
+        config.sketch != "gaussian" or config.sketch_every > 1
+    )
+    if damping == "auto" and (single_pass or config.solver == "identity"):
+        # The rule of the solvers that need no sketch: 20 steps of Lanczos, and this one's check.
+        found = hypergrad.solve(curvature, v, hypergrad.Identity(), damping="auto")
+        damping = found.info.damping
+    if single_pass:
+        assert sketch is not None
+        assert not isinstance(damping, str)
+        if isinstance(sketch, Tensor):
+            sketch = _sketch(curvature, sketch, config, diagonal)
+        x = sketch.solve(v, damping, config.sketch_shift)
+        residual = v - curvature.matvec(x) - damping * x
+        relative = residual.norm() / v.norm()
+    else:
+        solver = _solver(config, damping, sketch)
+        # An inexact answer is no failure here: its residual is logged for every update.
+        solution = hypergrad.solve(curvature, v, solver, damping=damping, on_failure="ignore")
+        x, damping = solution.value, solution.info.damping
+        relative = torch.as_tensor(solution.info.relative_residual, dtype=v.dtype)
+    smallest, largest = ritz_extremes(torch.cat(curvature.vectors), torch.cat(curvature.products))
+    stats = {
+        "ihvp_relative_residual": relative,
+        "curvature_smallest": smallest.to(v.dtype),
+        "curvature_largest": largest.to(v.dtype),
+    }
+    if config.damping == "auto":
+        stats["damping"] = torch.tensor(damping, dtype=v.dtype)
+    kept = sketch if config.sketch_every > 1 and isinstance(sketch, Sketch) else None
+    return Solved(x, stats, kept)
+
+
+def _sketch(
+    curvature: _Watched, draw: Tensor, config: BLPOConfig, diagonal: Tensor | None
+) -> Sketch:
+    """The sketch from one block of ``rank`` products."""
+    omega, size = draw, curvature.layout.dim
+    if config.sketch == "diagonal":
+        assert diagonal is not None
+        # The smallest of E_i / w_i, E_i exponential: drawn in proportion to the weights w, without
+        # replacement (Efraimidis and Spirakis 2006); those of weight zero last.
+        order = (draw.log() - diagonal.abs().log()).argsort()
+        draw = order[: min(config.rank, size)]
+    if config.sketch != "gaussian":
+        omega = torch.nn.functional.one_hot(draw, size)
+    omega = omega.to(curvature.dtype)
+    products = curvature.matmat(omega)
+    return Sketch(products, products @ omega.T)
+
+
+def _solver(
+    config: BLPOConfig, damping: float | str, sketch: Tensor | Sketch | None
+) -> hypergrad.Solver:
+    if config.solver == "cg":
+        return hypergrad.CG(max_iters=config.cg_iters, rtol=config.cg_rtol)
+    if config.solver == "exact":
+        return hypergrad.Exact()
+    if config.solver == "identity":
+        return hypergrad.Identity(scale=1 / float(damping))
+    assert isinstance(sketch, Tensor)
+    if config.solver == "nystrom_pcg":
+        generator = torch.Generator().manual_seed(int(sketch))
+        return hypergrad.NystromPCG(
+            config.rank, rtol=config.cg_rtol, max_iters=config.cg_iters,
+            sketch=config.sketch, generator=generator,
+        )  # fmt: skip
+    return hypergrad.Nystrom(len(sketch), test_matrix=sketch, complement="zero")
+
+
+def ritz_extremes(vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest Ritz value of A on the span of the last few ``vectors``, rows (m, n).
+
+    ``products`` are theirs with A. The eigenvalues of A reach at least as far down and up: a
+    negative smallest one proves that A is indefinite, a positive one proves nothing. It costs no
+    product: a Gram matrix of at most ``RITZ_VECTORS`` vectors and its eigenvalues. Directions that
+    the vectors hardly span are left out.
+    """
+    b, y = vectors[-RITZ_VECTORS:].double(), products[-RITZ_VECTORS:].double()
+    size = b.norm(dim=1, keepdim=True).clamp_min(torch.finfo(b.dtype).tiny)
+    b, y = b / size, y / size
+    lengths, directions = torch.linalg.eigh(b @ b.T)
+    kept = lengths > _DEPENDENT * lengths[-1]
+    whiten = directions * torch.where(kept, lengths, torch.inf).rsqrt()
+    core = b @ y.T
+    core = whiten.T @ (0.5 * (core + core.T)) @ whiten
+    # In the place of a direction left out, whose row is zero: a value that is there anyway.
+    core = core + torch.diag(torch.where(kept, 0.0, core[-1, -1]))
+    values = torch.linalg.eigvalsh(core)
+    return values[0], values[-1]
