@@ -30,7 +30,7 @@ def test_what_was_begun_is_finished_and_reported(
     left = (finished / "metrics.csv").read_bytes()
     # Before its first checkpoint a run has a configuration, and rows.
     whole = (killed / "metrics.csv").read_text().splitlines()
-    for name in ("checkpoint.pt", training.PROVENANCE):
+    for name in ("checkpoint.safetensors", training.PROVENANCE):
         (killed / name).unlink()
     (killed / "metrics.csv").write_text("\n".join(whole[:2]) + "\n")
     blocked.parent.mkdir(parents=True)
