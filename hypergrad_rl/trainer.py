@@ -22,7 +22,7 @@ from hypergrad_rl.blpo import BLPO
 from hypergrad_rl.checkpoint import save_checkpoint
 from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.config import PPOConfig
-from hypergrad_rl.envs import VectorEnv
+from hypergrad_rl.envs import VectorEnv, make_vector_env
 from hypergrad_rl.errors import EnvironmentUnsupported, RunDirectoryError
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.rollout import Collector
@@ -57,14 +57,15 @@ def make_collector(
         EnvironmentUnsupported: ``env_backend="tensor"`` for a task or settings without array code.
     """
     normalized = config.normalize_observations or config.normalize_rewards
-    if config.env_backend != "gymnasium" and config.env in TASKS and not normalized:
+    if config.env_backend in ("auto", "tensor") and config.env in TASKS and not normalized:
         return ArrayCollector(TASKS[config.env], config, generator, backend)
     if config.env_backend == "tensor":
         raise EnvironmentUnsupported(
             f'env_backend="tensor" with env={config.env!r}: expected one of {", ".join(TASKS)}, '
             "without normalised observations or rewards; use the backend gymnasium"
         )
-    return Collector(VectorEnv(config.env, config.num_envs), config, generator)
+    env = make_vector_env(config.env, config.num_envs, config.env_backend)
+    return Collector(env, config, generator)
 
 
 @dataclass
