@@ -38,7 +38,7 @@ class AgentConfig(ABC):
     normalize_rewards: bool = False
     # "tensor": the environment's physics as array code (CartPole-v1, Acrobot-v1; without
     # normalisation), which "auto" takes where it can.
-    env_backend: Literal["auto", "gymnasium", "tensor"] = "auto"
+    env_backend: Literal["auto", "gymnasium", "tensor", "envpool"] = "auto"
     # The minibatch update as one graph: "auto" compiles trainings long enough to be worth the
     # minute that it takes; without a working C++ compiler it runs eagerly, with equal results.
     compile: bool | Literal["auto"] = "auto"
@@ -57,7 +57,7 @@ class AgentConfig(ABC):
         for name in ("clip", "learning_rate", "critic_learning_rate", "adam_eps"):
             self._positive(name)
         self._number("entropy_bonus", lambda v: v >= 0, "a number >= 0")
-        self._choice("env_backend", ("auto", "gymnasium", "tensor"))
+        self._choice("env_backend", ("auto", "gymnasium", "tensor", "envpool"))
         ok = isinstance(self.compile, bool) or self.compile == "auto"
         _check(ok, "compile", self.compile, 'True, False or "auto"')
 

@@ -321,26 +321,21 @@ def make_vector_env(
     env_id: str,
     num_envs: int,
     backend: str = "gymnasium",
+    render_mode: str | None = None,
     env_fn: Callable[[], gym.Env[Any, Any]] | None = None,
 ) -> VectorEnv:
-    """The environments of a training: ``brax/...`` by Brax, others by the backend.
-
-    ``backend``: "gymnasium", "envpool", or "auto" for EnvPool where it is installed, has the task
-    and is faster.
+    """``brax/...`` by Brax, all by EnvPool for ``backend="envpool"``, Gymnasium's otherwise.
 
     Raises:
-        EnvironmentUnsupported: see :class:`VectorEnv`; or the backend lacks the task.
+        EnvironmentUnsupported: see :class:`VectorEnv`; or the simulator lacks the task.
     """
     from hypergrad_rl import pools  # which imports this module
 
     if env_fn is None and env_id.startswith("brax/"):
         return pools.BraxEnv(env_id, num_envs)
-    wanted = backend == "envpool" or (
-        backend == "auto" and env_id not in pools.NO_FASTER and not pools.envpool_lacks(env_id)
-    )
-    if env_fn is None and wanted:
+    if env_fn is None and backend == "envpool":
         return pools.EnvPoolEnv(env_id, num_envs)
-    return VectorEnv(env_id, num_envs, env_fn=env_fn)
+    return VectorEnv(env_id, num_envs, render_mode, env_fn)
 
 
 class RunningMoments:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_rl.checkpoint import load_checkpoint
-from hypergrad_rl.envs import VectorEnv
+from hypergrad_rl.envs import VectorEnv, make_vector_env
 from hypergrad_rl.errors import ConfigError, EnvironmentUnsupported, RunDirectoryError
 from hypergrad_rl.rollout import NORMALIZED_LIMIT
 from hypergrad_rl.run_directory import CHECKPOINT, load_config
@@ -69,7 +69,7 @@ def _load(
 ) -> tuple[VectorEnv, TrainedPolicy]:
     config = load_config(run_dir)
     state = load_checkpoint(Path(run_dir) / CHECKPOINT)
-    env = VectorEnv(config.env, num_envs, render_mode, env_fn)
+    env = make_vector_env(config.env, num_envs, env_fn=env_fn, render_mode=render_mode)
     return env, TrainedPolicy(env, state)
 
 

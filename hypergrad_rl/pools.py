@@ -19,9 +19,6 @@ from hypergrad_rl.errors import (
     EnvironmentUnsupported,
 )
 
-#: EnvPool is asked for by "auto" unless it was measured to be no faster than this process's loop.
-NO_FASTER = ("CartPole-v1",)
-
 
 class Pool(VectorEnv, ABC):
     """A :class:`VectorEnv` over such a simulator: episodes that end begin anew in the same step."""
@@ -100,9 +97,18 @@ class EnvPoolEnv(Pool):
     """
 
     def __init__(self, env_id: str, num_envs: int) -> None:
-        reason = envpool_lacks(env_id)
-        if reason:
-            raise EnvironmentUnsupported(f"cannot make environment {env_id!r}: {reason}")
+        try:
+            known = importlib.import_module("envpool").list_all_envs()
+        except ImportError as error:
+            raise EnvironmentUnsupported(
+                'env_backend="envpool" needs EnvPool, which is not installed: '
+                'pip install "hypergrad-torch[envpool]", or use the backend gymnasium'
+            ) from error
+        if env_id not in known:
+            raise EnvironmentUnsupported(
+                f'env_backend="envpool" with env={env_id!r}: EnvPool has no such task; use the '
+                "backend gymnasium"
+            )
         self.pool, observation, action = self._make(env_id, num_envs, 0)
         self._describe(env_id, num_envs, observation, action)
 
@@ -151,17 +157,6 @@ class EnvPoolEnv(Pool):
 def _in_order(obs: NDArray[Any], info: dict[str, Any]) -> NDArray[Any]:
     ordered: NDArray[Any] = obs[np.argsort(info["env_id"])]
     return ordered
-
-
-def envpool_lacks(env_id: str) -> str:
-    """Why EnvPool cannot make this environment; empty if it can."""
-    try:
-        envpool = importlib.import_module("envpool")
-    except ImportError:
-        return 'EnvPool is not installed. Install it: pip install "hypergrad-torch[envpool]".'
-    if env_id not in envpool.list_all_envs():
-        return 'EnvPool has no such task. Use env_backend="gymnasium" or "auto".'
-    return ""
 
 
 class BraxEnv(Pool):

@@ -23,7 +23,7 @@ from hypergrad_rl.blpo import BLPO
 from hypergrad_rl.checkpoint import save_checkpoint
 from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.config import PPOConfig
-from hypergrad_rl.envs import VectorEnv
+from hypergrad_rl.envs import VectorEnv, make_vector_env
 from hypergrad_rl.errors import EnvironmentUnsupported, RunDirectoryError
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.rollout import Collector
@@ -60,14 +60,14 @@ def make_collector(
     """
     normalized = config.normalize_observations or config.normalize_rewards
     known = env_fn is None and config.env in TASKS and not normalized
-    if known and config.env_backend != "gymnasium":
+    if known and config.env_backend in ("auto", "tensor"):
         return ArrayCollector(TASKS[config.env], config, generator, backend)
     if config.env_backend == "tensor":
         raise EnvironmentUnsupported(
             f'env_backend="tensor" with env={config.env!r}: expected one of {", ".join(TASKS)}, '
             "without normalised observations or rewards; use the backend gymnasium"
         )
-    env = VectorEnv(config.env, config.num_envs, env_fn=env_fn)
+    env = make_vector_env(config.env, config.num_envs, config.env_backend, env_fn)
     return Collector(env, config, generator)
 
 
