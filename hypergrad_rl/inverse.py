@@ -162,6 +162,7 @@ def critic_response(
     It is all that the cross term needs of x; the arguments are those of :func:`inverse_hvp`. The
     residual is that of the system that is solved.
     """
+    critic = {name: leaf.detach() for name, leaf in critic.items()}
     jacobian = ValueJacobian(critic, batch.obs.flatten(0, -2))
     if in_sample_space(config):
         rhs = jacobian.times(v)
