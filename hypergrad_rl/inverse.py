@@ -217,7 +217,7 @@ def _solve(
         residual = v - curvature.matvec(x) - damping * x
         relative = residual.norm() / v.norm()
     else:
-        solver = _solver(config, damping, sketch)
+        solver = _solver(config, damping, sketch, len(v))
         # An inexact answer is no failure here: its residual is logged for every update.
         solution = hypergrad.solve(curvature, v, solver, damping=damping, on_failure="ignore")
         x, damping = solution.value, solution.info.damping
@@ -253,7 +253,7 @@ def _sketch(
 
 
 def _solver(
-    config: BLPOConfig, damping: float | str, sketch: Tensor | Sketch | None
+    config: BLPOConfig, damping: float | str, sketch: Tensor | Sketch | None, size: int
 ) -> hypergrad.Solver:
     if config.solver == "cg":
         return hypergrad.CG(max_iters=config.cg_iters, rtol=config.cg_rtol)
@@ -265,7 +265,7 @@ def _solver(
     if config.solver == "nystrom_pcg":
         generator = torch.Generator().manual_seed(int(sketch))
         return hypergrad.NystromPCG(
-            config.rank, rtol=config.cg_rtol, max_iters=config.cg_iters,
+            min(config.rank, size), rtol=config.cg_rtol, max_iters=config.cg_iters,
             sketch=config.sketch, generator=generator,
         )  # fmt: skip
     return hypergrad.Nystrom(len(sketch), test_matrix=sketch, complement="zero")

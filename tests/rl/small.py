@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_rl import BLPOConfig
-from hypergrad_rl.agent import direct_gradient
-from hypergrad_rl.hypergradient import critic_advantages, follower_gradient
+from hypergrad_rl.hypergradient import critic_advantages, direct_gradient, follower_gradient
 from hypergrad_rl.networks import CategoricalPolicy, Params, critic_value, init_critic
 from hypergrad_rl.rollout import Batch, Rollout, make_batch
 
