@@ -11,9 +11,8 @@ from torch import Tensor
 
 from hypergrad_rl.config import AgentConfig
 from hypergrad_rl.errors import CheckpointError
-from hypergrad_rl.functional import AdamState, gradient, shapes_of, unflatten
+from hypergrad_rl.functional import AdamState, shapes_of, unflatten
 from hypergrad_rl.networks import Params, Policy, init_critic
-from hypergrad_rl.objectives import f_advantage
 from hypergrad_rl.rollout import Batch, Rollout, example_rollout, make_batch
 
 
@@ -98,30 +97,6 @@ class Agent(ABC):
                 )
         self.actor_state, self.critic_state = states
         self.generator.set_state(state["generator"])
-
-
-def direct_gradient(
-    policy: Policy, actor: Params, batch: Batch, advantages: Tensor, config: AgentConfig
-) -> tuple[Params, dict[str, Tensor]]:
-    """The gradient d = grad_theta (f - c_H E[entropy]) on a fixed batch, and statistics.
-
-    They are f, entropy, the clipped fraction, and KL(old || new) by the estimator
-    (rho - 1) - log rho; under "log_ratio" log rho of every sample, for who needs it further.
-    """
-
-    def f(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
-        log_probs, entropy = policy.log_prob(theta, batch.obs, batch.actions)
-        log_ratio, mean_entropy = log_probs - batch.log_probs, entropy.mean()
-        loss = f_advantage(log_ratio, advantages, config.clip)
-        stats = {"policy_loss": loss, "log_ratio": log_ratio, "entropy": mean_entropy}
-        return loss - config.entropy_bonus * mean_entropy if config.entropy_bonus else loss, stats
-
-    d, _, stats = gradient(f, actor)
-    log_ratio = stats["log_ratio"]
-    ratio = log_ratio.exp()
-    stats["approx_kl"] = (ratio - 1 - log_ratio).mean()
-    stats["clip_fraction"] = ((ratio - 1).abs() > config.clip).float().mean()
-    return d, stats
 
 
 def mean_stats(stats: list[dict[str, Tensor]], batch: Batch) -> dict[str, float]:

@@ -29,11 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad_rl.agent import Agent, direct_gradient, mean_stats
+from hypergrad_rl.agent import Agent, mean_stats
 from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import BLPOConfig
 from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
-from hypergrad_rl.hypergradient import combine, correction, critic_advantages, follower_gradient
+from hypergrad_rl.hypergradient import (
+    combine,
+    correction,
+    critic_advantages,
+    direct_gradient,
+    follower_gradient,
+)
 from hypergrad_rl.inverse import Sketch, draw_sketch
 from hypergrad_rl.networks import Params, critic_value
 from hypergrad_rl.objectives import value_loss
@@ -57,7 +63,8 @@ class BLPO(Agent):
         """Improve actor and critic on one rollout; statistics averaged over the minibatches.
 
         Cost per minibatch: ``nested_steps`` critic gradients, two actor gradients, one gradient of
-        f_outer in the critic, the matrix J J' of the batch, 2 ``rank`` + 1 products with it.
+        f_outer in the critic, the matrix J J' of the batch, 2 ``rank`` + 1 products with it. In the
+        published setting ``rank`` + 1 products with the Hessian, the first ``rank`` as one block.
         """
         config = self.config
         whole = self.make_batch(rollout)

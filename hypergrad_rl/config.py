@@ -177,6 +177,8 @@ class BLPOConfig(AgentConfig):
         self._choice("cross_term", ("suffix", "full", "paper"))
         if self.damping != "auto":
             self._number("damping", lambda v: v > 0, 'a number > 0 or "auto"')
+        ok = isinstance(self.redraw_sketch, bool)
+        _check(ok, "redraw_sketch", self.redraw_sketch, "True or False")
         for name in ("cg_rtol", "sketch_shift"):
             self._number(name, lambda v: v >= 0, "a number >= 0")
         if self.correction_bound is not None:

@@ -3,9 +3,9 @@
     d = grad_theta f        x solves (H + damping I) x = v = grad_w f_outer
     c = (d2 g / dtheta dw) x
 
-Every function here is pure, so that a piece can be compared with another implementation; ``d`` is
-:func:`hypergrad_rl.agent.direct_gradient`, ``x`` is in :mod:`hypergrad_rl.inverse`, and the step
-that follows is :func:`hypergrad_rl.functional.adam`.
+Every function here is pure, so that a piece can be compared with another implementation. The
+linear system of x is in :mod:`hypergrad_rl.inverse`, the step that follows in
+:func:`hypergrad_rl.functional.adam`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_rl.advantages import gae
-from hypergrad_rl.config import BLPOConfig
+from hypergrad_rl.config import AgentConfig, BLPOConfig
 from hypergrad_rl.functional import flatten, gradient, shapes_of, unflatten
 from hypergrad_rl.inverse import Sketch, Solved, critic_response, inverse_hvp
 from hypergrad_rl.networks import Params, Policy, critic_value
@@ -31,6 +31,30 @@ def critic_advantages(critic: Params, batch: Batch, gamma: float) -> tuple[Tenso
         gae(batch.matrix, batch.rewards, values, next_values, batch.terminated, gamma),
         values,
     )
+
+
+def direct_gradient(
+    policy: Policy, actor: Params, batch: Batch, advantages: Tensor, config: AgentConfig
+) -> tuple[Params, dict[str, Tensor]]:
+    """The gradient d = grad_theta (f - c_H E[entropy]) on a fixed batch, and statistics.
+
+    The statistics are f, entropy, the clipped fraction, and KL(old || new) by the estimator
+    (rho - 1) - log rho; under "log_ratio" log rho of every sample, for who needs it further.
+    """
+
+    def f(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        log_probs, entropy = policy.log_prob(theta, batch.obs, batch.actions)
+        log_ratio, mean_entropy = log_probs - batch.log_probs, entropy.mean()
+        loss = f_advantage(log_ratio, advantages, config.clip)
+        stats = {"policy_loss": loss, "log_ratio": log_ratio, "entropy": mean_entropy}
+        return loss - config.entropy_bonus * mean_entropy if config.entropy_bonus else loss, stats
+
+    d, _, stats = gradient(f, actor)
+    log_ratio = stats["log_ratio"]
+    ratio = log_ratio.exp()
+    stats["approx_kl"] = (ratio - 1 - log_ratio).mean()
+    stats["clip_fraction"] = ((ratio - 1).abs() > config.clip).float().mean()
+    return d, stats
 
 
 def follower_gradient(

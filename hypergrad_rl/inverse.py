@@ -15,7 +15,7 @@ Jacobian of the values at the N samples. What a cross term needs decides the spa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from hypergrad_rl.networks import Params, ValueJacobian, critic_value
 from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch
 
+Mode = Literal["forward_over_reverse", "reverse_over_reverse"]
 #: Ritz values are read off this many of the vectors that a solve has multiplied, the last ones.
 RITZ_VECTORS = 16
 #: Directions of their span below this share of the longest, squared: rounding, times its inverse.
@@ -94,7 +95,8 @@ def draw_sketch(
     if config.solver not in ("nystrom", "nystrom_pcg"):
         return None
     if not config.redraw_sketch:
-        generator = torch.Generator().manual_seed(config.seed)
+        # Of another stream than the first parameters, which are drawn with the seed itself.
+        generator = torch.Generator().manual_seed(2**32 + config.seed)
     if config.solver == "nystrom_pcg":
         return torch.randint(2**31, (), generator=generator)
     size = num_samples if in_sample_space(config) else num_params
@@ -137,11 +139,11 @@ def inverse_hvp(
     if config.curvature == "ggn":
         curvature = hypergrad.ggn(values, value_loss, w, batch.obs, batch.targets)
     else:
-        # Of the modes the one that multiplies a block at once, and always the same: a resumed run
-        # repeats the other to the last bit.
-        curvature = hypergrad.hessian(
-            loss, w, batch.obs, batch.targets, mode="forward_over_reverse"
-        )
+        # Blocks at once for a sketch, else single products, in the way that is quicker for them.
+        # Never the mode that was fastest today: a resumed run repeats the other to the last bit.
+        sketching = config.solver in ("nystrom", "nystrom_pcg")
+        mode: Mode = "forward_over_reverse" if sketching else "reverse_over_reverse"
+        curvature = hypergrad.hessian(loss, w, batch.obs, batch.targets, mode=mode)
     diagonal = None
     if config.solver == "nystrom" and config.sketch == "diagonal" and isinstance(sketch, Tensor):
         # Of the Gauss-Newton matrix also for the Hessian, whose own costs a product an entry.
@@ -162,6 +164,7 @@ def critic_response(
     It is all that the cross term needs of x; the arguments are those of :func:`inverse_hvp`. The
     residual is that of the system that is solved.
     """
+    critic = {name: leaf.detach() for name, leaf in critic.items()}
     jacobian = ValueJacobian(critic, batch.obs.flatten(0, -2))
     if in_sample_space(config):
         rhs = jacobian.times(v)
@@ -216,7 +219,7 @@ def _solve(
         residual = v - curvature.matvec(x) - damping * x
         relative = residual.norm() / v.norm()
     else:
-        solver = _solver(config, damping, sketch)
+        solver = _solver(config, damping, sketch, len(v))
         # An inexact answer is no failure here: its residual is logged for every update.
         solution = hypergrad.solve(curvature, v, solver, damping=damping, on_failure="ignore")
         x, damping = solution.value, solution.info.damping
@@ -252,7 +255,7 @@ def _sketch(
 
 
 def _solver(
-    config: BLPOConfig, damping: float | str, sketch: Tensor | Sketch | None
+    config: BLPOConfig, damping: float | str, sketch: Tensor | Sketch | None, size: int
 ) -> hypergrad.Solver:
     if config.solver == "cg":
         return hypergrad.CG(max_iters=config.cg_iters, rtol=config.cg_rtol)
@@ -264,7 +267,7 @@ def _solver(
     if config.solver == "nystrom_pcg":
         generator = torch.Generator().manual_seed(int(sketch))
         return hypergrad.NystromPCG(
-            config.rank, rtol=config.cg_rtol, max_iters=config.cg_iters,
+            min(config.rank, size), rtol=config.cg_rtol, max_iters=config.cg_iters,
             sketch=config.sketch, generator=generator,
         )  # fmt: skip
     return hypergrad.Nystrom(len(sketch), test_matrix=sketch, complement="zero")

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad_rl.agent import Agent, direct_gradient, mean_stats
+from hypergrad_rl.agent import Agent, mean_stats
 from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import PPOConfig
 from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
+from hypergrad_rl.hypergradient import direct_gradient
 from hypergrad_rl.networks import Params, critic_value
 from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch, Rollout

@@ -46,6 +46,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("blpo", {**BLPO, "solver": "exact"}),
     "identity": ("blpo", {**BLPO, "solver": "identity"}),
     "paper": ("blpo", {**BLPO, **PAPER}),
+    "kept sketch": ("blpo", {**BLPO, "sketch_every": 2, "sketch": "diagonal"}),
+    "rollout": ("blpo", {**BLPO, "curvature_batch": "rollout", "entropy_bonus": 0.01}),
+    "preconditioned": ("blpo", {**BLPO, "solver": "nystrom_pcg"}),
+    "automatic damping": ("blpo", {**BLPO, **PAPER, "damping": "auto"}),
 }
 
 

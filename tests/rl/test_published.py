@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from hypergrad_rl import BLPO, BLPOConfig
-from hypergrad_rl.agent import direct_gradient
 from hypergrad_rl.functional import AdamState, adam, flatten, shapes_of, unflatten
 from hypergrad_rl.hypergradient import (
     combine,
     correction,
     critic_advantages,
+    direct_gradient,
     follower_gradient,
     published_cross_term,
 )

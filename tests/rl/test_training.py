@@ -263,7 +263,7 @@ def test_unknown_and_unsupported_environments(
         ("ppo", {"rank": 5}, "rank=5: expected a hyper-parameter of ppo"),
         ("blpo", {"rank": 0}, "rank=0: expected an integer >= 1"),
         ("blpo", {"damping": 0.0}, "damping=0.0: expected a number > 0"),
-        ("blpo", {"solver": "lu"}, "one of nystrom, cg, exact, identity, none"),
+        ("blpo", {"solver": "lu"}, "one of nystrom, nystrom_pcg, cg, exact"),
         ("blpo", {"correction_bound": -1.0}, "correction_bound=-1.0: expected a number > 0"),
         ("blpo", {"envs_per_minibatch": 3}, "a divisor of num_envs=4"),
         ("nested", {"solver": "cg"}, 'use algo "blpo"'),
