@@ -20,7 +20,7 @@ from hypergrad_rl.config import AgentConfig, BLPOConfig
 from hypergrad_rl.functional import flatten, gradient, shapes_of, unflatten
 from hypergrad_rl.inverse import Sketch, Solved, critic_response, inverse_hvp
 from hypergrad_rl.networks import Params, Policy, critic_value
-from hypergrad_rl.objectives import clipped_surrogate, cross_term_weights, f_advantage, f_return
+from hypergrad_rl.objectives import cross_term_weights, f_advantage, f_return
 from hypergrad_rl.rollout import Batch
 
 
@@ -102,8 +102,10 @@ def published_cross_term(
 ) -> Params:
     """The published update's c: d/dw [grad_theta l(theta, w)] x on a fixed batch.
 
-    l = mean_t L_t (G_t - V_w(s_t)), with L_t the summands of f, stands in place of g.
-    Its sign is opposite to that of the derivative of g, which ``cross_term`` computes.
+    l = 2 sum_t L_t (G_t - V_w(s_t)), with L_t = -rho_t A_w,t not clipped, stands in place of g; the
+    mean over trajectories. It is a sum over the steps where g is a mean, so that c is far longer
+    than d and the bound decides its length. Its sign is opposite to that of the derivative of g,
+    which ``cross_term`` computes.
     """
 
     def derivative(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,8 +113,8 @@ def published_cross_term(
 
         def surrogate(w: Params) -> Tensor:
             advantages, values = critic_advantages(w, batch, config.gamma)
-            losses = clipped_surrogate(log_ratio, advantages, config.clip)
-            return (losses * (batch.targets - values)).mean()
+            losses = -log_ratio.exp() * advantages
+            return 2 * (losses * (batch.targets - values)).sum(-1).mean()
 
         return _directional(surrogate, critic, x), {}
 

@@ -67,7 +67,7 @@ def make_collector(
             f'env_backend="tensor" with env={config.env!r}: expected one of {", ".join(TASKS)}, '
             "without normalised observations or rewards; use the backend gymnasium"
         )
-    env = make_vector_env(config.env, config.num_envs, config.env_backend, env_fn)
+    env = make_vector_env(config.env, config.num_envs, config.env_backend, env_fn=env_fn)
     return Collector(env, config, generator)
 
 

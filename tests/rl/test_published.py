@@ -147,7 +147,9 @@ def published(
         return ((targets - value(w, data.obs)) ** 2).mean()
 
     def surrogate(theta: Tensor, w: Tensor) -> Tensor:
-        return (losses(theta, w, data) * (targets - value(w, data.obs))).mean()
+        ratio = torch.exp(log_pi(theta, data) - log_pi(data.old_theta, data))
+        unclipped = -ratio * advantages(w, data)
+        return 2 * (unclipped * (targets - value(w, data.obs))).sum()
 
     theta = data.theta.clone().requires_grad_()
     w = data.w.clone().requires_grad_()

@@ -19,7 +19,6 @@ from benchmarks.tabular import ACTIONS, GAMMA, LAMBDA, STATES, TabularMDP
 from hypergrad_rl import BLPOConfig
 from hypergrad_rl import hypergradient as pieces
 from hypergrad_rl.advantages import gae
-from hypergrad_rl.agent import direct_gradient
 from hypergrad_rl.networks import CategoricalPolicy, Params, critic_value
 from hypergrad_rl.objectives import cross_term_weights
 from hypergrad_rl.rollout import Batch, Rollout, make_batch
@@ -61,7 +60,7 @@ def sampled(mdp: TabularMDP, response: Tensor, config: BLPOConfig) -> tuple[Tens
     for group in range(groups):
         batch = batch_of(mdp, seed=100 + group)
         advantages, _ = pieces.critic_advantages(critic, batch, config.gamma)
-        d, stats = direct_gradient(POLICY, actor, batch, advantages.detach(), config)
+        d, stats = pieces.direct_gradient(POLICY, actor, batch, advantages.detach(), config)
         v = pieces.follower_gradient(critic, stats["log_ratio"], batch, config)
         c, _ = pieces.correction(POLICY, actor, critic, v, batch, config)
         step, _ = pieces.combine(d, c, config.correction_bound)
