@@ -48,7 +48,7 @@ class TrainedPolicy(torch.nn.Module):
             buffers["low"] = torch.from_numpy(env.action_space.low)
             buffers["high"] = torch.from_numpy(env.action_space.high)
         else:
-            buffers["start"] = torch.tensor(int(env.action_space.start))
+            buffers["start"] = torch.tensor(int(getattr(env.action_space, "start", 0)))
         for name, value in buffers.items():
             self.register_buffer(name, value.clone())
 

@@ -73,7 +73,7 @@ def work(config: Any, run_dir: Path, kill_at: int | None, **options: Any) -> Non
     os.fsync = deadly(os.fsync)
     Path.open = deadly(Path.open)  # type: ignore[method-assign]
     Path.replace = deadly(Path.replace)  # type: ignore[method-assign]
-    trainer._draw = lambda directory: None  # type: ignore[assignment]
+    trainer._draw = lambda directory: None
     train(config, run_dir, resume=(run_dir / "config.json").exists(), **options)
 
 
