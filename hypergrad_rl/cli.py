@@ -301,6 +301,13 @@ _COMMANDS: Any = functools.reduce(
 )
 
 
+def _as_python(flag: str, word: str) -> str:
+    """A value in Python's spelling, where it is not a string: "none" is also a solver."""
+    head, equals, value = word.rpartition("=")
+    spelled = {"none": "None", "true": "True", "false": "False"}.get(value, value)
+    return word if _FIELDS[flag][0] is str else head + equals + spelled
+
+
 def parse(words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """The command, and the hyper-parameters that were given.
 
@@ -310,14 +317,16 @@ def parse(words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     flags = {f"--{prefix}{n.replace('_', '-')}": n for n in _FIELDS for prefix in ("", "no-")}
     words, flag = list(words), None
     names: dict[str, None] = {}
+    # "none" and "true" as they are elsewhere than in Python; "none" is also a solver.
+    python = {"none": "None", "true": "True", "false": "False"}
     for i, word in enumerate(words):
-        if word.startswith("--"):
-            flag = flags.get(word.partition("=")[0].replace("_", "-"))
+        start, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if start:
+            flag = flags.get(start.replace("_", "-"))
             if flag is not None:
                 names[flag] = None
-        # As they are elsewhere than in Python; "none" is also a solver.
-        elif flag is not None and _FIELDS[flag][0] is not str:
-            words[i] = {"none": "None", "true": "True", "false": "False"}.get(word, word)
+        if flag is not None and _FIELDS[flag][0] is not str:
+            words[i] = start + equals + python.get(value, value)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):

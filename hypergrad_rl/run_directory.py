@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -141,6 +142,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
             steps = first * config.num_envs * config.num_steps
+            # Its thread hands an error over to the next call, and prints a traceback besides.
+            self.hook, threading.excepthook = threading.excepthook, self._quiet
             self.writer = SummaryWriter(str(directory), purge_step=steps + 1 if first else None)
         if wandb:
             self.wandb = import_wandb().init(
@@ -179,6 +182,8 @@ class RunLog:
     def close(self) -> None:
         """Close what is open."""
         with self._writing(), contextlib.ExitStack() as stack:
+            if self.writer is not None:
+                stack.callback(setattr, threading, "excepthook", self.hook)
             for close in (
                 self.file and self.file.close,
                 self.writer and self.writer.close,
@@ -186,6 +191,10 @@ class RunLog:
             ):
                 if close:
                     stack.callback(close)
+
+    def _quiet(self, failed: threading.ExceptHookArgs) -> None:
+        if not isinstance(failed.exc_value, OSError):
+            self.hook(failed)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
