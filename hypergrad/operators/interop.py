@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ..errors import DeviceError, LeafTypeError, TreeStructureError
 from ..pytree import Tree, TreeLayout
-from ..transforms import carries_derivatives, differentiable, tangents, transforming
+from ..transforms import (
+    building_no_graph,
+    carries_derivatives,
+    differentiable,
+    tangents,
+    transforming,
+)
 from .base import LinearOperator
 
 
@@ -32,7 +38,18 @@ class CallableOperator(LinearOperator):
         self._carries_graph: bool | None = None
 
     def _apply(self, block: Tensor) -> Tensor:
-        return self._products(block.detach(), self._cut)
+        if self.batchable or building_no_graph() or tangents():
+            return self._products(block.detach(), self._cut)
+        layout, name = self.layout, "the output of hvp_fn"
+        out = torch.empty_like(block)
+        for i in range(len(block)):
+            # A copy: a callable that works in place on its argument must not reach the solver's
+            # own vectors.
+            product = self.hvp_fn(layout.unflatten(block[i].detach().clone()))
+            leaves = layout.leaves(product, name=name)
+            self._carries_graph = self._carries_graph or any(map(differentiable, leaves))
+            layout.joined([leaf.detach() for leaf in leaves], 1, out[i : i + 1])
+        return out
 
     def _attached(self, block: Tensor) -> Tensor:
         return self._products(block, lambda product: product)
