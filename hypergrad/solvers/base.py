@@ -198,6 +198,13 @@ class DampedSystem:
         self.operator.layout.check_finite(out, "the output of the operator")
         return out.to(self.b.dtype) if scales is None else out.to(self.b.dtype) * scales
 
+    def narrow_product(self, x: Tensor) -> Tensor:
+        """A times each row of ``x``, both in the operator's dtype: for rows of size about one."""
+        out = self.operator._apply(x)
+        self.num_hvps += len(x)
+        self.operator.layout.check_finite(out, "the output of the operator")
+        return out
+
     def apply(self, x: Tensor, damping: float) -> Tensor:
         """(A + damping I) times each row of ``x``."""
         return torch.add(self.product(x), x, alpha=damping)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from .base import DampedSystem
 from .complement import TAIL_THAT_MATTERS, Complement, ComplementKind, measure_complement
 from .core import ABOVE, Approximation, Core
 from .embedding import DIAGONAL_PROBES, Embedding, SketchKind, extension
+from .narrow import NarrowSketch, is_narrow
 from .sketch import NegativeCurvature, NystromSketch
 from .streamed import streamed_approximation, streamed_complement, worth_streaming
 
@@ -74,6 +75,9 @@ def make_sketch(
     if options.rank != "auto" and options.sketch == "gaussian" and worth_streaming(options.rank, n):
         found = streamed_approximation(system, options.rank, options.generator)
         return _finish(system, found, options, before, None, streamed=True)
+    if options.rank != "auto" and options.sketch == "gaussian" and is_narrow(system, options.rank):
+        drawn = NarrowSketch.draw(system, options.rank, options.generator)
+        return _finish(system, _narrow_approximation(system, drawn), options, before, None)
     source = Embedding(
         options.sketch,
         options.generator,
@@ -206,6 +210,21 @@ def _approximate(
     return found
 
 
+def _narrow_approximation(system: DampedSystem, drawn: NarrowSketch) -> Approximation:
+    """:func:`_approximate` from inner products; the wide blocks are formed where they are needed."""
+    core, wide = drawn.core, system.b.dtype
+    eigenvalues, combination = drawn.eigenpairs()
+    if core.indefinite or not drawn.vouched(system, eigenvalues, combination):
+        return _rayleigh_ritz(system, *drawn.wide_blocks(wide))
+    trace = core.trace(eigenvalues)
+    rows = core.products
+    found = Approximation.truncated(eigenvalues, rows, len(rows), trace, generic=True)
+    damping = found.damping(system, tail=found.tail)
+    if core.blurred(damping) or core.noisy(eigenvalues, damping):
+        return _second_pass(system, drawn.wide_blocks(wide)[1], trace, generic=True)
+    return replace(found, basis=drawn.basis(combination, eigenvalues, wide))
+
+
 def _finish(
     system: DampedSystem,
     found: Approximation,
@@ -235,7 +254,7 @@ def _finish(
     else:  # a Ritz value below zero by rounding is zero
         eigenvalues = eigenvalues.clamp(min=0.0)
     return NystromSketch(
-        eigenvalues=eigenvalues,
+        eigenvalues=eigenvalues.to(found.basis.device),
         basis=found.basis,
         layout=operator.layout,
         operator_dtype=operator.dtype,
@@ -257,7 +276,7 @@ def _vouched(system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tenso
     [[e, 1], [1, 0]] on its first coordinate is e, and l is 1/e.
     """
     if len(eigenvalues) == 0:
-        return core.size == 0 or not bool((core.sizes > core.silence).any())
+        return core.silent_throughout
     largest = float(eigenvalues[0])
     # |A| >= |A Omega| for orthonormal Omega, and then no product is needed.
     if largest <= core.size * (1 + ABOVE):
