@@ -21,6 +21,11 @@ from ..transforms import (
 from .base import LinearOperator
 
 
+#: Numbers that are copied at a time for a callable: blocks of few parameters as a whole, rows of
+#: many one by one, in memory that stays warm.
+_COPIED = 2**18
+
+
 class CallableOperator(LinearOperator):
     """The operator of an ``hvp_fn``: any callable from a tree v to A v.
 
@@ -40,15 +45,21 @@ class CallableOperator(LinearOperator):
     def _apply(self, block: Tensor) -> Tensor:
         if self.batchable or building_no_graph() or tangents():
             return self._products(block.detach(), self._cut)
-        layout, name = self.layout, "the output of hvp_fn"
-        out = torch.empty_like(block)
-        for i in range(len(block)):
-            # A copy: a callable that works in place on its argument must not reach the solver's
+        layout, out = self.layout, torch.empty_like(block)
+        many = max(1, _COPIED // layout.dim)
+        for start in range(0, len(block), many):
+            # Copies: a callable that works in place on its argument must not reach the solver's
             # own vectors.
-            product = self.hvp_fn(layout.unflatten(block[i].detach().clone()))
-            leaves = layout.leaves(product, name=name)
-            self._carries_graph = self._carries_graph or any(map(differentiable, leaves))
-            layout.joined([leaf.detach() for leaf in leaves], 1, out[i : i + 1])
+            rows = block[start : start + many].detach().clone()
+            into = layout.rows_of_leaves(out[start : start + many])
+            for i, leaves in enumerate(layout.rows_of_leaves(rows, cast=True)):
+                product = self.hvp_fn(layout.unflatten_leaves(leaves))
+                leaves = layout.leaves(product, name="the output of hvp_fn")
+                if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+                    self._carries_graph = True
+                    leaves = [leaf.detach() for leaf in leaves]
+                torch._foreach_copy_(into[i], leaves)
+        self._carries_graph = bool(self._carries_graph)  # known, from now on
         return out
 
     def _attached(self, block: Tensor) -> Tensor:
@@ -180,9 +191,14 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
         {'w': tensor([3., 3.]), 'b': tensor(3.)}
     """
     layout = None if like is None else TreeLayout.of(like, name="v")
+    if isinstance(obj, LinearOperator) and like is not None:
+        obj.layout.leaves(like)
+    return operator_on(obj, layout, batchable=batchable)
+
+
+def operator_on(obj: Any, layout: TreeLayout | None, *, batchable: bool = False) -> LinearOperator:
+    """:func:`as_operator` for trees of a known layout, which an operator's own may still differ."""
     if isinstance(obj, LinearOperator):
-        if like is not None:
-            obj.layout.leaves(like)
         return obj
     if isinstance(obj, torch.nn.Module):
         raise LeafTypeError(

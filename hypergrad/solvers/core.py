@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ class Core:
             dtype: of the products.
         """
         k, n = products.shape
-        skew = torch.linalg.matrix_norm(core - core.T, ord=2) / 2
+        gap = core - core.T
+        skew = torch.linalg.eigvalsh(gap.T @ gap)[-1].clamp(min=0.0).sqrt() / 2  # as ord=2 does
         size = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt())
         check_skew(skew, skew.new_tensor(size * (k / n) ** 0.5), dtype)
         values, vectors = torch.linalg.eigh(0.5 * (core + core.T))
@@ -114,7 +116,7 @@ class Core:
         """Size below which a product is rounding, of products of norm ``size``."""
         return _PRODUCT_NOISE * eps * size
 
-    @property
+    @cached_property
     def kept(self) -> Tensor:
         """Directions with positive curvature and a product, both above their rounding."""
         return (self.values > _CORE_NOISE * self.noise) & (self.sizes > self.silence)
