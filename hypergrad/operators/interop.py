@@ -20,7 +20,6 @@ from ..transforms import (
 )
 from .base import LinearOperator
 
-
 #: Numbers that are copied at a time for a callable: blocks of few parameters as a whole, rows of
 #: many one by one, in memory that stays warm.
 _COPIED = 2**18

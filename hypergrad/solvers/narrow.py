@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..pytree import row_norms
 from .base import DampedSystem
-from .core import ABOVE, Approximation, Core
+from .core import ABOVE, Core
 from .embedding import gaussian_rows
 
 #: Numbers of a block that are widened at a time: what stays in a core's cache.

@@ -219,7 +219,7 @@ def _approximate(
 def _narrow_approximation(
     system: DampedSystem, drawn: NarrowSketch, options: SketchOptions
 ) -> Approximation:
-    """:func:`_approximate` from inner products; the wide blocks are formed where they are needed."""
+    """:func:`_approximate` from inner products; wide blocks are formed where they are needed."""
     core, wide = drawn.core, system.b.dtype
     eigenvalues, combination = drawn.eigenpairs()
     if core.indefinite or not drawn.vouched(system, eigenvalues, combination, options.check):
