@@ -29,7 +29,7 @@ export MPLBACKEND           ?= Agg
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow lint format types docs bench atlas peers clean
+.PHONY: help run test test-slow lint format types docs bench bench-check atlas peers clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench: $(STAMP) ## Benchmarks of this checkout: asv into benchmarks/.asv, pictur
 	cd benchmarks && $(abspath $(PY)) -m asv machine --yes > /dev/null
 	cd benchmarks && $(abspath $(PY)) -m asv run --python=same --set-commit-hash $$(git rev-parse HEAD) $(or $(ARGS),--quick)
 	$(PY) -m benchmarks.report
+
+bench-check: $(STAMP) ## Fail where a solver has become more than a fifth slower (ratios, minutes)
+	$(PY) -m benchmarks.check $(ARGS)
 
 # `make atlas ATLAS=docs/_static/atlas` renews the tables and pictures of the page.
 atlas: $(STAMP) ## Stability atlas: error against products, tables and heat maps into runs/atlas (minutes)

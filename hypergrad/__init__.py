@@ -43,6 +43,7 @@ from .bilevel import (
     unrolled_hypergradient,
 )
 from .errors import (
+    CompilationWarning,
     ConstraintError,
     ConvergenceError,
     ConvergenceWarning,
@@ -151,6 +152,7 @@ __all__ = [
     "AmIGO",
     "Auto",
     "BlockDiagonalOperator",
+    "CompilationWarning",
     "ConstraintError",
     "ConvergenceError",
     "ConvergenceWarning",

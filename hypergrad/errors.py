@@ -124,6 +124,10 @@ class InnerProblemWarning(HypergradWarning):
     """The inner problem is visibly not solved: the hypergradient is that of another point."""
 
 
+class CompilationWarning(HypergradWarning):
+    """``compile=True`` was asked for and cannot be had: the work is done eagerly."""
+
+
 class UnusedParameterWarning(HypergradWarning):
     """A loss does not depend on some leaves: their curvature and gradient are zero."""
 

@@ -179,6 +179,7 @@ def nystrom_ihvp(
     damping: Damping = "auto",
     sketch: SketchKind = "gaussian",
     generator: torch.Generator | None = None,
+    check: bool = True,
     return_info: bool = False,
 ) -> Any:
     """(A + damping I)^-1 v with A replaced by its rank-``rank`` Nyström approximation.
@@ -197,6 +198,8 @@ def nystrom_ihvp(
         sketch: ``"gaussian"``, ``"columns"`` for uniformly drawn columns of A, ``"diagonal"``
             for columns drawn in proportion to its diagonal, or ``"structured"``.
         generator: source of the random sketch; None for torch's global one.
+        check: False leaves out the two products that check the sketch and the answer: exactly
+            ``rank`` of them for a positive operator, and no residual in the report.
         return_info: also return a :class:`hypergrad.SolveInfo`, with the damping and residual.
 
     Raises:
@@ -218,7 +221,7 @@ def nystrom_ihvp(
         >>> hypergrad.nystrom_ihvp(lambda v: a @ v, v, rank=2, damping=1.0)
         tensor([1., 1., 0., 1.])
     """
-    solver = Nystrom(rank=rank, sketch=sketch, generator=generator)
+    solver = Nystrom(rank=rank, sketch=sketch, generator=generator, check=check)
     return _one_call(hvp_fn, v, solver, damping, None, return_info)
 
 

@@ -90,9 +90,20 @@ class TreeLayout:
     dtype: torch.dtype
     #: Entries of each leaf.
     _sizes: list[int] = field(init=False, repr=False)
+    #: The keys of a plain dict of tensors, None for other trees; whether the tree is a tensor.
+    _keys: list[Any] | None = field(init=False, repr=False, default=None)
+    _bare: bool = field(init=False, repr=False, default=False)
+    #: Whether every leaf has the dtype of the flat vector.
+    _uniform: bool = field(init=False, repr=False, default=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_sizes", [math.prod(shape) for shape in self.shapes])
+        order = list(range(len(self.shapes)))
+        skeleton = torch_pytree.tree_unflatten(order, self.spec)
+        if type(skeleton) is dict and list(skeleton.values()) == order:
+            object.__setattr__(self, "_keys", list(skeleton))
+        object.__setattr__(self, "_bare", type(skeleton) is int)
+        object.__setattr__(self, "_uniform", all(x == self.dtype for x in self.dtypes))
 
     @classmethod
     def of(cls, tree: Tree, *, name: str = "the tree", batched: bool = False) -> TreeLayout:
@@ -142,6 +153,9 @@ class TreeLayout:
             LeafTypeError: a leaf that is not a tensor, or of another dtype.
             DeviceError: a leaf on another device.
         """
+        quick = self._quick_leaves(tree)
+        if quick is not None and self._fits(quick, batched):
+            return quick
         flat, spec = torch_pytree.tree_flatten(tree)
         if spec != self.spec:
             by_path = _leaves_by_path(tree)
@@ -179,6 +193,29 @@ class TreeLayout:
             _batch_size(flat, self.paths, name)
         return flat
 
+    def _quick_leaves(self, tree: Tree) -> list[Any] | None:
+        """The leaves of the usual trees, without PyTorch's walk, which costs more than a kernel."""
+        if self._bare:
+            return [tree]
+        if self._keys is not None and type(tree) is dict and list(tree) == self._keys:
+            return list(tree.values())
+        return None
+
+    def _fits(self, leaves: list[Any], batched: bool) -> bool:
+        """Whether all is as it should be; what is wrong is found out by those who then look."""
+        lead = 1 if batched else 0
+        counts = set()
+        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
+            if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+                return False
+            got = leaf.shape
+            if len(got) != len(shape) + lead or got[lead:] != shape:
+                return False
+            if leaf.dtype != dtype or leaf.device != self.device:
+                return False
+            counts.add(got[0] if batched else 1)
+        return len(counts) == 1 and 0 not in counts
+
     def flatten(self, tree: Tree, *, name: str = "v") -> Tensor:
         """``tree`` as one vector of shape (n,), detached; see :meth:`leaves` for the checks."""
         return self.rows(tree, name=name)[0].detach()
@@ -191,6 +228,8 @@ class TreeLayout:
         """``tree``, or the m trees stacked in it, as a block of shape (m, n) with its graph."""
         leaves = self.leaves(tree, name=name, batched=batched)
         count = leaves[0].shape[0] if batched else 1
+        if self._uniform:
+            return torch.cat([leaf.reshape(count, -1) for leaf in leaves], dim=1)
         return torch.cat([leaf.reshape(count, -1).to(self.dtype) for leaf in leaves], dim=1)
 
     def unflatten(self, vector: Tensor) -> Tree:
@@ -202,19 +241,35 @@ class TreeLayout:
         return self._assemble(block, (block.shape[0],))
 
     def _assemble(self, flat: Tensor, lead: tuple[int, ...]) -> Tree:
-        return torch_pytree.tree_unflatten(self.split(flat, lead), self.spec)
+        return self.unflatten_leaves(self.split(flat, lead))
 
     def split(self, flat: Tensor, lead: tuple[int, ...] = ()) -> list[Tensor]:
         """The leaves of a vector, or of a block of them with leading shape ``lead``, in order."""
         pieces = flat.split_with_sizes(self._sizes, dim=-1)
+        if self._uniform and flat.dtype == self.dtype:
+            pairs = zip(pieces, self.shapes, strict=True)
+            return [piece.reshape(lead + shape) for piece, shape in pairs]
         return [
             piece.reshape(lead + shape).to(dtype)
             for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
         ]
 
+    def rows_of_leaves(self, block: Tensor, *, cast: bool = False) -> list[list[Tensor]]:
+        """Each row of a (m, n) block by leaves: views of it, or with ``cast`` in their own dtypes.
+
+        Views of a whole block are made faster than those of its rows one by one.
+        """
+        lead = block.shape[:1]
+        if cast:
+            leaves = self.split(block, lead)
+        else:
+            pieces = block.split_with_sizes(self._sizes, dim=-1)
+            leaves = [x.view(lead + shape) for x, shape in zip(pieces, self.shapes, strict=True)]
+        return [list(row) for row in zip(*(leaf.unbind() for leaf in leaves), strict=True)]
+
     def narrowed(self, block: Tensor) -> Tensor:
         """A block of shape (m, n) with each leaf's columns rounded to that leaf's dtype."""
-        if all(dtype == self.dtype for dtype in self.dtypes):
+        if self._uniform:
             return block
         rows = block.shape[0]
         leaves = self.split(block, (rows,))
@@ -222,6 +277,10 @@ class TreeLayout:
 
     def unflatten_leaves(self, leaves: list[Tensor]) -> Tree:
         """Leaves in this layout's order, put back into the tree as they are."""
+        if self._bare:
+            return leaves[0]
+        if self._keys is not None:
+            return dict(zip(self._keys, leaves, strict=True))
         return torch_pytree.tree_unflatten(leaves, self.spec)
 
     def leaves_unchecked(self, tree: Tree) -> list[Tensor]:

@@ -21,6 +21,7 @@ from ..transforms import (
     transforming,
 )
 from .base import LinearOperator
+from .compilation import compiled_products, is_compiled
 from .evaluation import Evaluation
 from .gradient_graph import GradientGraph, owned, pulled
 from .modes import (
@@ -51,6 +52,7 @@ class HessianOperator(LinearOperator):
         mode: Mode = "auto",
         chunk_size: ChunkSize = None,
         memory_cap: int = MEMORY_CAP,
+        compile: bool = False,
     ) -> None:
         super().__init__(TreeLayout.of(params, name="params"))
         if mode not in get_args(Mode):
@@ -63,7 +65,9 @@ class HessianOperator(LinearOperator):
             raise SolverOptionError(
                 f"memory_cap is {memory_cap!r}, expected a number of bytes, an integer >= 1."
             )
-        self.loss_fn, self.batch, self.mode = loss_fn, batch, mode
+        if not isinstance(compile, bool):
+            raise SolverOptionError(f"compile is {compile!r}, expected True or False.")
+        self.loss_fn, self.batch, self.mode, self.compile = loss_fn, batch, mode, compile
         self.chunk_size, self.memory_cap = chunk_size, memory_cap
         originals = self.layout.leaves(params, name="params")
         check_differentiable(originals)
@@ -73,7 +77,9 @@ class HessianOperator(LinearOperator):
         self._memory: Memory | None = None
         self._built: GradientGraph | None = None
         self._more: bool | None = None
-        if not building_no_graph():  # a solve builds it later, from the plain tensors
+        # A solve under a transform builds it later, from the plain tensors; where products of this
+        # loss are compiled already, it has been looked at and may never be needed.
+        if not (building_no_graph() or (compile and is_compiled(self))):
             self._build()
 
     @property
@@ -179,14 +185,14 @@ class HessianOperator(LinearOperator):
 
     def matvec(self, v: Tree) -> Tree:
         """As :meth:`hypergrad.LinearOperator.matvec`, without passing by a flat vector."""
-        if building_no_graph():
+        if building_no_graph() or self.compile:
             return super().matvec(v)
         directions = [leaf.detach()[None] for leaf in self.layout.leaves(v)]
         return self.layout.unflatten_leaves([leaf[0] for leaf in self._products(directions)])
 
     def matmat(self, v: Tree) -> Tree:
         """As :meth:`hypergrad.LinearOperator.matmat`, without passing by a flat block."""
-        if building_no_graph():
+        if building_no_graph() or self.compile:
             return super().matmat(v)
         directions = [leaf.detach() for leaf in self.layout.leaves(v, batched=True)]
         return self.layout.unflatten_leaves(self._products(directions))
@@ -198,6 +204,18 @@ class HessianOperator(LinearOperator):
                 directions = self.layout.split(block, block.shape[:1])
                 return self._flat(self._forward_over_reverse(directions))
             return self._functional(block).detach()
+        if self.compile:
+            self._point.check_fresh(self.layout)
+            return compiled_products(self, block, self._eager)
+        return self._eager(block)
+
+    def _traced_products(self, block: Tensor) -> Tensor:
+        """Products as a graph is made of them: many share one trace, in forward mode."""
+        if len(block) == 1 or self.mode == "reverse_over_reverse":
+            return self._functional(block)
+        return self._flat(self._forward_over_reverse(self.layout.split(block, block.shape[:1])))
+
+    def _eager(self, block: Tensor) -> Tensor:
         out = torch.empty_like(block)
         lead = block.shape[:1]
         sizes = [math.prod(shape) for shape in self.layout.shapes]
@@ -331,6 +349,7 @@ def hessian(
     mode: Mode = "auto",
     chunk_size: ChunkSize = None,
     memory_cap: int = MEMORY_CAP,
+    compile: bool = False,
 ) -> HessianOperator:
     """The Hessian of ``loss_fn(params, *batch)`` with respect to ``params``, as an operator.
 
@@ -355,6 +374,12 @@ def hessian(
         memory_cap: bytes that ``"auto"`` plans with for what is carried, beside the block and its
             products: for each vector three times the parameters and the tensors that the graph of
             the gradient has saved.  One vector is carried even where that is more.
+        compile: whether products are compiled by ``torch.compile``, a graph for each size of block:
+            many vectors together in forward mode, or in reverse if ``mode`` says so.  Operators of
+            the same ``loss_fn`` (the same function object: define it once), shapes and dtypes
+            share their graphs, and are made without a gradient of their own.  Compilation takes
+            seconds to a minute at the first products, less when PyTorch's cache on disk knows
+            the graph; the logger ``"hypergrad"`` says when and how long.
 
     Returns:
         An operator at the values that ``params`` had when it was made.  It keeps the graph of
@@ -369,6 +394,8 @@ def hessian(
 
     Warns:
         UnusedParameterWarning: the loss does not depend on some leaves; their rows are zero.
+        CompilationWarning: with ``compile``, once a graph: there is no compiler, or it cannot
+            trace the loss, or the loss draws random numbers; products are then eager ones.
 
     Cost: one forward pass and one gradient with a graph when made; then a product is worth about
     two gradients.  Under ``torch.compile`` ``matvec`` and ``matmat`` are part of the graph, without
@@ -384,7 +411,13 @@ def hessian(
         {'w': tensor([2., 4., 6.])}
     """
     return HessianOperator(
-        loss_fn, params, batch, mode=mode, chunk_size=chunk_size, memory_cap=memory_cap
+        loss_fn,
+        params,
+        batch,
+        mode=mode,
+        chunk_size=chunk_size,
+        memory_cap=memory_cap,
+        compile=compile,
     )
 
 

@@ -11,8 +11,18 @@ from torch import Tensor
 
 from ..errors import DeviceError, LeafTypeError, TreeStructureError
 from ..pytree import Tree, TreeLayout
-from ..transforms import carries_derivatives, differentiable, tangents, transforming
+from ..transforms import (
+    building_no_graph,
+    carries_derivatives,
+    differentiable,
+    tangents,
+    transforming,
+)
 from .base import LinearOperator
+
+#: Numbers that are copied at a time for a callable: blocks of few parameters as a whole, rows of
+#: many one by one, in memory that stays warm.
+_COPIED = 2**18
 
 
 class CallableOperator(LinearOperator):
@@ -32,7 +42,24 @@ class CallableOperator(LinearOperator):
         self._carries_graph: bool | None = None
 
     def _apply(self, block: Tensor) -> Tensor:
-        return self._products(block.detach(), self._cut)
+        if self.batchable or building_no_graph() or tangents():
+            return self._products(block.detach(), self._cut)
+        layout, out = self.layout, torch.empty_like(block)
+        many = max(1, _COPIED // layout.dim)
+        for start in range(0, len(block), many):
+            # Copies: a callable that works in place on its argument must not reach the solver's
+            # own vectors.
+            rows = block[start : start + many].detach().clone()
+            into = layout.rows_of_leaves(out[start : start + many])
+            for i, leaves in enumerate(layout.rows_of_leaves(rows, cast=True)):
+                product = self.hvp_fn(layout.unflatten_leaves(leaves))
+                leaves = layout.leaves(product, name="the output of hvp_fn")
+                if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+                    self._carries_graph = True
+                    leaves = [leaf.detach() for leaf in leaves]
+                torch._foreach_copy_(into[i], leaves)
+        self._carries_graph = bool(self._carries_graph)  # known, from now on
+        return out
 
     def _attached(self, block: Tensor) -> Tensor:
         return self._products(block, lambda product: product)
@@ -163,9 +190,14 @@ def as_operator(obj: Any, like: Tree | None = None, *, batchable: bool = False) 
         {'w': tensor([3., 3.]), 'b': tensor(3.)}
     """
     layout = None if like is None else TreeLayout.of(like, name="v")
+    if isinstance(obj, LinearOperator) and like is not None:
+        obj.layout.leaves(like)
+    return operator_on(obj, layout, batchable=batchable)
+
+
+def operator_on(obj: Any, layout: TreeLayout | None, *, batchable: bool = False) -> LinearOperator:
+    """:func:`as_operator` for trees of a known layout, which an operator's own may still differ."""
     if isinstance(obj, LinearOperator):
-        if like is not None:
-            obj.layout.leaves(like)
         return obj
     if isinstance(obj, torch.nn.Module):
         raise LeafTypeError(

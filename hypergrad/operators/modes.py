@@ -300,7 +300,7 @@ def _tried(
         return False
     if way not in choice.seconds:
         known = make(Way.ONE_BY_ONE, [leaf[:1] for leaf in directions], None)
-        if not all(_agree(x[:1], y) for x, y in zip(out, known, strict=True)):
+        if not all(agree(x[:1], y) for x, y in zip(out, known, strict=True)):
             # The loss is another function at each call: only the kept graph is one operator.
             choice.refused.add(way)
             return False
@@ -349,7 +349,7 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _agree(left: Tensor, right: Tensor) -> bool:
+def agree(left: Tensor, right: Tensor) -> bool:
     """Whether the leaves of two products are the same to rounding, amplified as deep models do.
 
     They are not where the loss draws random numbers or reads what changes from call to call.

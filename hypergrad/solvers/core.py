@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,11 +31,12 @@ class Core:
     Attributes:
         values: eigenvalues of W, smallest first, shape (k,).
         vectors: their eigenvectors, as columns, shape (k, k).
-        products: rows (Y z)' for each eigenvector z, shape (k, n).
-        sizes: their norms.
+        products: rows (Y z)' for each eigenvector z, shape (k, n); of :meth:`of_sums` the rows
+            that it was given.
+        sizes: the norms of (Y z)'.
         noise: rounding of the eigenvalues: the larger of the antisymmetric part, which measures
             it, and eps |Y| / sqrt(n), what independent errors of relative size eps project to.
-        gram: inner products of the rows of ``products``, over the square of ``size``.
+        gram: inner products of the rows (Y z)', over the square of ``size``.
         silence: size below which a row of ``products`` is rounding.
         size: |Y|, the spectral norm.
         eps: of the products' dtype.
@@ -79,12 +81,42 @@ class Core:
             eps=eps,
         )
 
+    @classmethod
+    def of_sums(cls, core: Tensor, gram: Tensor, products: Tensor, dtype: torch.dtype) -> Core:
+        """From Omega Y' and Y Y' alone, in a dtype that resolves the squares of ``dtype``'s eps.
+
+        Args:
+            core: Omega Y', shape (k, k), for orthonormal rows Omega.
+            gram: Y Y', shape (k, k).
+            products: the rows that combinations will be made of, (k, n); passed on as they are.
+            dtype: of the products.
+        """
+        k, n = products.shape
+        gap = core - core.T
+        skew = torch.linalg.eigvalsh(gap.T @ gap)[-1].clamp(min=0.0).sqrt() / 2  # as ord=2 does
+        size = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt())
+        check_skew(skew, skew.new_tensor(size * (k / n) ** 0.5), dtype)
+        values, vectors = torch.linalg.eigh(0.5 * (core + core.T))
+        gram = vectors.T @ gram @ vectors
+        eps = torch.finfo(dtype).eps
+        return cls(
+            values=values,
+            vectors=vectors,
+            products=products,
+            sizes=gram.diagonal().clamp(min=0.0).sqrt(),
+            gram=gram / (size**2 if size > 0 else 1.0),
+            noise=max(float(skew), eps * size / n**0.5),
+            silence=cls.silent(eps, size),
+            size=size,
+            eps=eps,
+        )
+
     @staticmethod
     def silent(eps: float, size: float) -> float:
         """Size below which a product is rounding, of products of norm ``size``."""
         return _PRODUCT_NOISE * eps * size
 
-    @property
+    @cached_property
     def kept(self) -> Tensor:
         """Directions with positive curvature and a product, both above their rounding."""
         return (self.values > _CORE_NOISE * self.noise) & (self.sizes > self.silence)
@@ -98,6 +130,28 @@ class Core:
         """Eigenpairs (largest first) of Y W^+ Y' on the directions kept."""
         kept = self.kept
         return squared_svd(self.products[kept] / self.values[kept].sqrt()[:, None])
+
+    def combinations(self) -> tuple[Tensor, Tensor]:
+        """The same from the inner products: L, and U' as combinations of the rows (Y z)'."""
+        kept = self.kept
+        root = self.values[kept].sqrt()
+        # Of B B' for the rows B = W^(-1/2) Y', over |Y|^2: the eigenvalues of Y W^+ Y' are the
+        # same.
+        small = self.gram[kept][:, kept] / root[:, None] / root * self.size
+        values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
+        values, vectors = values.flip(0), vectors.flip(1)
+        if len(values):
+            seen = values > len(values) * torch.finfo(values.dtype).eps * values[0]
+            values, vectors = values[seen], vectors[:, seen]
+        combination = self.values.new_zeros(len(values), len(self.values))
+        eigenvalues = values * self.size
+        combination[:, kept] = (vectors / root[:, None] / eigenvalues.sqrt()).T
+        return eigenvalues, combination
+
+    @property
+    def silent_throughout(self) -> bool:
+        """Whether all products are rounding."""
+        return self.size == 0 or not bool((self.sizes > self.silence).any())
 
     def trace(self, eigenvalues: Tensor) -> float:
         """Estimate of the trace of A by leaving out one row of the test matrix at a time.

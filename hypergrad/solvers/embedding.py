@@ -107,10 +107,7 @@ class Embedding:
         return order.to(self.device)
 
     def _gaussian(self, count: int) -> Tensor:
-        # Random directions need no more digits than float32 has, and those cost a fifth.
-        drawn = torch.randn(
-            count, self.n, generator=self.generator, device=self.place, dtype=torch.float32
-        ).to(device=self.device, dtype=self.dtype)
+        drawn = gaussian_rows(count, self.n, self.generator, self.device).to(self.dtype)
         if self.known is None:
             rows = orthonormal_rows(drawn)
             self.known = rows
@@ -118,6 +115,18 @@ class Embedding:
         rows = extension(self.known, drawn)
         self.known = torch.cat([self.known, rows])
         return rows
+
+
+def gaussian_rows(
+    count: int, n: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """Rows of independent entries of variance 1/n, in float32, drawn where their source lives.
+
+    Random directions need no more digits than float32 has, and those cost a fifth.
+    """
+    place = device if generator is None else generator.device
+    rows = torch.empty(count, n, device=place, dtype=torch.float32)
+    return rows.normal_(0.0, n**-0.5, generator=generator).to(device)
 
 
 def orthonormal_rows(gaussian: Tensor) -> Tensor:

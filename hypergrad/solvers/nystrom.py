@@ -165,10 +165,16 @@ class Nystrom(Solver):
             leaves in order), drawn by the caller in place of ``sketch`` and ``generator``: what is
             random cannot be drawn in a compiled graph as it is outside.  Needs
             ``complement="zero"``.  None to draw one.
+        check: whether products are spent on vouching for the sketch's largest eigenvalue and on
+            the true residual of the answer.  Without them a solve of a positive operator costs
+            ``rank`` products and no more; the answer is the same, the two residuals in the report
+            are nan, and a status other than FIXED_ITERATIONS shows what is known without them.
+            Leave them in until a setting has proved itself.
 
     Cost: ``rank`` HVPs and one to check the sketch, 5 for the complement where the sketch's last
     eigenvalue exceeds half the damping (see :func:`nystrom_sketch` for when more are spent), one
-    a right-hand side to check the answer; with a ``test_matrix`` 2 ``rank`` and that one.
+    a right-hand side to check the answer; with a ``test_matrix`` 2 ``rank`` and that one.  With
+    ``check=False`` without the two that check.
 
     Examples:
         >>> import torch, hypergrad
@@ -198,6 +204,7 @@ class Nystrom(Solver):
     tol: float = 9.0
     max_rank: int | None = None
     test_matrix: Tensor | None = field(default=None, compare=False, repr=False)
+    check: bool = True
 
     default_damping = "auto"
 
@@ -216,6 +223,7 @@ class Nystrom(Solver):
         )
         good = self.max_rank is None or is_count(self.max_rank)
         check_option(good, "max_rank", self.max_rank, "None or an integer >= 1")
+        check_option(isinstance(self.check, bool), "check", self.check, "True or False")
         if self.test_matrix is not None:
             self._check_test_matrix(self.test_matrix)
 
@@ -246,6 +254,7 @@ class Nystrom(Solver):
             tol=self.tol,
             max_rank=self.max_rank,
             any_damping=any_damping,
+            check=self.check,
         )
 
     def _holding(self, sketch: NystromSketch) -> Nystrom:
@@ -264,11 +273,15 @@ class Nystrom(Solver):
         damping = sketch.auto_damping() if system.damping == "auto" else float(system.damping)
         start, residual = system.begin(x0, damping)
         x = start + sketch.solve_block(residual, damping)
-        residual = system.residual(x, damping)
+        if self.check:
+            residual = system.residual(x, damping)
+            norms, statuses = self._judged(sketch, system, x, residual, damping)
+        else:
+            norms, statuses = self._unchecked(sketch, system, damping)
         return Outcome(
             x=x,
-            residual_norms=row_norms(residual),
-            statuses=self._statuses(sketch, system, x, residual, damping),
+            residual_norms=norms,
+            statuses=statuses,
             iterations=[0] * len(x),
             damping=damping,
             rank=sketch.rank,
@@ -296,24 +309,42 @@ class Nystrom(Solver):
         x = start + sketch.solve_block(residual, damping)
         return x, safe_norms(residual_traced(system, x, damping))
 
-    def _statuses(
+    def _indefinite(self, sketch: NystromSketch, rho: float) -> bool:
+        return self.negative_curvature == "keep" and sketch.smallest_eigenvalue + rho <= 0
+
+    def _unchecked(
+        self, sketch: NystromSketch, system: DampedSystem, rho: float
+    ) -> tuple[Tensor, list[Status]]:
+        """What is known of answers without a product with them."""
+        zero = system.b_norms == 0
+        status = Status.FIXED_ITERATIONS
+        if self._indefinite(sketch, rho):
+            status = Status.NEGATIVE_CURVATURE
+        elif self._capped(sketch):
+            status = Status.STAGNATED
+        norms = torch.where(zero, 0.0, torch.full_like(system.b_norms, torch.nan))
+        return norms, [Status.CONVERGED if none else status for none in zero.tolist()]
+
+    def _judged(
         self, sketch: NystromSketch, system: DampedSystem, x: Tensor, residual: Tensor, rho: float
-    ) -> list[Status]:
+    ) -> tuple[Tensor, list[Status]]:
+        """The norms of the residuals, and what they say."""
         keep = self.negative_curvature == "keep"
-        indefinite = keep and sketch.smallest_eigenvalue + rho <= 0
+        indefinite = self._indefinite(sketch, rho)
         # x'(A + rho I) x, at no further product: proof of negative curvature that lies outside.
-        along_x = (x * (system.b - residual)).sum(1)
-        # An answer that underflowed has no product, which proves nothing.
-        vanished = ~system.returned(x).any(dim=1)
-        curvatures = torch.where(vanished, torch.inf, along_x).tolist()
-        norms = row_norms(residual)
+        curvatures = torch.linalg.vecdot(x, system.b - residual).tolist()
+        if min(curvatures) <= 0:
+            # An answer that underflowed has no product, which proves nothing.
+            vanished = (~system.returned(x).any(dim=1)).tolist()
+            curvatures = [1.0 if no else c for no, c in zip(vanished, curvatures, strict=True)]
+        norms = counted = row_norms(residual)
         if self.negative_curvature in ("absolute", "clip") and sketch.smallest_eigenvalue < 0:
             # The policy changed the system on purpose: along the basis the answer is exact for
             # the changed one, so only what lies outside can be wrong.
-            norms = row_norms(sketch.outside(residual))
+            counted = row_norms(sketch.outside(residual))
         statuses = []
         for norm, size, along in zip(
-            norms.tolist(), system.b_norms.tolist(), curvatures, strict=True
+            counted.tolist(), system.b_norms.tolist(), curvatures, strict=True
         ):
             if size == 0:
                 statuses.append(Status.CONVERGED)
@@ -322,7 +353,7 @@ class Nystrom(Solver):
             else:
                 good = norm < size and not self._capped(sketch)
                 statuses.append(Status.FIXED_ITERATIONS if good else Status.STAGNATED)
-        return statuses
+        return norms, statuses
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from .base import DampedSystem
 from .complement import TAIL_THAT_MATTERS, Complement, ComplementKind, measure_complement
 from .core import ABOVE, Approximation, Core
 from .embedding import DIAGONAL_PROBES, Embedding, SketchKind, extension
+from .narrow import NarrowSketch, is_narrow
 from .sketch import NegativeCurvature, NystromSketch
 from .streamed import streamed_approximation, streamed_complement, worth_streaming
 
@@ -33,7 +34,8 @@ ERROR_STEPS = 10
 class SketchOptions:
     """How a sketch is to be made; see :class:`hypergrad.Nystrom` for each.
 
-    ``any_damping`` asks for the complement whatever the damping is now.
+    ``any_damping`` asks for the complement whatever the damping is now; ``check`` for a product
+    that vouches for the largest eigenvalue.
     """
 
     rank: int | Literal["auto"]
@@ -45,6 +47,7 @@ class SketchOptions:
     tol: float = 9.0
     max_rank: int | None = None
     any_damping: bool = False
+    check: bool = True
 
 
 def make_sketch(
@@ -59,10 +62,11 @@ def make_sketch(
     tol: float = 9.0,
     max_rank: int | None = None,
     any_damping: bool = False,
+    check: bool = True,
 ) -> NystromSketch:
     """Sketch the system's operator; see :func:`hypergrad.nystrom_sketch`."""
     options = SketchOptions(
-        rank, kind, generator, policy, complement, diagonal, tol, max_rank, any_damping
+        rank, kind, generator, policy, complement, diagonal, tol, max_rank, any_damping, check
     )
     n = system.operator.layout.dim
     if options.rank != "auto" and options.rank > n:
@@ -72,8 +76,11 @@ def make_sketch(
         )
     before = system.num_hvps
     if options.rank != "auto" and options.sketch == "gaussian" and worth_streaming(options.rank, n):
-        found = streamed_approximation(system, options.rank, options.generator)
+        found = streamed_approximation(system, options.rank, options.generator, options.check)
         return _finish(system, found, options, before, None, streamed=True)
+    if options.rank != "auto" and options.sketch == "gaussian" and is_narrow(system, options.rank):
+        drawn = NarrowSketch.draw(system, options.rank, options.generator)
+        return _finish(system, _narrow_approximation(system, drawn, options), options, before, None)
     source = Embedding(
         options.sketch,
         options.generator,
@@ -87,7 +94,8 @@ def make_sketch(
         found, bound = _grown(system, source, options)
     else:
         omega = system.rounded(source.rows(options.rank))  # what the products really are of
-        found = _approximate(system, omega, system.product(omega), options.sketch)
+        y = system.product(omega)
+        found = _approximate(system, omega, y, options.sketch, check=options.check)
     return _finish(system, found, options, before, bound)
 
 
@@ -144,7 +152,7 @@ def _grown(
         last = len(omega) == cap
         if not last and _too_small(system, omega, y, options):
             continue
-        found = _approximate(system, omega, y, options.sketch)
+        found = _approximate(system, omega, y, options.sketch, check=options.check)
         damping = found.damping(system, tail=0.0)
         missed = found.tail
         if found.tail > 0 and (last or found.tail <= options.tol * damping):
@@ -181,6 +189,7 @@ def _approximate(
     kind: SketchKind | None,
     *,
     generic: bool = False,
+    check: bool = True,
 ) -> Approximation:
     """The approximation from the products ``y`` of ``omega``, in the form that is safe.
 
@@ -190,11 +199,12 @@ def _approximate(
         y: its products.
         kind: how omega was drawn; None for a basis that was chosen.
         generic: whether a basis that was chosen holds random rows, too.
+        check: whether a product may vouch for the largest eigenvalue.
     """
     generic = generic or kind in _GENERIC
     core = Core.of(omega, y, system.operator.dtype)
     eigenvalues, basis = core.decompose()
-    if core.indefinite or not _vouched(system, core, eigenvalues, basis):
+    if core.indefinite or not _vouched(system, core, eigenvalues, basis, check):
         return _rayleigh_ritz(system, omega, y)
     # Drawn uniformly, each row is a random one given the others; columns of zeros tell no more.
     uniform = kind in _GENERIC or (kind == "columns" and bool(core.kept.all()))
@@ -204,6 +214,23 @@ def _approximate(
     if core.blurred(damping) or core.noisy(eigenvalues, damping):
         return _second_pass(system, y, trace, generic)
     return found
+
+
+def _narrow_approximation(
+    system: DampedSystem, drawn: NarrowSketch, options: SketchOptions
+) -> Approximation:
+    """:func:`_approximate` from inner products; wide blocks are formed where they are needed."""
+    core, wide = drawn.core, system.b.dtype
+    eigenvalues, combination = drawn.eigenpairs()
+    if core.indefinite or not drawn.vouched(system, eigenvalues, combination, options.check):
+        return _rayleigh_ritz(system, *drawn.wide_blocks(wide))
+    trace = core.trace(eigenvalues)
+    rows = core.products
+    found = Approximation.truncated(eigenvalues, rows, len(rows), trace, generic=True)
+    damping = found.damping(system, tail=found.tail)
+    if core.blurred(damping) or core.noisy(eigenvalues, damping):
+        return _second_pass(system, drawn.wide_blocks(wide)[1], trace, generic=True)
+    return replace(found, basis=drawn.basis(combination, eigenvalues, wide))
 
 
 def _finish(
@@ -235,7 +262,7 @@ def _finish(
     else:  # a Ritz value below zero by rounding is zero
         eigenvalues = eigenvalues.clamp(min=0.0)
     return NystromSketch(
-        eigenvalues=eigenvalues,
+        eigenvalues=eigenvalues.to(found.basis.device),
         basis=found.basis,
         layout=operator.layout,
         operator_dtype=operator.dtype,
@@ -249,7 +276,9 @@ def _finish(
     )
 
 
-def _vouched(system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tensor) -> bool:
+def _vouched(
+    system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tensor, check: bool = True
+) -> bool:
     """Whether the largest eigenvalue of the sketch can be one of a positive operator.
 
     For positive A, A_nys <= A, so that l = u'A_nys u <= u'A u for the first eigenpair.  For an
@@ -257,10 +286,10 @@ def _vouched(system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tenso
     [[e, 1], [1, 0]] on its first coordinate is e, and l is 1/e.
     """
     if len(eigenvalues) == 0:
-        return core.size == 0 or not bool((core.sizes > core.silence).any())
+        return core.silent_throughout
     largest = float(eigenvalues[0])
     # |A| >= |A Omega| for orthonormal Omega, and then no product is needed.
-    if largest <= core.size * (1 + ABOVE):
+    if not check or largest <= core.size * (1 + ABOVE):
         return True
     top = system.rounded(basis[:1])
     return float((top * system.product(top)).sum()) >= largest * (1 - ABOVE)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverOptionError, TreeStructureError
-from ..operators import LinearOperator, as_operator
+from ..operators import LinearOperator
+from ..operators.interop import operator_on
 from ..pytree import Tree, TreeLayout
 from ..transforms import differentiable
 from .base import Damping, Solution, Solver, check_damping, is_one_of
@@ -111,7 +112,7 @@ def solve(
             f"on_failure is {on_failure!r}, expected one of {get_args(OnFailure)}."
         )
     layout = TreeLayout.of(v, name="v", batched=batched)
-    op = as_operator(operator, like=_one_tree(layout, v, batched))
+    op = operator_on(operator, layout)
     rho = None
     if isinstance(damping, Tensor) and damping.numel() == 1 and differentiable(damping):
         rho, damping = damping.reshape(()), None
@@ -132,11 +133,6 @@ def solve(
     solution = Solution(value, replace(info, num_hvps=sum(call.hvps)), call.later)
     act_on_failure(solution, on_failure)
     return solution
-
-
-def _one_tree(layout: TreeLayout, v: Tree, batched: bool) -> Tree:
-    leaves = layout.leaves(v, batched=batched)
-    return layout.unflatten_leaves([leaf[0] for leaf in leaves]) if batched else v
 
 
 def _tree(op: LinearOperator, layout: TreeLayout, x: Tensor, batched: bool) -> Tree:

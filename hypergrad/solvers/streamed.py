@@ -71,7 +71,7 @@ def _subtract(rows: Tensor, coefficients: Tensor, basis: Tensor) -> None:
 
 
 def streamed_approximation(
-    system: DampedSystem, rank: int, generator: torch.Generator | None
+    system: DampedSystem, rank: int, generator: torch.Generator | None, check: bool = True
 ) -> Approximation:
     """The eigenpairs of a Gaussian sketch; what asks for a second pass is what asks for it there.
 
@@ -82,8 +82,8 @@ def streamed_approximation(
     core = _multiplied(system, rows)
     if core.indefinite:
         return _ritz_pairs(system, _orthonormal(rows, system.b.dtype))
-    eigenvalues, combination = _eigenpairs(core)
-    if not _vouched(system, core, eigenvalues, combination):
+    eigenvalues, combination = core.combinations()
+    if not _vouched(system, core, eigenvalues, combination, check):
         return _ritz_pairs(system, _orthonormal(rows, system.b.dtype))
     trace = core.trace(eigenvalues)
     found = Approximation.truncated(eigenvalues, rows, rank, trace, generic=True)
@@ -91,7 +91,7 @@ def streamed_approximation(
     if core.blurred(damping) or core.noisy(eigenvalues, damping):
         rows = _rounded(system, _orthonormal(rows, system.b.dtype))
         core = _multiplied(system, rows)
-        eigenvalues, combination = _eigenpairs(core)
+        eigenvalues, combination = core.combinations()
         if core.indefinite or not _vouched(system, core, eigenvalues, combination):
             return _ritz_pairs(system, _orthonormal(rows, system.b.dtype))
     basis = _polished(_recombine(combination, rows), system.b.dtype)
@@ -230,29 +230,14 @@ def _multiplied(system: DampedSystem, rows: Tensor) -> Core:
     )
 
 
-def _eigenpairs(core: Core) -> tuple[Tensor, Tensor]:
-    """L of Y W^+ Y' on the directions kept, and the combination of the products that U' is."""
-    kept = core.kept
-    root = core.values[kept].sqrt()
-    # Of B B' for the rows B = W^(-1/2) Y', over |Y|^2: the eigenvalues of Y W^+ Y' are the same.
-    small = core.gram[kept][:, kept] / root[:, None] / root * core.size
-    values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
-    values, vectors = values.flip(0), vectors.flip(1)
-    if len(values):
-        seen = values > len(values) * torch.finfo(values.dtype).eps * values[0]
-        values, vectors = values[seen], vectors[:, seen]
-    combination = core.values.new_zeros(len(values), len(core.values))
-    eigenvalues = values * core.size
-    combination[:, kept] = (vectors / root[:, None] / eigenvalues.sqrt()).T
-    return eigenvalues, combination
-
-
-def _vouched(system: DampedSystem, core: Core, eigenvalues: Tensor, combination: Tensor) -> bool:
+def _vouched(
+    system: DampedSystem, core: Core, eigenvalues: Tensor, combination: Tensor, check: bool = True
+) -> bool:
     """Whether the largest eigenvalue can be one of a positive operator: l <= u'A u for its pair."""
     if len(eigenvalues) == 0:
-        return core.size == 0 or not bool((core.sizes > core.silence).any())
+        return core.silent_throughout
     largest = float(eigenvalues[0])
-    if largest <= core.size * (1 + ABOVE):
+    if not check or largest <= core.size * (1 + ABOVE):
         return True
     top = combined(combination[:1].to(core.products.dtype), core.products)
     top = _rounded(system, top / row_norms(top)[:, None].to(top.dtype))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -426,3 +427,39 @@ def test_float32_products_on_a_float32_vector_stay_float32() -> None:
 
     hypergrad.nystrom_ihvp(hvp, gaussian(12).to(F32), rank=4)
     assert set(seen) == {F32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [3, "auto"])
+def test_without_checks_the_answer_is_the_same_at_the_sketchs_products_alone(
+    dtype: torch.dtype, rank: Any
+) -> None:
+    a = torch.diag(torch.logspace(0, -6, 60, dtype=dtype))
+    v = torch.randn(60, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+    def solved(check: bool) -> hypergrad.Solution:
+        source = torch.Generator().manual_seed(0)
+        solver = hypergrad.Nystrom(rank, generator=source, complement="zero", check=check)
+        return hypergrad.solve(a, v, solver, damping=1e-3, on_failure="ignore")
+
+    checked, bare = solved(True), solved(False)
+    assert torch.equal(checked.value, bare.value)
+    assert bare.info.num_hvps == checked.info.num_hvps - 2
+    assert bare.info.status is hypergrad.Status.FIXED_ITERATIONS
+    assert math.isnan(bare.info.relative_residual)
+    assert not bare.info.converged
+    if rank == 3:
+        assert bare.info.num_hvps == 3
+
+
+def test_without_checks_what_is_known_anyway_is_reported() -> None:
+    zero = hypergrad.nystrom_ihvp(torch.eye(4), torch.zeros(4), rank=1, check=False)
+    assert torch.equal(zero, torch.zeros(4))
+    solver = hypergrad.Nystrom(4, check=False)
+    a = torch.diag(torch.tensor([3.0, 2.0, 1.0, -1.0]))
+    info = hypergrad.solve(a, torch.ones(4), solver, damping=0.5, on_failure="ignore").info
+    assert info.status is hypergrad.Status.NEGATIVE_CURVATURE
+    with pytest.raises(hypergrad.SolverOptionError, match="check is 1, expected True or False"):
+        hypergrad.Nystrom(4, check=1)  # type: ignore[arg-type]
+    with pytest.raises(hypergrad.SolverOptionError, match="check=True"):
+        hypergrad.ReusedSketch(solver)

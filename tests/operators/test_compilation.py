@@ -1,0 +1,136 @@
+"""``hessian(..., compile=True)``: the same products, of whatever the tensors hold now.
+
+The backend runs the captured graph without generating code: what is tested is the capture.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hypergrad
+from hypergrad.operators import compilation
+
+N = 5
+
+
+@pytest.fixture(autouse=True)
+def capture_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    torch._dynamo.reset()
+    compilation.forget_compiled()
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    yield
+    compilation.forget_compiled()
+
+
+def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return (torch.tanh(x @ p["w"] + p["b"]) - y).square().mean() + (p["w"] ** 4).sum()
+
+
+def inputs(seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    params = {"w": torch.randn(N, generator=source), "b": torch.randn((), generator=source)}
+    return params, torch.randn(7, N, generator=source), torch.randn(7, generator=source)
+
+
+def block(count: int) -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(9)
+    shapes = {"w": (count, N), "b": (count,)}
+    return {name: torch.randn(shape, generator=source) for name, shape in shapes.items()}
+
+
+def assert_close(got: Any, expected: Any) -> None:
+    for name, leaf in expected.items():
+        torch.testing.assert_close(got[name], leaf, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_new_parameters_and_batches_are_multiplied_by_the_same_graph(count: int) -> None:
+    for seed in range(3):
+        point = inputs(seed)
+        compiled = hypergrad.hessian(loss, *point, compile=True)
+        assert_close(
+            compiled.matmat(block(count)), hypergrad.hessian(loss, *point).matmat(block(count))
+        )
+        # After the first, an operator is made without a gradient of its own.
+        assert (compiled._built is None) == (seed > 0)
+        torch.testing.assert_close(compiled.loss, loss(*point))
+    assert len(compilation._graphs) == 1
+
+
+def test_other_shapes_are_other_graphs() -> None:
+    params, x, y = inputs(0)
+    for rows in (7, 4):
+        point = (params, x[:rows], y[:rows])
+        compiled = hypergrad.hessian(loss, *point, compile=True)
+        assert_close(compiled.matmat(block(2)), hypergrad.hessian(loss, *point).matmat(block(2)))
+    assert len(compilation._graphs) == 2
+
+
+def test_what_a_closure_holds_is_not_frozen() -> None:
+    scale = torch.tensor(1.0)
+    factor = 1.0
+
+    def scaled(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return factor * scale * loss(p, x, y)
+
+    point, v = inputs(0), {name: leaf[0] for name, leaf in block(1).items()}
+    plain = hypergrad.hessian(loss, *point).matvec(v)
+    for new_factor, new_scale in ((1.0, 1.0), (1.0, 3.0), (2.0, 3.0)):
+        factor, scale = new_factor, torch.tensor(new_scale)
+        got = hypergrad.hessian(scaled, *point, compile=True).matvec(v)
+        size = new_factor * new_scale
+        assert_close(got, {name: size * leaf for name, leaf in plain.items()})
+
+
+def test_solvers_check_and_report_as_ever() -> None:
+    point = inputs(0)
+    v = {name: leaf[0] for name, leaf in block(1).items()}
+    compiled = hypergrad.hessian(loss, *point, compile=True)
+    x, info = hypergrad.cg_ihvp(compiled, v, damping=20.0, return_info=True)
+    assert info.converged
+    assert_close(x, hypergrad.cg_ihvp(hypergrad.hessian(loss, *point), v, damping=20.0))
+    with torch.no_grad():
+        point[0]["w"].add_(1.0)
+    with pytest.raises(hypergrad.StaleOperatorError):
+        compiled.matvec(v)
+
+
+def test_without_a_compiler_one_warning_and_the_same_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_compiler(graph: Any, examples: Any) -> Any:
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(compilation, "BACKEND", no_compiler)
+    expected = hypergrad.hessian(loss, *inputs(0)).matmat(block(2))
+    with pytest.warns(hypergrad.CompilationWarning, match=r"no C\+\+ compiler was found"):
+        got = hypergrad.hessian(loss, *inputs(0), compile=True).matmat(block(2))
+    assert_close(got, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_close(hypergrad.hessian(loss, *inputs(0), compile=True).matmat(block(2)), expected)
+
+
+def test_a_loss_that_draws_stays_with_its_graph() -> None:
+    def noisy(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss(p, torch.nn.functional.dropout(x, 0.5), y)
+
+    operator = hypergrad.hessian(noisy, *inputs(0), compile=True)
+    with pytest.warns(hypergrad.CompilationWarning, match="draws random numbers"):
+        first = operator.matmat(block(2))
+    assert_close(operator.matmat(block(2)), first)
+
+
+def test_compilation_is_logged_and_checked(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hypergrad"):
+        hypergrad.hessian(loss, *inputs(0), compile=True).matmat(block(2))
+    assert [record.message.split()[0] for record in caplog.records] == ["compiling", "compiled"]
+    with pytest.raises(hypergrad.SolverOptionError, match="compile is 'yes'"):
+        hypergrad.hessian(loss, *inputs(0), compile="yes")  # type: ignore[arg-type]
