@@ -107,7 +107,7 @@ def export(
     policy, path = load_policy(run_dir, env_fn=env_fn), Path(output or Path(run_dir) / "policy.pt2")
     batch = torch.export.Dim("batch")
     program = torch.export.export(
-        policy, (torch.zeros(2, *policy.shape),), dynamic_shapes={"obs": {0: batch}, "noise": None}
+        policy, (torch.zeros(2, *policy.shape),), dynamic_shapes={"obs": {0: batch}}
     )
     try:
         torch.export.save(program, path)
