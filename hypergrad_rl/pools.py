@@ -188,7 +188,8 @@ class BraxEnv(Pool):
         self._describe(
             env_id,
             num_envs,
-            gym.spaces.Box(-inf, inf, (env.observation_size,)),
+            # Brax's own observation_size runs a reset uncompiled, which takes minutes.
+            gym.spaces.Box(-inf, inf, jax.eval_shape(env.reset, jax.random.PRNGKey(0)).obs.shape),
             gym.spaces.Box(-1.0, 1.0, (env.action_size,)),
         )
         self.begin, self.advance = jax.jit(jax.vmap(env.reset)), jax.jit(jax.vmap(env.step))
