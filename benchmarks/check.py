@@ -82,7 +82,7 @@ def _gradient(problem: Problem) -> Callable[[], object]:
 
 CASES: dict[str, Case] = {
     f"{problem}: {what}": Case(problem, partial(_solve, run), partial(_products, count))
-    for problem in ("critic", "logistic", "quadratic")
+    for problem in ("critic", "logistic")
     for what, run, count in (
         ("Nyström rank 10 / 10 products", nystrom, RANK),
         ("Nyström rank 10 unchecked / 10 products", unchecked, RANK),
@@ -90,9 +90,6 @@ CASES: dict[str, Case] = {
         ("MINRES 20 iterations / 20 products", minres, CG_ITERATIONS),
     )
 } | {
-    "classifier: Nyström rank 10 / 10 products": Case(
-        "classifier", partial(_solve, nystrom), partial(_products, RANK)
-    ),
     "critic: 10 products / gradient": Case("critic", _ten_products, _gradient),
 }
 
