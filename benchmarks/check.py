@@ -51,7 +51,7 @@ def _solve(
     return partial(run, problem.hvp_fn(), problem.right_hand_side())
 
 
-def _products(count: int, problem: Problem) -> partial[object]:
+def _products(count: int, problem: Problem) -> Callable[[], object]:
     return partial(repeated, problem.hvp_fn(), problem.right_hand_side(), count)
 
 

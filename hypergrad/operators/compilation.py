@@ -122,10 +122,11 @@ def compiled_products(
 
 def _compiled(operator: HessianOperator, block: Tensor) -> Products | None:
     _log.info("compiling %d products with %r", len(block), operator)
-    template = operator._with_tensors([x.detach() for x in operator._tensors()])
+    template: Any = operator._with_tensors([x.detach() for x in operator._tensors()])
 
     def products(tensors: list[Tensor], rows: Tensor) -> Tensor:
-        return template._with_tensors(tensors)._traced_products(rows)
+        result: Tensor = template._with_tensors(tensors)._traced_products(rows)
+        return result
 
     # Dynamo keeps what it compiled by code object, and counts how often: each graph has its own.
     own = types.FunctionType(

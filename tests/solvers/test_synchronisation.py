@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hypergrad
 
 
-class Looks(TorchDispatchMode):
+class Looks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts ``.item()``, ``float(x)``, ``bool(x)`` and what else reads one number."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(
