@@ -62,7 +62,7 @@ def follower_gradient(
 ) -> Params:
     """The right-hand side v = grad_w f_outer, through the advantages, shaped like the critic.
 
-    ``config.outer_objective`` names f_outer: "return" for :func:`f_return`, "advantage" for f.
+    ``config.outer_objective`` names f_outer: "return" for ``f_return``, "advantage" for f.
 
     Args:
         critic: w.
@@ -85,7 +85,7 @@ def cross_term(
 ) -> Params:
     """The cross term c = (d2 g / dtheta dw) x on a fixed batch from u = J x, shaped like the actor.
 
-    ``mode`` is "suffix" or "full": see :func:`cross_term_weights`.
+    ``mode`` is "suffix" or "full": see ``objectives.cross_term_weights``.
     """
     values = critic_value(critic, batch.obs).detach()
     weights = cross_term_weights(mode, batch.matrix, batch.advantages, values, batch.targets, u)

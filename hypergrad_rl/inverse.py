@@ -37,7 +37,7 @@ _DEPENDENT = 1e-3
 class Sketch(NamedTuple):
     """A Nyström sketch from one block of products: A_nys = Y' W^+ Y.
 
-    Attributes:
+    Args:
         products: Y = Omega A, (k, n). For the columns' sketch they are k columns of A.
         core: W = Omega A Omega', (k, k).
     """
@@ -65,7 +65,7 @@ class Sketch(NamedTuple):
 class Solved(NamedTuple):
     """The answer to a damped system, with what there is to say about it.
 
-    Attributes:
+    Args:
         value: shaped like the right-hand side.
         stats: ``ihvp_relative_residual``, |v - (H + damping I) x| / |v| by a product with H
             itself; ``curvature_smallest`` and ``curvature_largest``, see :func:`ritz_extremes`;

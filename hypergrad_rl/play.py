@@ -24,7 +24,7 @@ MAX_FPS = 25  # of pictures: half of what CartPole is stepped at, for half the f
 
 
 class TrainedPolicy(torch.nn.Module):
-    """Observations (..., *observation shape) to actions as the environment takes them.
+    """Observations, of any leading dimensions, to actions as the environment takes them.
 
     All that is needed is inside: the normalisation, the network, the bounds or the first index of
     the actions.
@@ -93,8 +93,8 @@ def export(
 ) -> Path:
     """Write the policy to a file that PyTorch alone reads, without this package and Gymnasium.
 
-    ``torch.export.load(path).module()`` takes observations (batch, *observation shape), float32,
-    to the most likely actions.
+    ``torch.export.load(path).module()`` takes a batch of observations, float32, to the
+    most likely actions.
 
     Args:
         run_dir: a run directory with a checkpoint.

@@ -168,7 +168,7 @@ class StackelbergCheck:
 
     @property
     def follower_distance(self) -> float | None:
-        """|grad_z f2| over its curvature: how far, at most and to first order, z is from r(x).
+        """How far, at most and to first order, z is from r(x), by |grad_z f2| over its curvature.
 
         A gradient measured in the units of the parameters, whatever the scale of the losses.  None
         without a positive curvature.
@@ -179,7 +179,7 @@ class StackelbergCheck:
 
     @property
     def leader_distance(self) -> float | None:
-        """|D f1| over its curvature: how far, at most and to first order, x is from the minimum.
+        """How far, at most and to first order, x is from the minimum, by |D f1| over its curvature.
 
         None without a positive curvature.
         """
