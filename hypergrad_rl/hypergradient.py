@@ -114,7 +114,8 @@ def published_cross_term(
         def surrogate(w: Params) -> Tensor:
             advantages, values = critic_advantages(w, batch, config.gamma)
             losses = -log_ratio.exp() * advantages
-            return 2 * (losses * (batch.targets - values)).sum(-1).mean()
+            # Not .sum(-1).mean(): of one trajectory, that crashes as compiled by PyTorch 2.13.
+            return (losses * (batch.targets - values)).sum() * (2 / len(losses))
 
         return _directional(surrogate, critic, x), {}
 
