@@ -11,8 +11,6 @@ linear system of x is in :mod:`hypergrad_rl.inverse`, the step that follows in
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from hypergrad_rl.advantages import gae
 from hypergrad_rl.config import AgentConfig, BLPOConfig
 from hypergrad_rl.functional import flatten, gradient, shapes_of, unflatten
 from hypergrad_rl.inverse import Sketch, Solved, critic_response, inverse_hvp
-from hypergrad_rl.networks import DEFAULT_CRITIC, Critic, Params, Policy, ValueFn
+from hypergrad_rl.networks import DEFAULT_CRITIC, Critic, Params, Policy, ValueFn, directional
 from hypergrad_rl.objectives import cross_term_weights, f_advantage, f_return
 from hypergrad_rl.rollout import Batch
 
@@ -136,7 +134,7 @@ def published_cross_term(
             losses = -log_ratio.exp() * advantages
             return 2 * (losses * (batch.targets - values)).sum(-1).mean()
 
-        return _directional(surrogate, critic, x), {}
+        return directional(surrogate, critic, x), {}
 
     return gradient(derivative, actor)[0]
 
@@ -184,12 +182,3 @@ def combine(
         "bound_active": (scale < 1).float(),
     }
     return {name: d[name] - scale * c[name] for name in d}, stats
-
-
-def _directional(fn: Callable[[Params], Tensor], critic: Params, x: Params) -> Tensor:
-    """d/ds fn(w + s x) at s = 0, by forward mode."""
-    # Copies: compiled, forward mode wants point and tangent of one layout, and no views.
-    point = {name: p.detach().clone() for name, p in critic.items()}
-    along = {name: torch.empty_like(p).copy_(x[name]) for name, p in point.items()}
-    tangent: Tensor = torch.func.jvp(fn, (point,), (along,))[1]
-    return tangent

@@ -175,6 +175,15 @@ def _seeded(make: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
         return make()
 
 
+def directional(fn: Callable[[Params], Tensor], params: Params, along: Params) -> Tensor:
+    """d/ds fn(params + s along) at s = 0, by forward mode."""
+    # Copies: compiled, forward mode wants point and tangent of one layout, and no views.
+    point = {name: p.detach().clone() for name, p in params.items()}
+    tangent = {name: torch.empty_like(p).copy_(along[name]) for name, p in point.items()}
+    product: Tensor = torch.func.jvp(fn, (point,), (tangent,))[1]
+    return product
+
+
 class ModuleJacobian:
     """J = dV_w(s)/dw at N states, of any network: what :class:`ValueJacobian` is to the default.
 
@@ -194,9 +203,7 @@ class ModuleJacobian:
 
     def times(self, v: Params) -> Tensor:
         """J v, (N,), for v shaped like the parameters."""
-        jvp = torch.func.jvp(lambda w: self._values(w, self.obs), (self.params,), (v,))
-        product: Tensor = jvp[1]
-        return product
+        return directional(lambda w: self._values(w, self.obs), self.params, v)
 
 
 #: Make the networks of one's own from (obs_dim, out_dim) and from obs_dim; a critic's out_dim is 1.
