@@ -10,6 +10,7 @@ from hypergrad_rl.errors import (
     HypergradRLError,
     RunDirectoryError,
 )
+from hypergrad_rl.networks import Networks
 from hypergrad_rl.play import TrainedPolicy, evaluate, export, load_policy, watch
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.presets import preset
@@ -25,6 +26,7 @@ __all__ = [
     "EnvironmentFault",
     "EnvironmentUnsupported",
     "HypergradRLError",
+    "Networks",
     "PPOConfig",
     "RunDirectoryError",
     "TrainResult",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hypergrad_rl.config import AgentConfig
 from hypergrad_rl.errors import CheckpointError
-from hypergrad_rl.functional import AdamState, shapes_of, unflatten
-from hypergrad_rl.networks import Params, Policy, init_critic
+from hypergrad_rl.functional import AdamState, Shapes, shapes_of, unflatten
+from hypergrad_rl.networks import Critic, CriticModule, Params, Policy
 from hypergrad_rl.rollout import Batch, Rollout, example_rollout, make_batch
 
 
@@ -26,11 +26,16 @@ class Agent(ABC):
         obs_dim: int,
         generator: torch.Generator,
         backend: str | None = None,
+        critic_module: CriticModule | None = None,
     ) -> None:
-        """``backend``: of ``torch.compile``, which the minibatch update runs by; None: eagerly."""
+        """``backend``: of ``torch.compile``, which the minibatch update runs by; None: eagerly.
+
+        ``critic_module`` is that of :class:`~hypergrad_rl.Networks`; the policy has the actor's.
+        """
         self.config, self.policy, self.generator = config, policy, generator
         actor = policy.init(obs_dim, config.hidden, generator)
-        critic = init_critic(obs_dim, config.hidden, generator)
+        self.value_fn = Critic(critic_module)
+        critic = self.value_fn.init(obs_dim, config.hidden, generator)
         self.actor_shapes, self.critic_shapes = shapes_of(actor), shapes_of(critic)
         self.actor_state, self.critic_state = AdamState.of(actor), AdamState.of(critic)
         self.obs_dim, self.backend = obs_dim, backend
@@ -70,8 +75,9 @@ class Agent(ABC):
         """The rollout with what stays fixed while the agent improves on it."""
         config = self.config
         return make_batch(
-            self.policy, self.actor, self.critic, rollout, config.gamma, config.gae_lambda
-        )
+            self.policy, self.actor, self.critic, rollout, config.gamma, config.gae_lambda,
+            self.value_fn,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: parameters, Adam's state, the generator."""
@@ -85,18 +91,30 @@ class Agent(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state that ``state_dict`` returned."""
-        states = AdamState(**state["actor_adam"]), AdamState(**state["critic_adam"])
-        for name, mine, other in (
-            ("actor", self.actor_state, states[0]),
-            ("critic", self.critic_state, states[1]),
-        ):
-            if mine.params.shape != other.params.shape:
-                raise CheckpointError(
-                    f"the checkpoint's {name} has {other.params.numel()} parameters, that of the "
-                    f"configuration {mine.params.numel()}; config.json is not that of this run"
-                )
-        self.actor_state, self.critic_state = states
+        check_parameters("actor", state["actor"], self.actor_shapes)
+        check_parameters("critic", state["critic"], self.critic_shapes)
+        self.actor_state = AdamState(**state["actor_adam"])
+        self.critic_state = AdamState(**state["critic_adam"])
         self.generator.set_state(state["generator"])
+
+
+def check_parameters(name: str, saved: Params, expected: Shapes) -> None:
+    """Raise CheckpointError unless a checkpoint's parameters are those of the network."""
+    shapes = shapes_of(saved)
+    if shapes == expected:
+        return
+    unlike = dict.fromkeys(n for n in [*shapes, *expected] if shapes.get(n) != expected.get(n))
+    leaf = next(iter(unlike), None)  # None where only their order differs
+
+    def told(shapes: Shapes) -> str:
+        count = sum(shape.numel() for shape in shapes.values())
+        place = "" if leaf is None else f" ({leaf}: {tuple(shapes.get(leaf, ())) or 'none'})"
+        return f"{count} parameters{place}"
+
+    raise CheckpointError(
+        f"the checkpoint's {name} has {told(shapes)}, that of the configuration and networks= "
+        f"{told(expected)}; expected the config.json and the networks that the run was trained with"
+    )
 
 
 def mean_stats(stats: list[dict[str, Tensor]], batch: Batch) -> dict[str, float]:

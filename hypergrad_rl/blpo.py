@@ -41,7 +41,7 @@ from hypergrad_rl.hypergradient import (
     follower_gradient,
 )
 from hypergrad_rl.inverse import Sketch, draw_sketch
-from hypergrad_rl.networks import Params, critic_value
+from hypergrad_rl.networks import Params
 from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch, Rollout
 
@@ -111,7 +111,9 @@ class BLPO(Agent):
             whole = config.curvature_batch == "rollout"
             batch = Batch(*tensors) if whole else Batch.of(tensors, envs)
             part = envs if whole else None
-            c, solved = correction(self.policy, theta, w, v, batch, config, sketch, part)
+            c, solved = correction(
+                self.policy, theta, w, v, batch, config, sketch, part, self.value_fn
+            )
             stats, kept = stats | solved.stats, solved.sketch
         actor, comparison = self._lead(actor, d, c, rates)
         return actor, critic, kept, stats | comparison
@@ -128,14 +130,14 @@ class BLPO(Agent):
         config, batch = self.config, Batch.of(tensors, envs)
 
         def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
-            return value_loss(critic_value(w, batch.obs), batch.targets), {}
+            return value_loss(self.value_fn(w, batch.obs), batch.targets), {}
 
         for _ in range(config.nested_steps):
             grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
             critic = adam(critic, flatten(grads), rates[1], config.adam_eps)
         theta = unflatten(actor.params, self.actor_shapes)
         w = unflatten(critic.params, self.critic_shapes)
-        advantages, _ = critic_advantages(w, batch, config.gamma)
+        advantages, _ = critic_advantages(w, batch, config.gamma, self.value_fn)
         d, stats = direct_gradient(self.policy, theta, batch, advantages.detach(), config)
         log_ratio, v = stats.pop("log_ratio"), {}
         if config.solver != "none":
@@ -143,7 +145,7 @@ class BLPO(Agent):
                 batch = Batch(*tensors)
                 log_ratio = self.policy.log_prob(theta, batch.obs, batch.actions)[0]
                 log_ratio = log_ratio - batch.log_probs
-            v = follower_gradient(w, log_ratio, batch, config)
+            v = follower_gradient(w, log_ratio, batch, config, self.value_fn)
         return critic, d, v, {**stats, "value_loss": loss}
 
     def _step_actor(

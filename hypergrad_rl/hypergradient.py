@@ -3,14 +3,13 @@
     d = grad_theta f        x solves (H + damping I) x = v = grad_w f_outer
     c = (d2 g / dtheta dw) x
 
-Every function here is pure, so that a piece can be compared with another implementation. The
+Every function here is pure, so that a piece can be compared with another implementation; V_w is
+that of the default network, or any ``value_fn`` of parameters w and states. The
 linear system of x is in :mod:`hypergrad_rl.inverse`, the step that follows in
 :func:`hypergrad_rl.functional.adam`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,14 +18,16 @@ from hypergrad_rl.advantages import gae
 from hypergrad_rl.config import AgentConfig, BLPOConfig
 from hypergrad_rl.functional import flatten, gradient, shapes_of, unflatten
 from hypergrad_rl.inverse import Sketch, Solved, critic_response, inverse_hvp
-from hypergrad_rl.networks import Params, Policy, critic_value
+from hypergrad_rl.networks import DEFAULT_CRITIC, Critic, Params, Policy, ValueFn, directional
 from hypergrad_rl.objectives import cross_term_weights, f_advantage, f_return
 from hypergrad_rl.rollout import Batch
 
 
-def critic_advantages(critic: Params, batch: Batch, gamma: float) -> tuple[Tensor, Tensor]:
+def critic_advantages(
+    critic: Params, batch: Batch, gamma: float, value_fn: ValueFn = DEFAULT_CRITIC
+) -> tuple[Tensor, Tensor]:
     """A_w and V_w on the batch, (n, T) each, differentiable in the critic."""
-    values, next_values = critic_value(critic, torch.stack([batch.obs, batch.next_obs]))
+    values, next_values = value_fn(critic, torch.stack([batch.obs, batch.next_obs]))
     return (
         gae(batch.matrix, batch.rewards, values, next_values, batch.terminated, gamma),
         values,
@@ -58,7 +59,11 @@ def direct_gradient(
 
 
 def follower_gradient(
-    critic: Params, log_ratio: Tensor, batch: Batch, config: BLPOConfig
+    critic: Params,
+    log_ratio: Tensor,
+    batch: Batch,
+    config: BLPOConfig,
+    value_fn: ValueFn = DEFAULT_CRITIC,
 ) -> Params:
     """The right-hand side v = grad_w f_outer, through the advantages, shaped like the critic.
 
@@ -69,10 +74,11 @@ def follower_gradient(
         log_ratio: log rho of every sample, (n, T).
         batch: n trajectories.
         config: of it, the objective, ``gamma`` and ``clip``.
+        value_fn: V_w.
     """
 
     def f_outer(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
-        advantages, values = critic_advantages(w, batch, config.gamma)
+        advantages, values = critic_advantages(w, batch, config.gamma, value_fn)
         if config.outer_objective == "return":
             return f_return(log_ratio, advantages, values), {}
         return f_advantage(log_ratio, advantages, config.clip), {}
@@ -81,13 +87,19 @@ def follower_gradient(
 
 
 def cross_term(
-    policy: Policy, actor: Params, critic: Params, u: Tensor, batch: Batch, mode: str
+    policy: Policy,
+    actor: Params,
+    critic: Params,
+    u: Tensor,
+    batch: Batch,
+    mode: str,
+    value_fn: ValueFn = DEFAULT_CRITIC,
 ) -> Params:
     """The cross term c = (d2 g / dtheta dw) x on a fixed batch from u = J x, shaped like the actor.
 
     ``mode`` is "suffix" or "full": see ``objectives.cross_term_weights``.
     """
-    values = critic_value(critic, batch.obs).detach()
+    values = value_fn(critic, batch.obs).detach()
     weights = cross_term_weights(mode, batch.matrix, batch.advantages, values, batch.targets, u)
 
     def weighted(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,7 +110,13 @@ def cross_term(
 
 
 def published_cross_term(
-    policy: Policy, actor: Params, critic: Params, x: Params, batch: Batch, config: BLPOConfig
+    policy: Policy,
+    actor: Params,
+    critic: Params,
+    x: Params,
+    batch: Batch,
+    config: BLPOConfig,
+    value_fn: ValueFn = DEFAULT_CRITIC,
 ) -> Params:
     """The published update's c: d/dw [grad_theta l(theta, w)] x on a fixed batch.
 
@@ -112,12 +130,12 @@ def published_cross_term(
         log_ratio = policy.log_prob(theta, batch.obs, batch.actions)[0] - batch.log_probs
 
         def surrogate(w: Params) -> Tensor:
-            advantages, values = critic_advantages(w, batch, config.gamma)
+            advantages, values = critic_advantages(w, batch, config.gamma, value_fn)
             losses = -log_ratio.exp() * advantages
             # Not .sum(-1).mean(): of one trajectory, that crashes as compiled by PyTorch 2.13.
             return (losses * (batch.targets - values)).sum() * (2 / len(losses))
 
-        return _directional(surrogate, critic, x), {}
+        return directional(surrogate, critic, x), {}
 
     return gradient(derivative, actor)[0]
 
@@ -131,6 +149,7 @@ def correction(
     config: BLPOConfig,
     sketch: Tensor | Sketch | None = None,
     envs: Tensor | None = None,
+    value_fn: Critic = DEFAULT_CRITIC,
 ) -> tuple[Params, Solved]:
     """The cross term c by the options of ``config``, and the solve behind it.
 
@@ -138,12 +157,12 @@ def correction(
     """
     part = batch if envs is None else batch.select(envs)
     if config.cross_term == "paper":
-        solved = inverse_hvp(critic, batch, v, config, sketch)
+        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn)
         x = unflatten(solved.value, shapes_of(critic))
-        return published_cross_term(policy, actor, critic, x, part, config), solved
-    solved = critic_response(critic, batch, v, config, sketch)
+        return published_cross_term(policy, actor, critic, x, part, config, value_fn), solved
+    solved = critic_response(critic, batch, v, config, sketch, value_fn)
     u = solved.value if envs is None else solved.value[envs]
-    return cross_term(policy, actor, critic, u, part, config.cross_term), solved
+    return cross_term(policy, actor, critic, u, part, config.cross_term, value_fn), solved
 
 
 def combine(
@@ -164,12 +183,3 @@ def combine(
         "bound_active": (scale < 1).float(),
     }
     return {name: d[name] - scale * c[name] for name in d}, stats
-
-
-def _directional(fn: Callable[[Params], Tensor], critic: Params, x: Params) -> Tensor:
-    """d/ds fn(w + s x) at s = 0, by forward mode."""
-    # Copies: compiled, forward mode wants point and tangent of one layout, and no views.
-    point = {name: p.detach().clone() for name, p in critic.items()}
-    along = {name: torch.empty_like(p).copy_(x[name]) for name, p in point.items()}
-    tangent: Tensor = torch.func.jvp(fn, (point,), (along,))[1]
-    return tangent

@@ -23,7 +23,7 @@ from torch import Tensor
 import hypergrad
 from hypergrad_rl.config import BLPOConfig
 from hypergrad_rl.functional import flatten, shapes_of, unflatten
-from hypergrad_rl.networks import Params, ValueJacobian, critic_value
+from hypergrad_rl.networks import DEFAULT_CRITIC, Critic, Params, ValueFn
 from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch
 
@@ -114,6 +114,7 @@ def inverse_hvp(
     v: Params,
     config: BLPOConfig,
     sketch: Tensor | Sketch | None = None,
+    value_fn: ValueFn = DEFAULT_CRITIC,
 ) -> Solved:
     """Solve (H + damping I) x = v, H the curvature of g at w on the batch; x as a flat vector.
 
@@ -126,11 +127,12 @@ def inverse_hvp(
         v: shaped like the critic.
         config: of it, the options of the solver and the curvature.
         sketch: from :func:`draw_sketch`, or one that is made.
+        value_fn: V_w.
     """
     shapes, w = shapes_of(critic), flatten(critic).detach()
 
     def values(w: Tensor, obs: Tensor) -> Tensor:
-        return critic_value(unflatten(w, shapes), obs)
+        return value_fn(unflatten(w, shapes), obs)
 
     def loss(w: Tensor, obs: Tensor, targets: Tensor) -> Tensor:
         return value_loss(values(w, obs), targets)
@@ -158,14 +160,15 @@ def critic_response(
     v: Params,
     config: BLPOConfig,
     sketch: Tensor | Sketch | None = None,
+    value_fn: Critic = DEFAULT_CRITIC,
 ) -> Solved:
     """How x changes the critic's values on the batch: u = J x, shaped like ``batch.targets``.
 
-    It is all that the cross term needs of x; the arguments are those of :func:`inverse_hvp`. The
-    residual is that of the system that is solved.
+    It is all that the cross term needs of x; the arguments are those of :func:`inverse_hvp`, with
+    the Jacobian of V_w too. The residual is that of the system that is solved.
     """
     critic = {name: leaf.detach() for name, leaf in critic.items()}
-    jacobian = ValueJacobian(critic, batch.obs.flatten(0, -2))
+    jacobian = value_fn.jacobian(critic, batch.obs.flatten(0, -2))
     if in_sample_space(config):
         rhs = jacobian.times(v)
         kernel = (2 / len(rhs)) * jacobian.kernel()
@@ -173,7 +176,7 @@ def critic_response(
         solved = _solve(operator, rhs, config, sketch, kernel.diagonal())
         u = solved.value
     else:
-        solved = inverse_hvp(critic, batch, v, config, sketch)
+        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn)
         u = jacobian.times(unflatten(solved.value, shapes_of(critic)))
     return solved._replace(value=u.view_as(batch.targets))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -118,44 +119,69 @@ class ValueJacobian:
 class ModuleNetwork:
     """A ``torch.nn.Module`` as a function of explicit parameters: (..., obs_dim) -> (..., out_dim).
 
-    The module sees states as (N, obs_dim), N whatever is asked about at once.
+    The module sees states as (N, obs_dim), N whatever is asked about at once. Parameters that
+    require no gradient, and buffers, stay as they are made.
 
     Raises:
         ConfigError: a module without parameters; one that keeps statistics of its inputs or draws
-            random numbers, so that its output is no function of its parameters; another shape of
-            output than (N, out_dim).
+            random numbers, so that its output is no function of its parameters; one whose frozen
+            parts are made from random numbers, which no checkpoint has; another shape of output
+            than (N, out_dim).
     """
 
     def __init__(
         self, make: Callable[[], torch.nn.Module], out_dim: int, generator: torch.Generator
     ) -> None:
-        with torch.random.fork_rng(devices=[]):  # modules initialise from the global generator
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            self.module = make()
-        self.out_dim = out_dim
+        seed = int(torch.randint(2**31, (), generator=generator))
+        self.module, self.out_dim = _seeded(make, seed), out_dim
         for layer in self.module.modules():
             if getattr(layer, "track_running_stats", False) or "Dropout" in type(layer).__name__:
                 raise ConfigError(
                     f"a network has the layer {layer}: expected layers whose output is a function "
                     "of input and parameters alone, such as LayerNorm instead of BatchNorm"
                 )
-        self.params = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.params = {name: p.detach().clone() for name, p in trained.items()}
         if not self.params or "log_std" in self.params:
             raise ConfigError(
                 f"a network has the parameters {list(self.params)}: expected at least one, and "
                 "none named log_std, which the policy adds"
             )
+        fixed = {n: x for n, x in self.module.state_dict().items() if n not in trained}
+        again = _seeded(make, seed + 1).state_dict() if fixed else {}
+        for name, value in fixed.items():
+            if not torch.equal(value, again[name]):
+                raise ConfigError(
+                    f"a network's {name} is not trained, and not the same whenever the network is "
+                    "made: expected it from a file or a generator of its own, so that a run can "
+                    "be resumed and evaluated"
+                )
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """The module's output at x with these parameters."""
         rows = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.func.functional_call(self.module, params, (rows,))
-        if out.shape != (len(rows), self.out_dim):
+        if out.shape != (rows.shape[0], self.out_dim):
             raise ConfigError(
                 f"a network gave an output of shape {tuple(out.shape)} for states of shape "
-                f"{tuple(rows.shape)}: expected {(len(rows), self.out_dim)}"
+                f"{tuple(rows.shape)}: expected {(rows.shape[0], self.out_dim)}"
             )
-        return out.view(*x.shape[:-1], self.out_dim)
+        return out.reshape(*x.shape[:-1], self.out_dim)
+
+
+def _seeded(make: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):  # modules initialise from the global generator
+        torch.manual_seed(seed)
+        return make()
+
+
+def directional(fn: Callable[[Params], Tensor], params: Params, along: Params) -> Tensor:
+    """d/ds fn(params + s along) at s = 0, by forward mode."""
+    # Copies: compiled, forward mode wants point and tangent of one layout, and no views.
+    point = {name: p.detach().clone() for name, p in params.items()}
+    tangent = {name: torch.empty_like(p).copy_(along[name]) for name, p in point.items()}
+    product: Tensor = torch.func.jvp(fn, (point,), (tangent,))[1]
+    return product
 
 
 class ModuleJacobian:
@@ -177,14 +203,47 @@ class ModuleJacobian:
 
     def times(self, v: Params) -> Tensor:
         """J v, (N,), for v shaped like the parameters."""
-        jvp = torch.func.jvp(lambda w: self._values(w, self.obs), (self.params,), (v,))
-        product: Tensor = jvp[1]
-        return product
+        return directional(lambda w: self._values(w, self.obs), self.params, v)
 
 
 #: Make the networks of one's own from (obs_dim, out_dim) and from obs_dim; a critic's out_dim is 1.
 ActorModule = Callable[[int, int], torch.nn.Module]
 CriticModule = Callable[[int], torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Networks of one's own, in place of tanh layers of widths ``config.hidden``.
+
+    A module gets states as (N, obs_dim) float32, normalised if the run normalises, and reshapes
+    them as it likes. It is a function of its input and its parameters: no dropout, no BatchNorm.
+
+    Attributes:
+        actor: makes the policy's module from (obs_dim, out_dim): (N, out_dim) logits of discrete
+            actions, or means of continuous ones. None for the default.
+        critic: makes the critic's module from obs_dim: (N, 1) values. None for the default.
+
+    >>> import torch
+    >>> from hypergrad_rl import make_config, train
+    >>> def relu(obs_dim, out_dim=1):
+    ...     return torch.nn.Sequential(
+    ...         torch.nn.Linear(obs_dim, 8), torch.nn.ReLU(), torch.nn.Linear(8, out_dim)
+    ...     )
+    >>> config = make_config("ppo", env="CartPole-v1", total_steps=512)
+    >>> list(train(config, networks=Networks(relu, relu)).agent.critic)
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+
+    actor: ActorModule | None = None
+    critic: CriticModule | None = None
+
+    @property
+    def own(self) -> list[str]:
+        """Which of both are not the default."""
+        return [name for name in ("actor", "critic") if getattr(self, name) is not None]
+
+
+DEFAULT_NETWORKS = Networks()
 
 
 class ActorNetwork:
@@ -247,8 +306,13 @@ class Critic:
         return ModuleJacobian(self.module, params, obs)
 
 
+DEFAULT_CRITIC = Critic()
+
+
 class Policy(Protocol):
     """pi_theta(a|s): how actions are drawn and how likely they are."""
+
+    network: ActorNetwork
 
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
         """Parameters theta."""

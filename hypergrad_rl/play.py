@@ -13,11 +13,14 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
+from hypergrad_rl.agent import check_parameters
 from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.envs import VectorEnv, make_vector_env
 from hypergrad_rl.errors import ConfigError, EnvironmentUnsupported, RunDirectoryError
+from hypergrad_rl.functional import shapes_of
+from hypergrad_rl.networks import DEFAULT_NETWORKS, Networks
 from hypergrad_rl.rollout import NORMALIZED_LIMIT
-from hypergrad_rl.run_directory import CHECKPOINT, load_config
+from hypergrad_rl.run_directory import CHECKPOINT, check_networks, load_config
 from hypergrad_rl.trainer import EnvFn
 
 MAX_FPS = 25  # of pictures: half of what CartPole is stepped at, for half the file
@@ -65,31 +68,46 @@ class TrainedPolicy(torch.nn.Module):
 
 
 def _load(
-    run_dir: str | Path, env_fn: EnvFn | None, num_envs: int = 1, render_mode: str | None = None
+    run_dir: str | Path,
+    env_fn: EnvFn | None,
+    networks: Networks,
+    num_envs: int = 1,
+    render_mode: str | None = None,
 ) -> tuple[VectorEnv, TrainedPolicy]:
     config = load_config(run_dir)
+    check_networks(Path(run_dir), networks, ["actor"])
     state = load_checkpoint(Path(run_dir) / CHECKPOINT)
     env = make_vector_env(config.env, num_envs, env_fn=env_fn, render_mode=render_mode)
+    env.policy.network.make_module = networks.actor
+    actor = env.policy.init(env.obs_dim, config.hidden, torch.Generator())
+    check_parameters("actor", state["agent"]["actor"], shapes_of(actor))
     return env, TrainedPolicy(env, state)
 
 
-def load_policy(run_dir: str | Path, *, env_fn: EnvFn | None = None) -> TrainedPolicy:
+def load_policy(
+    run_dir: str | Path, *, env_fn: EnvFn | None = None, networks: Networks = DEFAULT_NETWORKS
+) -> TrainedPolicy:
     """The policy of a run's last checkpoint as a module: observations to the most likely actions.
 
     Args:
         run_dir: a run directory with a checkpoint.
         env_fn: as for :func:`train`.
+        networks: as for :func:`train`; only the actor is needed.
 
     Raises:
         RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint.
     """
-    env, policy = _load(run_dir, env_fn)
+    env, policy = _load(run_dir, env_fn, networks)
     env.close()
     return policy
 
 
 def export(
-    run_dir: str | Path, output: str | Path | None = None, *, env_fn: EnvFn | None = None
+    run_dir: str | Path,
+    output: str | Path | None = None,
+    *,
+    env_fn: EnvFn | None = None,
+    networks: Networks = DEFAULT_NETWORKS,
 ) -> Path:
     """Write the policy to a file that PyTorch alone reads, without this package and Gymnasium.
 
@@ -100,11 +118,13 @@ def export(
         run_dir: a run directory with a checkpoint.
         output: default: policy.pt2 in it.
         env_fn: as for :func:`train`.
+        networks: as for :func:`train`; only the actor is needed.
 
     Raises:
         RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint.
     """
-    policy, path = load_policy(run_dir, env_fn=env_fn), Path(output or Path(run_dir) / "policy.pt2")
+    policy = load_policy(run_dir, env_fn=env_fn, networks=networks)
+    path = Path(output or Path(run_dir) / "policy.pt2")
     batch = torch.export.Dim("batch")
     program = torch.export.export(
         policy, (torch.zeros(2, *policy.shape),), dynamic_shapes={"obs": {0: batch}}
@@ -123,6 +143,7 @@ def evaluate(
     seed: int = 1_000_000,
     deterministic: bool = True,
     env_fn: EnvFn | None = None,
+    networks: Networks = DEFAULT_NETWORKS,
 ) -> list[float]:
     """Returns of ``episodes`` fresh episodes of the checkpointed policy, on separate environments.
 
@@ -135,13 +156,14 @@ def evaluate(
         seed: of the environments and of sampled actions.
         deterministic: take the most likely action (the mean) instead of sampling.
         env_fn: as for :func:`train`.
+        networks: as for :func:`train`; only the actor is needed.
 
     Raises:
         ConfigError: ``episodes`` below 1 or a negative ``seed``.
         RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint.
     """
     _at_least(episodes=(episodes, 1), seed=(seed, 0))
-    env, policy = _load(run_dir, env_fn, min(8, episodes))
+    env, policy = _load(run_dir, env_fn, networks, min(8, episodes))
     per_env = -(-episodes // env.num_envs)
     finished: list[list[float]] = [[] for _ in range(env.num_envs)]
     with closing(env):
@@ -178,6 +200,7 @@ def watch(
     seed: int = 1_000_000,
     deterministic: bool = True,
     env_fn: EnvFn | None = None,
+    networks: Networks = DEFAULT_NETWORKS,
 ) -> tuple[Path, list[float]]:
     """Play episodes and write what is seen as a GIF or, with imageio-ffmpeg, as a video.
 
@@ -188,6 +211,7 @@ def watch(
         seed: of the environment and of sampled actions.
         deterministic: take the most likely action (the mean) instead of sampling.
         env_fn: as for :func:`train`; its environments draw in render mode "rgb_array".
+        networks: as for :func:`train`; only the actor is needed.
 
     Returns:
         The file and the returns of the episodes.
@@ -202,7 +226,7 @@ def watch(
     path = Path(output or Path(run_dir) / "episode.gif")
     if path.suffix not in (".gif", ".mp4"):
         raise ConfigError(f"{path}: expected a name that ends in .gif or .mp4")
-    env, policy = _load(run_dir, env_fn, render_mode="rgb_array")
+    env, policy = _load(run_dir, env_fn, networks, render_mode="rgb_array")
     returns: list[float] = []
     pictures: list[Any] = []
     fps = env.envs[0].metadata.get("render_fps", 30)

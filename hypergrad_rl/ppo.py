@@ -12,7 +12,7 @@ from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import PPOConfig
 from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
 from hypergrad_rl.hypergradient import direct_gradient
-from hypergrad_rl.networks import Params, critic_value
+from hypergrad_rl.networks import Params
 from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch, Rollout
 
@@ -78,7 +78,7 @@ class PPO(Agent):
             adv = (adv - adv.mean()) / (adv.std() + 1e-8)
 
         def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
-            return value_loss(critic_value(w, b.obs), b.targets), {}
+            return value_loss(self.value_fn(w, b.obs), b.targets), {}
 
         theta = unflatten(actor.params, self.actor_shapes)
         d, stats = direct_gradient(self.policy, theta, b, adv, config)

@@ -14,7 +14,7 @@ from hypergrad_rl.advantages import discount_matrix, gae
 from hypergrad_rl.config import AgentConfig
 from hypergrad_rl.envs import Array, RunningMoments, VectorEnv
 from hypergrad_rl.errors import EnvironmentFault
-from hypergrad_rl.networks import Params, Policy, ValueFn, critic_value
+from hypergrad_rl.networks import DEFAULT_CRITIC, Params, Policy, ValueFn
 
 NORMALIZED_LIMIT = 10.0  # normalised observations and rewards are clipped to +-10, as is usual
 
@@ -78,7 +78,7 @@ def make_batch(
     rollout: Rollout,
     gamma: float,
     gae_lambda: float,
-    value_fn: ValueFn = critic_value,
+    value_fn: ValueFn = DEFAULT_CRITIC,
 ) -> Batch:
     """Log-probabilities, values, advantages and targets of a rollout, in a few batched calls."""
     values = value_fn(critic, rollout.obs)

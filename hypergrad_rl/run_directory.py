@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from hypergrad_rl.checkpoint import load_checkpoint, write_atomically
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
 from hypergrad_rl.errors import ConfigError, HypergradRLError, RunDirectoryError
+from hypergrad_rl.networks import Networks
 
 Config = PPOConfig | BLPOConfig
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.csv", "checkpoint.safetensors"
@@ -55,6 +56,19 @@ def load_info(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path} is damaged: {error}") from error
     return info
+
+
+def check_networks(run_dir: Path, networks: Networks, parts: Sequence[str]) -> None:
+    """Raise RunDirectoryError unless ``networks`` has those of ``parts`` that the run has."""
+    own = load_info(run_dir).get("own_networks", [])
+    for part in parts:
+        if (part in own) != (part in networks.own):
+            kind = ("the default network", "a network of one's own")
+            raise RunDirectoryError(
+                f"{run_dir} was trained with {kind[part in own]} as {part}, and networks= has "
+                f"{kind[part in networks.own]}: give, from Python, the networks= that train was "
+                "called with"
+            )
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.config import PPOConfig
 from hypergrad_rl.envs import VectorEnv, make_vector_env
 from hypergrad_rl.errors import EnvironmentUnsupported, RunDirectoryError
+from hypergrad_rl.networks import DEFAULT_NETWORKS, Networks
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.rollout import Collector
 from hypergrad_rl.run_directory import CHECKPOINT, Config, RunLog
@@ -41,13 +42,16 @@ def make_agent(
     env: VectorEnv | Collector | ArrayCollector,
     generator: torch.Generator,
     backend: str | None = None,
+    networks: Networks = DEFAULT_NETWORKS,
 ) -> Agent:
     """The agent that ``config`` describes, with parameters drawn from ``generator``.
 
-    ``backend``: of ``torch.compile``; None for an agent that runs eagerly.
+    ``backend``: of ``torch.compile``; None for an agent that runs eagerly. The policy of ``env``
+    gets the actor's network.
     """
     kind = PPO if isinstance(config, PPOConfig) else BLPO
-    return kind(config, env.policy, env.obs_dim, generator, backend)
+    env.policy.network.make_module = networks.actor
+    return kind(config, env.policy, env.obs_dim, generator, backend, networks.critic)
 
 
 def make_collector(
@@ -98,6 +102,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     stop_at_return: float | None = None,
     env_fn: EnvFn | None = None,
+    networks: Networks = DEFAULT_NETWORKS,
 ) -> TrainResult:
     """Train an agent.
 
@@ -116,11 +121,14 @@ def train(
         checkpoint_every: seconds between checkpoints, 0 for one after every update. The last
             update is always saved, and the last one that was completed before an exception.
         threads: of PyTorch while training, put back afterwards. None for 1 if no layer is wider
-            than 256, where more threads cost more than they bring, else for as many as are set.
+            than 256, where more threads cost more than they bring, else (and for networks of one's
+            own) for as many as are set.
         callbacks: called after every update as ``callback(update, metrics, agent)``, update 1
             first; one that returns True ends the training.
         stop_at_return: end when the mean return of the last 20 episodes reaches it.
         env_fn: makes one environment, in place of ``config.env``, which then only names it.
+        networks: modules of one's own as actor, critic or both. A run is resumed with the same
+            ones: parameters are saved, not code.
 
     Returns:
         The agent and the metrics. The same config gives the same metrics on the same machine and
@@ -128,7 +136,9 @@ def train(
 
     Raises:
         RunDirectoryError: ``run_dir`` already holds a run, is in use, holds none to resume, or
-            cannot be written. What was completed is kept.
+            cannot be written; it was trained with networks of one's own and ``networks`` lacks
+            them. What was completed is kept.
+        ConfigError: a module that cannot serve.
         EnvironmentUnsupported, EnvironmentFault, CheckpointError: see ``hypergrad_rl.errors``.
 
     >>> from hypergrad_rl import make_config
@@ -144,11 +154,12 @@ def train(
     info: dict[str, Any] = {
         "ended": None,
         "stop_at_return": stop_at_return,
+        "own_networks": networks.own,
         "wandb": wandb and {"project": wandb, "name": str(run_dir), "id": uuid.uuid4().hex},
     }
     before = torch.get_num_threads()
     if threads is None:
-        threads = 1 if max(config.hidden) <= NARROW else before
+        threads = 1 if max(config.hidden) <= NARROW and not networks.own else before
     torch.set_num_threads(threads)
     try:
         with contextlib.ExitStack() as stack:
@@ -160,11 +171,12 @@ def train(
                 stack.enter_context(runs.held(directory))
                 if resume:
                     info = {**info, **runs.load_info(directory)}
+                    runs.check_networks(directory, networks, ("actor", "critic"))
                 else:
                     runs.begin(directory, config, info)
             result = _train(
-                config, collector, backend, directory, info, resume, progress, tensorboard,
-                checkpoint_every, callbacks,
+                config, collector, backend, networks, directory, info, resume, progress,
+                tensorboard, checkpoint_every, callbacks,
             )  # fmt: skip
             if directory is not None:
                 runs.write_info(directory, {**info, "ended": result.ended})
@@ -178,6 +190,7 @@ def _train(
     config: Config,
     collector: Collector | ArrayCollector,
     backend: str | None,
+    networks: Networks,
     directory: Path | None,
     info: dict[str, Any],
     resume: bool,
@@ -186,7 +199,7 @@ def _train(
     checkpoint_every: float,
     callbacks: Sequence[Callback],
 ) -> TrainResult:
-    agent = make_agent(config, collector, collector.generator, backend)
+    agent = make_agent(config, collector, collector.generator, backend, networks)
     first, elapsed, ended, goal = 0, 0.0, None, info["stop_at_return"]
     recent: deque[float] = deque(maxlen=RECENT)
     state = runs.last_state(directory) if resume and directory is not None else None
