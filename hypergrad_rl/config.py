@@ -44,12 +44,15 @@ class AgentConfig(ABC):
     compile: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))  # JSON has lists only
+        if isinstance(self.hidden, list):  # JSON has no tuples
+            object.__setattr__(self, "hidden", tuple(self.hidden))
         for name in ("total_steps", "num_envs", "num_steps", "epochs"):
             self._integer(name, 1)
         self._integer("seed", 0)
+        _check(self.seed < 2**63, "seed", self.seed, "an integer below 2^63, as PyTorch takes")
         _check(
-            len(self.hidden) > 0 and all(isinstance(h, int) and h >= 1 for h in self.hidden),
+            isinstance(self.hidden, tuple) and len(self.hidden) > 0
+            and all(isinstance(h, int) and h >= 1 for h in self.hidden),
             "hidden", self.hidden, "one or more widths >= 1",
         )  # fmt: skip
         for name in ("gamma", "gae_lambda"):
@@ -171,6 +174,10 @@ class BLPOConfig(AgentConfig):
         )  # fmt: skip
         self._choice("solver", ("nystrom", "nystrom_pcg", "cg", "exact", "identity", "none"))
         self._choice("sketch", ("gaussian", "columns", "diagonal"))
+        _check(
+            self.sketch_every == 1 or self.solver != "nystrom_pcg", "sketch_every",
+            self.sketch_every, '1 with solver "nystrom_pcg", whose preconditioner is not kept',
+        )  # fmt: skip
         self._choice("curvature", ("ggn", "hessian"))
         self._choice("curvature_batch", ("minibatch", "rollout"))
         self._choice("outer_objective", ("return", "advantage"))
