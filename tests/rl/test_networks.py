@@ -149,10 +149,10 @@ def test_modules_that_cannot_serve_are_refused(make: Callable[[], nn.Module], me
 
 def test_frozen_parts_stay_as_they_are_made() -> None:
     def frozen() -> nn.Module:
-        net = nn.Sequential(nn.Linear(OBS, 4), nn.Linear(4, 1))
-        nn.init.ones_(net[0].weight.requires_grad_(False))
-        nn.init.zeros_(net[0].bias.requires_grad_(False))
-        return net
+        first = nn.Linear(OBS, 4).requires_grad_(False)
+        nn.init.ones_(first.weight)
+        nn.init.zeros_(first.bias)
+        return nn.Sequential(first, nn.Linear(4, 1))
 
     network = ModuleNetwork(frozen, 1, seeded(0))
     assert list(network.params) == ["1.weight", "1.bias"]
@@ -193,13 +193,13 @@ def test_the_response_of_any_critic_is_that_of_dense_matrices(curvature: str) ->
         return (batch.targets.reshape(-1) - values(flat)).square().mean()
 
     # Reverse mode alone, row by row: the solver's own products may go forward.
-    jacobian = torch.autograd.functional.jacobian(values, point)
+    jacobian = torch.autograd.functional.jacobian(values, point)  # type: ignore[no-untyped-call]
     dense = 2 / len(obs.flatten(0, -2)) * jacobian.T @ jacobian
     if curvature == "hessian":
-        dense = torch.autograd.functional.hessian(loss, point)
+        dense = torch.autograd.functional.hessian(loss, point)  # type: ignore[no-untyped-call]
     v = torch.randn(point.shape, generator=seeded(2), dtype=point.dtype)
-    config = make_config("blpo", **{**BLPO, "solver": "exact", "curvature": curvature,
-                                    "damping": 3.0})  # fmt: skip
+    config: Any = make_config("blpo", **{**BLPO, "solver": "exact", "curvature": curvature,
+                                         "damping": 3.0})  # fmt: skip
     x = torch.linalg.solve(dense + 3.0 * torch.eye(len(v), dtype=v.dtype), v)
     tree = unflatten(v, shapes)
     solved = inverse_hvp(w, batch, tree, config, value_fn=value_fn).value
