@@ -58,7 +58,7 @@ def _products(count: int, problem: Problem) -> Callable[[], object]:
 def unchecked(hvp: HVP, v: dict[str, torch.Tensor]) -> object:
     """Nyström with its ``RANK`` products and no more."""
     source = torch.Generator().manual_seed(0)
-    return hypergrad.nystrom_ihvp(hvp, v, rank=RANK, generator=source, check=False)
+    return hypergrad.solve(hvp, v, hypergrad.Nystrom(RANK, generator=source, check=False))
 
 
 def minres(hvp: HVP, v: dict[str, torch.Tensor]) -> object:

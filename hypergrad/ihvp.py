@@ -179,7 +179,6 @@ def nystrom_ihvp(
     damping: Damping = "auto",
     sketch: SketchKind = "gaussian",
     generator: torch.Generator | None = None,
-    check: bool = True,
     return_info: bool = False,
 ) -> Any:
     """(A + damping I)^-1 v with A replaced by its rank-``rank`` Nyström approximation.
@@ -198,8 +197,6 @@ def nystrom_ihvp(
         sketch: ``"gaussian"``, ``"columns"`` for uniformly drawn columns of A, ``"diagonal"``
             for columns drawn in proportion to its diagonal, or ``"structured"``.
         generator: source of the random sketch; None for torch's global one.
-        check: False leaves out the two products that check the sketch and the answer: exactly
-            ``rank`` of them for a positive operator, and no residual in the report.
         return_info: also return a :class:`hypergrad.SolveInfo`, with the damping and residual.
 
     Raises:
@@ -211,8 +208,8 @@ def nystrom_ihvp(
     there is negative curvature or rounding asks for a second pass, five where the sketch's last
     eigenvalue exceeds half the damping, ten to estimate the diagonal.  See
     :class:`hypergrad.Nystrom`, also for what :func:`hypergrad.solve` takes besides: a policy for
-    negative curvature, no complement, a known diagonal, tolerance and cap of an automatic rank;
-    to reuse a sketch, :func:`hypergrad.nystrom_sketch`.
+    negative curvature, no complement, no checks, a known diagonal, tolerance and cap of an
+    automatic rank; to reuse a sketch, :func:`hypergrad.nystrom_sketch`.
 
     Examples:
         >>> import torch, hypergrad
@@ -221,7 +218,7 @@ def nystrom_ihvp(
         >>> hypergrad.nystrom_ihvp(lambda v: a @ v, v, rank=2, damping=1.0)
         tensor([1., 1., 0., 1.])
     """
-    solver = Nystrom(rank=rank, sketch=sketch, generator=generator, check=check)
+    solver = Nystrom(rank=rank, sketch=sketch, generator=generator)
     return _one_call(hvp_fn, v, solver, damping, None, return_info)
 
 

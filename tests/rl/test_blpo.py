@@ -192,8 +192,9 @@ def test_published_cross_term_by_finite_differences(problem: Problem) -> None:
     def actor_gradient(step: float) -> Tensor:
         moved = {n: p.detach() + step * x[n] for n, p in critic.items()}
         advantages, values = naive_advantages(moved, batch)
-        losses = naive_surrogate(naive_ratio(actor, batch), advantages)
-        return flat(gradient((losses * (batch.targets - values)).mean(), actor))
+        losses = -naive_ratio(actor, batch) * advantages  # not clipped, and summed over the steps
+        surrogate = 2 * (losses * (batch.targets - values)).sum(-1)
+        return flat(gradient(surrogate.mean(), actor))
 
     difference = (actor_gradient(1e-5) - actor_gradient(-1e-5)) / 2e-5
     torch.testing.assert_close(flat(c), difference, rtol=1e-6, atol=1e-8)
