@@ -194,7 +194,7 @@ class Compare:
             if len(set(values)) < len(values):
                 words = " ".join(map(str, values))
                 raise ConfigError(f"--{flag} {words}: expected each of them once")
-        runs = {}
+        runs, taken = {}, set()
         for env in self.env:
             parent = self.run_dir / env.replace("/", "-") if len(self.env) > 1 else self.run_dir
             for algo, seed in itertools.product(self.algos, self.seeds):
@@ -203,7 +203,13 @@ class Compare:
                 own = {n: v for n, v in given.items() if n in kind.__dataclass_fields__}
                 if algo == "nested":
                     own.pop("solver", None)
+                taken |= set(own)
                 runs[parent / f"{algo}-{seed}"] = preset(algo, env, self.style, seed=seed, **own)
+        for name in given:
+            if name not in taken:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: none of {', '.join(self.algos)} has it"
+                )
         for run_dir in runs:
             if (run_dir / METRICS).exists():
                 raise HypergradRLError(
@@ -299,13 +305,6 @@ _COMMANDS: Any = functools.reduce(
         for kind in (Train, Resume, Evaluate, Watch, Export, Compare, Report, Plot)
     ],
 )
-
-
-def _as_python(flag: str, word: str) -> str:
-    """A value in Python's spelling, where it is not a string: "none" is also a solver."""
-    head, equals, value = word.rpartition("=")
-    spelled = {"none": "None", "true": "True", "false": "False"}.get(value, value)
-    return word if _FIELDS[flag][0] is str else head + equals + spelled
 
 
 def parse(words: Sequence[str]) -> tuple[Any, dict[str, Any]]:

@@ -71,7 +71,8 @@ def compare_runs(
                 f"length that all reached: --steps {min(lengths)}"
             )
         horizon = min(run.metrics["env_steps"][-1] for run in members)
-        points = min(100, *(len(run.metrics["env_steps"]) for run in members))
+        known = [int((run.metrics["env_steps"] <= horizon).sum()) for run in members]
+        points = max(1, min(100, *known))
         tasks[env] = {
             "env_steps": int(horizon),
             "algorithms": {
@@ -79,6 +80,13 @@ def compare_runs(
                 for label, runs in algorithms.items()
             },
         }
+        early = [r for r in members if r.metrics["env_steps"][-1] < r.settings["total_steps"]]
+        if early and steps is None:
+            notes.append(
+                f"{env}: {len(early)} of {len(members)} runs ended early, the first at "
+                f"{horizon:,.0f} steps; curves end there, figures are of each run's own length: "
+                "--steps compares at one length"
+            )
         notes += [note for label, runs in algorithms.items() for note in _notes(env, label, runs)]
     sizes = {len(runs) for algorithms in grouped.values() for runs in algorithms.values()}
     if any(1 < size < 5 for size in sizes):

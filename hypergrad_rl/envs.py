@@ -20,6 +20,7 @@ from hypergrad_rl.errors import (
     EnvironmentFault,
     EnvironmentNotReproducible,
     EnvironmentUnsupported,
+    HypergradRLError,
 )
 from hypergrad_rl.networks import CategoricalPolicy, GaussianPolicy, Policy
 
@@ -133,7 +134,14 @@ class VectorEnv:
     ) -> None:
         """``env_fn`` makes one environment, in place of the registered one; the id names it."""
         make = env_fn or functools.partial(make_env, env_id, render_mode)
-        self.envs = [make() for _ in range(num_envs)]
+        try:
+            self.envs = [make() for _ in range(num_envs)]
+        except HypergradRLError:
+            raise
+        except Exception as error:  # each environment has its own
+            raise EnvironmentUnsupported(
+                f"cannot make environment {env_id!r}: {type(error).__name__}: {error}"
+            ) from error
         self._describe(env_id, num_envs, self.envs[0].observation_space, self.envs[0].action_space)
 
     def _describe(

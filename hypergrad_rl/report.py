@@ -94,12 +94,12 @@ def learning_curve(
     horizon = metrics["env_steps"][-1] if horizon is None else horizon
     within = metrics["env_steps"] <= horizon
     steps, episodes = metrics["env_steps"][within], metrics["episodes"][within]
-    points = min(points, len(steps))
+    points = max(1, min(points, len(steps)))
     bins = np.ceil(steps * points / horizon).astype(int) - 1
     returns = np.nan_to_num(metrics["episode_return"][within])
     totals = np.bincount(bins, returns * episodes, points)
     counts = np.bincount(bins, episodes, points)
-    means = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
+    means = np.divide(totals, counts, out=np.full(points, np.nan), where=counts > 0)
     return horizon / points * np.arange(1, points + 1), _forward_fill(means)
 
 

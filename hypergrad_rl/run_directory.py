@@ -48,14 +48,27 @@ def load_config(run_dir: str | Path) -> Config:
         ) from error
 
 
+def check_config(run_dir: Path, config: Config) -> None:
+    """Raise RunDirectoryError unless ``run_dir`` holds a run, and one of this configuration."""
+    own = {"algo": config.algo, **dataclasses.asdict(config)}
+    saved = load_config(run_dir)
+    for name, value in {"algo": saved.algo, **dataclasses.asdict(saved)}.items():
+        if value != own.get(name):
+            raise RunDirectoryError(
+                f"{run_dir} was trained with {name}={value!r}, and the configuration has "
+                f"{own.get(name)!r}: continue it with load_config({str(run_dir)!r}), or choose "
+                "another directory"
+            )
+
+
 def load_info(run_dir: Path) -> dict[str, Any]:
     """How a run is run beside its hyper-parameters, and under "ended" why it ended, or None."""
     path = run_dir / INFO
     try:
         info: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        return dict(info)
+    except (OSError, ValueError, TypeError) as error:
         raise RunDirectoryError(f"{path} is damaged: {error}") from error
-    return info
 
 
 def check_networks(run_dir: Path, networks: Networks, parts: Sequence[str]) -> None:
@@ -143,22 +156,24 @@ class RunLog:
         if directory is None:
             return
         self.path = directory / METRICS
-        kept = self.path.read_bytes().splitlines(True)[: first + 1] if first else []
+        rows = self.path.read_bytes() if first and self.path.exists() else b""
+        kept = rows.splitlines(True)[: first + 1]
         if first and (len(kept) <= first or not kept[-1].endswith(b"\n")):
             raise RunDirectoryError(
                 f"{self.path} has fewer than the {first} rows of the checkpoint: they are lost"
             )
         write_atomically(self.path, b"".join(kept))
         self.write_header = not first
-        # Unbuffered: what a full disk refused is not tried again when the file is closed.
-        self.file = self.path.open("ab", buffering=0)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
             steps = first * config.num_envs * config.num_steps
+            with self._writing():
+                self.writer = SummaryWriter(str(directory), purge_step=steps + 1 if first else None)
             # Its thread hands an error over to the next call, and prints a traceback besides.
             self.hook, threading.excepthook = threading.excepthook, self._quiet
-            self.writer = SummaryWriter(str(directory), purge_step=steps + 1 if first else None)
+        # Unbuffered: what a full disk refused is not tried again when the file is closed.
+        self.file = self.path.open("ab", buffering=0)
         if wandb:
             self.wandb = import_wandb().init(
                 **wandb, dir=str(directory), config=dataclasses.asdict(config), resume="allow"
@@ -172,7 +187,11 @@ class RunLog:
         """
         if self.file is None:
             return
-        cells = ["" if np.isnan(value) else f"{value:.8g}" for value in row.values()]
+        # Counts as they are: eight digits do not hold them for ever.
+        cells = [
+            "" if np.isnan(v) else f"{v:d}" if isinstance(v, int) else f"{v:.8g}"
+            for v in row.values()
+        ]
         text = ",".join(cells) + "\n"
         if self.write_header:
             text, self.write_header = ",".join(row) + "\n" + text, False

@@ -48,7 +48,9 @@ class Run:
             else:
                 plain = value is None or isinstance(value, bool)
                 words += [f"--{flag}", str(value).lower() if plain else str(value)]
-        return shlex.join([*words, "--run-dir", str(self.path)])
+        goal = load_info(self.path).get("stop_at_return")
+        stop = [] if goal is None else ["--stop-at-return", str(goal)]
+        return shlex.join([*words, *stop, "--run-dir", str(self.path)])
 
 
 Tasks = dict[str, dict[str, list[Run]]]  # of each environment, the runs of each algorithm
@@ -97,7 +99,8 @@ def _read_run(directory: Path, steps: int | None) -> Run | str:
             f"{directory / 'config.json'} is damaged or no run's: expected the settings of a run "
             f"({type(error).__name__}: {error})"
         ) from error
-    if not (directory / "metrics.csv").is_file():
+    table = directory / "metrics.csv"
+    if not table.is_file() or table.read_bytes().count(b"\n") < 2:  # a header, or not even that
         return f"{directory} has made no step of {needed:,}"
     metrics = read_metrics(directory)
     unknown = {"env_steps", "seconds", "episodes", "episode_return"} - set(metrics)

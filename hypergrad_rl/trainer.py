@@ -136,8 +136,8 @@ def train(
 
     Raises:
         RunDirectoryError: ``run_dir`` already holds a run, is in use, holds none to resume, or
-            cannot be written; it was trained with networks of one's own and ``networks`` lacks
-            them. What was completed is kept.
+            cannot be written; ``config`` is not that of the run to resume; it was trained with
+            networks of one's own and ``networks`` lacks them. What was completed is kept.
         ConfigError: a module that cannot serve.
         EnvironmentUnsupported, EnvironmentFault, CheckpointError: see ``hypergrad_rl.errors``.
 
@@ -149,6 +149,8 @@ def train(
     directory = None if run_dir is None else Path(run_dir)
     if directory is None and (resume or wandb):
         raise RunDirectoryError("resume and wandb need a run directory")
+    if directory is not None and resume:
+        runs.check_config(directory, config)
     if wandb:
         runs.import_wandb()  # before anything is made
     info: dict[str, Any] = {

@@ -118,6 +118,14 @@ def test_only_the_command_line_needs_tyro() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_compare_refuses_a_flag_that_no_algorithm_has(refused: Refused, tmp_path: Path) -> None:
+    for algos, flag in ((["ppo"], "--rank"), (["ppo", "nested"], "--solver")):
+        value = "3" if flag == "--rank" else "cg"
+        words = ["compare", "--algos", *algos, flag, value, "--run-dir", str(tmp_path / "x")]
+        assert f"{flag}: none of {', '.join(algos)} has it" in refused(*words)
+    assert not (tmp_path / "x").exists()
+
+
 def test_flags_reach_the_configuration(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert main(["train", *QUICK, "--compile=false", "--correction_bound", "none", "--solver",

@@ -168,6 +168,14 @@ def test_environments_from_a_function() -> None:
     assert [length for _, _, length in steps[-1].ended] == [4, 4]
 
 
+def test_an_environment_that_cannot_be_made() -> None:
+    def broken() -> gym.Env[Any, Any]:
+        raise RuntimeError("no display")
+
+    with pytest.raises(EnvironmentUnsupported, match="'a walk': RuntimeError: no display"):
+        VectorEnv("a walk", 2, env_fn=broken)
+
+
 def test_ids_that_name_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = "gymnasium.envs.classic_control:CartPoleEnv"
     (tmp_path / "walks.py").write_text(

@@ -454,3 +454,38 @@ def test_plot_draws_from_run_directories(
     assert "cannot draw" in capsys.readouterr().err
     assert main(["plot", str(tmp_path / "nowhere")]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_run_without_a_whole_row_is_unfinished(tmp_path: Path) -> None:
+    """As one that compiles, or was killed before its first update ended."""
+    write_runs(tmp_path, "ppo", [400, 410])
+    for i, text in enumerate(["", "update,env_steps,seconds,episodes,episode_return\n"]):
+        begun = write_run(tmp_path / f"begun-{i}", "ppo", 7 + i, 400)
+        (begun / "metrics.csv").write_text(text)
+    runs, left_out = find_runs([tmp_path])
+    assert len(runs) == 2
+    assert [text.split(" has ")[1] for text in left_out] == ["made no step of 10,240"] * 2
+
+
+def test_runs_that_ended_early_are_told_of(tmp_path: Path) -> None:
+    write_runs(tmp_path, "ppo", [400, 410])
+    early = write_run(tmp_path / "early", "ppo", 2, 480, updates=5)
+    (early / "run_info.json").write_text('{"ended": "480 >= 475", "stop_at_return": 475.0}')
+    results = compare_runs([tmp_path], bootstrap=FAST)
+    assert results["notes"][0].startswith(
+        "CartPole-v1: 1 of 3 runs ended early, the first at 2,560 steps"
+    )
+    _, given = parse(shlex.split(find_runs([early])[0][0].command)[3:])
+    assert "--stop-at-return 475.0" in find_runs([early])[0][0].command
+    assert given["total_steps"] == ROLLOUT * 20
+    assert not any("early" in n for n in compare_runs([tmp_path], steps=2560)["notes"])
+
+
+def test_curves_of_runs_with_longer_rollouts(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "ppo", 0, 400, updates=3, total_steps=1500)
+    longer = write_run(tmp_path / "b", "ppo", 1, 400, updates=1, total_steps=1500, num_steps=512)
+    text = (longer / "metrics.csv").read_text()
+    (longer / "metrics.csv").write_text(text.replace("1,512,", "1,2048,"))
+    task = compare_runs([tmp_path], mix=["num_steps"], bootstrap=FAST)["tasks"]["CartPole-v1"]
+    assert task["env_steps"] == 1536
+    assert task["algorithms"]["ppo"]["curve"]["iqm"] == [None]  # b has made no step by then

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from hypergrad_rl import (
     trainer,
 )
 from hypergrad_rl.checkpoint import load_checkpoint, save_checkpoint
-from hypergrad_rl.run_directory import held
+from hypergrad_rl.run_directory import RunLog, held
 
 SMALL: dict[str, Any] = {
     "num_envs": 2, "num_steps": 32, "epochs": 1, "hidden": (8, 8), "total_steps": 64 * 12,
@@ -372,3 +373,40 @@ def test_resume_keeps_the_goal_and_a_run_that_ended_is_left_alone(tmp_path: Path
     again = train(config, tmp_path / "run", resume=True)
     assert (again.metrics, again.ended) == ([], whole.ended)
     assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_only_a_run_of_this_configuration_is_continued(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        train(CONFIGS[2], tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+    train(CONFIGS[2], tmp_path / "run")
+    other = dataclasses.replace(CONFIGS[2], learning_rate=0.5)
+    with pytest.raises(RunDirectoryError, match=r"learning_rate=0.00025, .* has 0\.5"):
+        train(other, tmp_path / "run", resume=True)
+    with pytest.raises(RunDirectoryError, match=r"algo='ppo', .* has 'blpo'"):
+        train(CONFIGS[1], tmp_path / "run", resume=True)
+    (tmp_path / "run" / "run_info.json").write_text("3")
+    with pytest.raises(RunDirectoryError, match=r"run_info.json is damaged"):
+        train(CONFIGS[2], tmp_path / "run", resume=True)
+    (tmp_path / "run" / "run_info.json").unlink()
+    (tmp_path / "run" / "metrics.csv").unlink()
+    with pytest.raises(RunDirectoryError, match="fewer than the 12 rows"):
+        train(CONFIGS[2], tmp_path / "run", resume=True)
+
+
+def test_events_that_cannot_be_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    hook = threading.excepthook
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+    with pytest.raises(RunDirectoryError, match="No space left on device"):
+        RunLog(tmp_path, CONFIGS[2], 0, True, None)
+    assert threading.excepthook is hook
+
+
+def test_counts_are_written_in_full(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, CONFIGS[2], 0, False, None)
+    log.write({"update": 1, "env_steps": 1_234_567_891, "loss": 1 / 3})
+    log.close()
+    assert (tmp_path / "metrics.csv").read_text().split("\n")[1] == "1,1234567891,0.33333333"
