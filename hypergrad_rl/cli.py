@@ -194,7 +194,8 @@ class Compare:
             if len(set(values)) < len(values):
                 words = " ".join(map(str, values))
                 raise ConfigError(f"--{flag} {words}: expected each of them once")
-        runs, taken = {}, set()
+        runs: dict[Path, Config] = {}
+        taken: set[str] = set()
         for env in self.env:
             parent = self.run_dir / env.replace("/", "-") if len(self.env) > 1 else self.run_dir
             for algo, seed in itertools.product(self.algos, self.seeds):

@@ -57,6 +57,7 @@ class TrainedPolicy(torch.nn.Module):
 
     def forward(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
         """The most likely actions; with ``noise`` of the policy, drawn ones."""
+        obs = obs.float()  # as in training; booleans too
         obs = obs.reshape(*obs.shape[: obs.dim() - len(self.shape)], math.prod(self.shape))
         if hasattr(self, "mean"):
             obs = ((obs - self.mean) / self.std).clamp(-NORMALIZED_LIMIT, NORMALIZED_LIMIT)

@@ -65,8 +65,7 @@ def load_info(run_dir: Path) -> dict[str, Any]:
     """How a run is run beside its hyper-parameters, and under "ended" why it ended, or None."""
     path = run_dir / INFO
     try:
-        info: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        return dict(info)
+        return dict(json.loads(path.read_text()) if path.exists() else {})
     except (OSError, ValueError, TypeError) as error:
         raise RunDirectoryError(f"{path} is damaged: {error}") from error
 
