@@ -20,7 +20,7 @@ from hypergrad_rl.errors import ConfigError, EnvironmentUnsupported, RunDirector
 from hypergrad_rl.functional import shapes_of
 from hypergrad_rl.networks import DEFAULT_NETWORKS, Networks
 from hypergrad_rl.rollout import NORMALIZED_LIMIT
-from hypergrad_rl.run_directory import CHECKPOINT, check_networks, load_config
+from hypergrad_rl.run_directory import CHECKPOINT, check_environment, check_networks, load_config
 from hypergrad_rl.trainer import EnvFn
 
 MAX_FPS = 25  # of pictures: half of what CartPole is stepped at, for half the file
@@ -77,8 +77,12 @@ def _load(
 ) -> tuple[VectorEnv, TrainedPolicy]:
     config = load_config(run_dir)
     check_networks(Path(run_dir), networks, ["actor"])
+    check_environment(Path(run_dir), env_fn)
     state = load_checkpoint(Path(run_dir) / CHECKPOINT)
-    env = make_vector_env(config.env, num_envs, env_fn=env_fn, render_mode=render_mode)
+    # Pictures are Gymnasium's to draw, and array code has no environments.
+    pool = config.env_backend == "envpool" and render_mode is None
+    backend = "envpool" if pool else "gymnasium"
+    env = make_vector_env(config.env, num_envs, backend, render_mode, env_fn)
     env.policy.network.make_module = networks.actor
     actor = env.policy.init(env.obs_dim, config.hidden, torch.Generator())
     check_parameters("actor", state["agent"]["actor"], shapes_of(actor))
@@ -228,6 +232,8 @@ def watch(
     if path.suffix not in (".gif", ".mp4"):
         raise ConfigError(f"{path}: expected a name that ends in .gif or .mp4")
     env, policy = _load(run_dir, env_fn, networks, render_mode="rgb_array")
+    if not hasattr(env, "envs"):
+        raise EnvironmentUnsupported(f"{env.env_id} is simulated without pictures")
     returns: list[float] = []
     pictures: list[Any] = []
     fps = env.envs[0].metadata.get("render_fps", 30)
@@ -278,5 +284,5 @@ def _write_pictures(path: Path, pictures: list[Any], fps: float) -> None:
 
 def _at_least(**values: tuple[int, int]) -> None:
     for name, (value, least) in values.items():
-        if value < least:
-            raise ConfigError(f"{name}={value}: expected an integer >= {least}")
+        if not least <= value < 2**63:
+            raise ConfigError(f"{name}={value}: expected an integer >= {least} and below 2^63")

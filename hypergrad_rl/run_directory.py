@@ -83,6 +83,15 @@ def check_networks(run_dir: Path, networks: Networks, parts: Sequence[str]) -> N
             )
 
 
+def check_environment(run_dir: Path, env_fn: object) -> None:
+    """Raise RunDirectoryError for a run on environments of one's own without their function."""
+    if env_fn is None and load_info(run_dir).get("own_environment", False):
+        raise RunDirectoryError(
+            f"{run_dir} was trained on environments of one's own, which its config.json only "
+            "names: give, from Python, the env_fn= that train was called with"
+        )
+
+
 @contextlib.contextmanager
 def held(directory: Path) -> Iterator[None]:
     """Make and hold a directory: the operating system lets go of it however the process ends.

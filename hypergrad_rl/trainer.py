@@ -151,12 +151,14 @@ def train(
         raise RunDirectoryError("resume and wandb need a run directory")
     if directory is not None and resume:
         runs.check_config(directory, config)
+        runs.check_environment(directory, env_fn)
     if wandb:
         runs.import_wandb()  # before anything is made
     info: dict[str, Any] = {
         "ended": None,
         "stop_at_return": stop_at_return,
         "own_networks": networks.own,
+        "own_environment": env_fn is not None,
         "wandb": wandb and {"project": wandb, "name": str(run_dir), "id": uuid.uuid4().hex},
     }
     before = torch.get_num_threads()

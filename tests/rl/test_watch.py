@@ -14,6 +14,7 @@ from PIL import Image
 from hypergrad_rl import (
     ConfigError,
     EnvironmentUnsupported,
+    RunDirectoryError,
     evaluate,
     export,
     load_policy,
@@ -79,6 +80,10 @@ def test_episodes_become_a_gif(walk: Path) -> None:
         assert gif.info["duration"] == 40  # every second of 50 pictures a second
         assert gif.n_frames == 9  # type: ignore[attr-defined]
     assert evaluate(walk, 2, env_fn=Walk) == [9.0, 9.0]
+    with pytest.raises(RunDirectoryError, match="environments of one's own"):
+        evaluate(walk, 2)  # the registered environment of that name is another
+    with pytest.raises(ConfigError, match=r"below 2\^63"):
+        evaluate(walk, 2, seed=2**70, env_fn=Walk)
 
 
 def test_what_cannot_be_drawn_is_said(
