@@ -200,7 +200,7 @@ def test_a_checkpoint_of_other_networks(refused: Refused, tmp_path: Path) -> Non
     for name, flags in (("a", []), ("b", ["--hidden", "4"])):
         assert main([*PPO, *flags, "--run-dir", str(tmp_path / name)]) == 0
     (tmp_path / "a" / "checkpoint.safetensors").replace(tmp_path / "b" / "checkpoint.safetensors")
-    assert "config.json is not that of this run" in refused("resume", str(tmp_path / "b"))
+    assert "expected the config.json and the networks" in refused("resume", str(tmp_path / "b"))
 
 
 @pytest.mark.parametrize(

@@ -143,12 +143,9 @@ def test_eager_and_compiled_agree_after_100_updates(arm: str, actions: str) -> N
 
 
 @pytest.mark.filterwarnings(INNER_DEPRECATIONS)
-def test_without_a_compiler_there_is_one_warning_and_the_eager_result(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_a_compiler_there_is_one_warning_and_the_eager_result() -> None:
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
     torch._dynamo.reset()
 
     def function(x: Tensor) -> Tensor:
@@ -156,7 +153,11 @@ def test_without_a_compiler_there_is_one_warning_and_the_eager_result(
 
     x = torch.ones(3)
     compiled = Compiled(function, "inductor")
-    with pytest.warns(RuntimeWarning, match="updates run uncompiled, with equal results"):
+    # Not pytest's monkeypatch: to undo it, that deletes the setting.
+    with (
+        inductor.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.warns(RuntimeWarning, match="updates run uncompiled, with equal results"),
+    ):
         assert torch.equal(compiled(x), function(x))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -19,7 +19,7 @@ from benchmarks.tabular import ACTIONS, GAMMA, LAMBDA, STATES, TabularMDP
 from hypergrad_rl import BLPOConfig
 from hypergrad_rl import hypergradient as pieces
 from hypergrad_rl.advantages import gae
-from hypergrad_rl.networks import CategoricalPolicy, Params, critic_value
+from hypergrad_rl.networks import CategoricalPolicy, Params
 from hypergrad_rl.objectives import cross_term_weights
 from hypergrad_rl.rollout import Batch, Rollout, make_batch
 
@@ -117,10 +117,10 @@ def gamma_alone(mode: str, matrix: Tensor, *rest: Tensor) -> Tensor:
     return cross_term_weights(mode, matrix * LAMBDA ** -lag.to(F64), *rest)
 
 
-def detached(critic: Params, batch: Batch, gamma: float) -> tuple[Tensor, Tensor]:
+def detached(critic: Params, batch: Batch, gamma: float, value_fn: Any) -> tuple[Tensor, Tensor]:
     """Advantages that bootstrap from values the critic's gradient does not reach."""
-    values = critic_value(critic, batch.obs)
-    next_values = critic_value(critic, batch.next_obs).detach()
+    values = value_fn(critic, batch.obs)
+    next_values = value_fn(critic, batch.next_obs).detach()
     return gae(batch.matrix, batch.rewards, values, next_values, batch.terminated, gamma), values
 
 
