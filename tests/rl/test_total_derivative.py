@@ -117,7 +117,9 @@ def gamma_alone(mode: str, matrix: Tensor, *rest: Tensor) -> Tensor:
     return cross_term_weights(mode, matrix * LAMBDA ** -lag.to(F64), *rest)
 
 
-def detached(critic: Params, batch: Batch, gamma: float, value_fn: Any) -> tuple[Tensor, Tensor]:
+def detached(
+    critic: Params, batch: Batch, gamma: float, value_fn: Any = critic_value
+) -> tuple[Tensor, Tensor]:
     """Advantages that bootstrap from values the critic's gradient does not reach."""
     values = value_fn(critic, batch.obs)
     next_values = value_fn(critic, batch.next_obs).detach()
