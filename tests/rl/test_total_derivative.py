@@ -19,7 +19,7 @@ from benchmarks.tabular import ACTIONS, GAMMA, LAMBDA, STATES, TabularMDP
 from hypergrad_rl import BLPOConfig
 from hypergrad_rl import hypergradient as pieces
 from hypergrad_rl.advantages import gae
-from hypergrad_rl.networks import CategoricalPolicy, Params
+from hypergrad_rl.networks import CategoricalPolicy, Params, critic_value
 from hypergrad_rl.objectives import cross_term_weights
 from hypergrad_rl.rollout import Batch, Rollout, make_batch
 
