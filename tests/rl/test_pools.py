@@ -163,6 +163,7 @@ def test_envpool_itself_truncates_and_goes_on() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # compiling takes minutes
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # Brax's own
 def test_brax_is_restored_to_the_last_bit() -> None:
     pytest.importorskip("brax")
     env, again = (make_vector_env("brax/inverted_pendulum", 2) for _ in range(2))
