@@ -131,7 +131,13 @@ def test_the_update_is_one_graph_with_the_eager_result(arm: str, actions: str) -
 @pytest.mark.filterwarnings(INNER_DEPRECATIONS)
 @pytest.mark.parametrize(
     ("arm", "actions"),
-    [("ppo", "discrete"), ("nested", "continuous"), ("blpo", "discrete"), ("cg", "continuous")],
+    [
+        ("ppo", "discrete"),
+        ("nested", "continuous"),
+        ("blpo", "discrete"),
+        ("cg", "continuous"),
+        ("paper", "discrete"),  # whose mean over a single trajectory once crashed
+    ],
 )
 def test_eager_and_compiled_agree_after_100_updates(arm: str, actions: str) -> None:
     settings = {"num_steps": 16, "hidden": (8, 8)}
