@@ -222,19 +222,25 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """Compare finished runs, from their directories."""
+class _Finished:
+    """What is compared, and how it is told apart."""
 
     runs: Positional[tuple[Path, ...]]
     """run directories, or directories of some"""
-    output: Path | None = None
-    """a directory; default: RUNS where it is one directory of runs, runs/report otherwise"""
     by: UseAppendAction[tuple[str, ...]] = ()
     """a setting that tells variants of an algorithm apart"""
     mix: UseAppendAction[tuple[str, ...]] = ()
     """a setting that may differ within an algorithm"""
     steps: int | None = None
     """read every run only up to here"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(_Finished):
+    """Compare finished runs, from their directories."""
+
+    output: Path | None = None
+    """a directory; default: RUNS where it is one directory of runs, runs/report otherwise"""
     range: Annotated[
         UseAppendAction[tuple[tuple[str, str, str], ...]], arg(metavar="ENV LOW HIGH")
     ] = ()
@@ -250,19 +256,11 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plot:
+class Plot(_Finished):
     """Draw learning curves anew, from run directories."""
 
-    runs: Positional[tuple[Path, ...]]
-    """run directories, or directories of some"""
     output: Path | None = None
     """a .png, .pdf or .svg; default: learning_curve.png in a run, else comparison.png"""
-    by: UseAppendAction[tuple[str, ...]] = ()
-    """a setting that tells variants of an algorithm apart"""
-    mix: UseAppendAction[tuple[str, ...]] = ()
-    """a setting that may differ within an algorithm"""
-    steps: int | None = None
-    """read every run only up to here"""
 
     def _do(self, given: dict[str, Any], line: str) -> None:
         from hypergrad_rl.comparison import compare_runs
