@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class Agent(ABC):
     def make_batch(self, rollout: Rollout) -> Batch:
         """The rollout with what stays fixed while the agent improves on it."""
         config = self.config
+        if not config.bootstrap_truncated:
+            rollout = replace(rollout, terminated=rollout.done)
         return make_batch(
             self.policy, self.actor, self.critic, rollout, config.gamma, config.gae_lambda,
             self.value_fn,

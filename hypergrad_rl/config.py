@@ -36,6 +36,9 @@ class AgentConfig(ABC):
     hidden: tuple[int, ...] = (64, 64)
     normalize_observations: bool = False
     normalize_rewards: bool = False
+    # What follows an episode that a time limit cut counts by the critic's estimate; False: for
+    # nothing, as if it had terminated.
+    bootstrap_truncated: bool = True
     # "tensor": the environment's physics as array code (CartPole-v1, Acrobot-v1; without
     # normalisation), which "auto" takes where it can.
     env_backend: Literal["auto", "gymnasium", "tensor", "envpool"] = "auto"
@@ -60,6 +63,7 @@ class AgentConfig(ABC):
         for name in ("clip", "learning_rate", "critic_learning_rate", "adam_eps"):
             self._positive(name)
         self._number("entropy_bonus", lambda v: v >= 0, "a number >= 0")
+        self._switch("bootstrap_truncated")
         self._choice("env_backend", ("auto", "gymnasium", "tensor", "envpool"))
         ok = isinstance(self.compile, bool) or self.compile == "auto"
         _check(ok, "compile", self.compile, 'True, False or "auto"')
@@ -91,6 +95,10 @@ class AgentConfig(ABC):
 
     def _positive(self, name: str) -> None:
         self._number(name, lambda v: v > 0, "a number > 0")
+
+    def _switch(self, name: str) -> None:
+        value = getattr(self, name)
+        _check(isinstance(value, bool), name, value, "True or False")
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
@@ -184,8 +192,7 @@ class BLPOConfig(AgentConfig):
         self._choice("cross_term", ("suffix", "full", "paper"))
         if self.damping != "auto":
             self._number("damping", lambda v: v > 0, 'a number > 0 or "auto"')
-        ok = isinstance(self.redraw_sketch, bool)
-        _check(ok, "redraw_sketch", self.redraw_sketch, "True or False")
+        self._switch("redraw_sketch")
         for name in ("cg_rtol", "sketch_shift"):
             self._number(name, lambda v: v >= 0, "a number >= 0")
         if self.correction_bound is not None:

@@ -23,10 +23,11 @@ class Arm:
 
 
 #: The published update (arXiv 2505.11714), where all else is a default; its bound is a task's own.
-#: As in the public code, the core of the sketch is shifted by 1, and the columns are drawn once.
+#: As in the public code, a time limit ends an episode like any other end, the core of the sketch is
+#: shifted by 1, and the columns are drawn once.
 PUBLISHED: dict[str, Any] = {
     "cross_term": "paper", "outer_objective": "advantage", "curvature": "hessian",
-    "damping": 50.0, "nested_steps": 10,
+    "damping": 50.0, "nested_steps": 10, "bootstrap_truncated": False,
 }  # fmt: skip
 COLUMNS = {"sketch": "columns", "rank": 5, "sketch_shift": 1.0, "redraw_sketch": False}
 BOUNDS = {"CartPole-v1": 1.4, "Acrobot-v1": 0.5}

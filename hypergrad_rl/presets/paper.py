@@ -21,12 +21,21 @@ _BLPO: dict[str, Any] = {
     "cg_rtol": 0.0,
 }
 
+# Their environments do not tell a time limit from an end, and neither do these runs.
+_COMMON: dict[str, Any] = {"bootstrap_truncated": False}
+
 # A minibatch is one environment's trajectory, so there are as many as environments. Of PPO no more
 # is known than a critic rate below BLPO's, annealing and clipping: one rate for both networks, the
 # number of minibatches and the entropy bonus are the usual ones (Huang et al. 2022).
-_DISCRETE: dict[str, Any] = {"num_envs": 4, "num_steps": 128, "learning_rate": 2.5e-4}
+_DISCRETE: dict[str, Any] = {
+    **_COMMON,
+    "num_envs": 4,
+    "num_steps": 128,
+    "learning_rate": 2.5e-4,
+}
 _DISCRETE_PPO = {"critic_learning_rate": 2.5e-4, "num_minibatches": 4, "entropy_bonus": 0.01}
 _CONTINUOUS: dict[str, Any] = {
+    **_COMMON,
     "num_envs": 32,
     "num_steps": 640,
     "learning_rate": 3e-4,

@@ -24,6 +24,7 @@ from hypergrad_rl.errors import (
 )
 from hypergrad_rl.report import read_metrics, summarize, to_metrics
 from hypergrad_rl.rollout import Collector
+from hypergrad_rl.trainer import make_agent
 
 ALGOS = ("ppo", "nested", "blpo")
 
@@ -103,6 +104,28 @@ def test_terminations_are_told_from_time_limits(countdown: Callable[..., str]) -
     rollout, _ = collector.collect(env.policy.init(1, (4,), torch.Generator()))
     assert torch.equal(rollout.terminated, rollout.done)
     assert rollout.terminated[0].tolist() == [False, True] * 3 + [False]
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_time_limits_are_bootstrapped_unless_refused(
+    bootstrap: bool, countdown: Callable[..., str]
+) -> None:
+    settings = {"num_minibatches": 2, "bootstrap_truncated": bootstrap}
+    collector, _ = collector_of(countdown(limit=3), **settings)
+    config = collector.config
+    assert isinstance(config, PPOConfig)
+    agent = make_agent(config, collector, collector.generator)
+    batch = agent.make_batch(collector.collect(agent.actor)[0])
+    after = agent.value_fn(agent.critic, batch.next_obs)
+    assert batch.done.sum() == 4
+    assert (after.abs() > 0.01).all()
+    # The last step of an episode has no summand of later steps.
+    expected = batch.rewards + config.gamma * after * bootstrap
+    torch.testing.assert_close(batch.targets[batch.done], expected[batch.done])
+    assert batch.terminated.any() == (not bootstrap)
+    # A rollout that ends within an episode is bootstrapped always.
+    goes_on = batch.rewards[:, -1] + config.gamma * after[:, -1]
+    torch.testing.assert_close(batch.targets[:, -1], goes_on)
 
 
 def test_a_nan_reward_stops_training_with_a_message(
