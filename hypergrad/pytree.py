@@ -364,7 +364,9 @@ def powers_of_two(norms: Tensor) -> Tensor:
 
     Scaling by it is exact, so the answer for 2^k v is 2^k times the answer for v, to the bit.
     """
-    _, exponents = torch.frexp(norms)
     limit = 1000 if norms.dtype == torch.float64 else 120  # keep 2^-e itself representable
-    exponents = exponents.clamp(-limit, limit)
-    return torch.where(norms > 0, torch.ldexp(torch.ones_like(norms), exponents), 1.0)
+    norms_in_range = norms.clamp(2.0 ** (-limit - 1), 2.0 ** (limit - 1))
+    # The quotient of a number and its mantissa is exact. Of the exponents, which are integers,
+    # PyTorch 2.13 makes code that does not compile where float32 and float64 meet.
+    mantissas, _ = torch.frexp(norms_in_range)
+    return torch.where(norms > 0, norms_in_range / mantissas, 1.0)

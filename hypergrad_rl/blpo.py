@@ -32,7 +32,7 @@ from torch import Tensor
 from hypergrad_rl.agent import Agent, mean_stats
 from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import BLPOConfig
-from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
+from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, gradient, unflatten
 from hypergrad_rl.hypergradient import (
     combine,
     correction,
@@ -40,7 +40,7 @@ from hypergrad_rl.hypergradient import (
     direct_gradient,
     follower_gradient,
 )
-from hypergrad_rl.inverse import Sketch, draw_sketch
+from hypergrad_rl.inverse import Sketch, draw_sketch, ritz_extremes
 from hypergrad_rl.networks import Params
 from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch, Rollout
@@ -69,12 +69,16 @@ class BLPO(Agent):
         config = self.config
         whole = self.make_batch(rollout)
         tensors = whole.tensors()
-        rates = torch.tensor(
-            [config.learning_rate, config.critic_learning_rate], dtype=torch.float64
-        )
+        minibatches = config.epochs * config.num_envs // config.envs_per_minibatch
+        nested = config.nested_steps
+        steps = adam_scales(self.actor_state.step, config.learning_rate, minibatches)
+        nested_steps = adam_scales(
+            self.critic_state.step, config.critic_learning_rate, minibatches * nested
+        ).split(nested)
         num_params = self.critic_state.params.numel()
         stats: list[dict[str, Tensor]] = []
         sketch: Tensor | Sketch | None = None
+        multiplied: tuple[Tensor, Tensor] | None = None
         for _ in range(config.epochs):
             order = torch.randperm(config.num_envs, generator=self.generator)
             for envs in torch.split(order, config.envs_per_minibatch):
@@ -82,11 +86,16 @@ class BLPO(Agent):
                     system = order if config.curvature_batch == "rollout" else envs
                     num_samples = len(system) * config.num_steps
                     sketch = draw_sketch(config, num_samples, num_params, self.generator)
-                self.actor_state, self.critic_state, sketch, entry = self._minibatch(
-                    self.actor_state, self.critic_state, tensors, envs, sketch, rates
-                )
+                self.actor_state, self.critic_state, sketch, multiplied, entry = self._minibatch(
+                    self.actor_state, self.critic_state, tensors, envs, sketch,
+                    steps[len(stats)], nested_steps[len(stats)],
+                )  # fmt: skip
                 stats.append(entry)
-        return mean_stats(stats, whole)
+        means = mean_stats(stats, whole)
+        if multiplied is not None:  # of the last minibatch: it takes as long as a critic's step
+            smallest, largest = ritz_extremes(*multiplied)
+            means |= {"curvature_smallest": smallest.item(), "curvature_largest": largest.item()}
+        return means
 
     # The parts of a minibatch update are pure functions, of flat states and tensors alone.
 
@@ -97,14 +106,18 @@ class BLPO(Agent):
         tensors: tuple[Tensor, ...],
         envs: Tensor,
         sketch: Tensor | Sketch | None,
-        rates: Tensor,
-    ) -> tuple[AdamState, AdamState, Sketch | None, dict[str, Tensor]]:
+        step: Tensor,
+        nested_steps: Tensor,
+    ) -> tuple[
+        AdamState, AdamState, Sketch | None, tuple[Tensor, Tensor] | None, dict[str, Tensor]
+    ]:
         """The states after one minibatch, which is the trajectories ``envs``, and statistics.
 
-        Between them the sketch, if the next minibatch is to take it over.
+        Between them the sketch, if the next minibatch is to take it over, and what the solver has
+        multiplied, with the products.
         """
-        config, c, kept = self.config, None, None
-        critic, d, v, stats = self._fit(actor, critic, tensors, envs, rates)
+        config, c, kept, multiplied = self.config, None, None, None
+        critic, d, v, stats = self._fit(actor, critic, tensors, envs, nested_steps)
         if config.solver != "none":
             theta = unflatten(actor.params, self.actor_shapes)
             w = unflatten(critic.params, self.critic_shapes)
@@ -115,8 +128,9 @@ class BLPO(Agent):
                 self.policy, theta, w, v, batch, config, sketch, part, self.value_fn
             )
             stats, kept = stats | solved.stats, solved.sketch
-        actor, comparison = self._lead(actor, d, c, rates)
-        return actor, critic, kept, stats | comparison
+            multiplied = solved.vectors, solved.products
+        actor, comparison = self._lead(actor, d, c, step)
+        return actor, critic, kept, multiplied, stats | comparison
 
     def _fit_critic(
         self,
@@ -124,7 +138,7 @@ class BLPO(Agent):
         critic: AdamState,
         tensors: tuple[Tensor, ...],
         envs: Tensor,
-        rates: Tensor,
+        nested_steps: Tensor,
     ) -> tuple[AdamState, Params, Params, dict[str, Tensor]]:
         """The nested critic steps, then d and v under the critic that they lead to."""
         config, batch = self.config, Batch.of(tensors, envs)
@@ -132,9 +146,9 @@ class BLPO(Agent):
         def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
             return value_loss(self.value_fn(w, batch.obs), batch.targets), {}
 
-        for _ in range(config.nested_steps):
+        for step in nested_steps.unbind():
             grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
-            critic = adam(critic, flatten(grads), rates[1], config.adam_eps)
+            critic = adam_step(critic, flatten(grads), step, config.adam_eps)
         theta = unflatten(actor.params, self.actor_shapes)
         w = unflatten(critic.params, self.critic_shapes)
         advantages, _ = critic_advantages(w, batch, config.gamma, self.value_fn)
@@ -149,11 +163,11 @@ class BLPO(Agent):
         return critic, d, v, {**stats, "value_loss": loss}
 
     def _step_actor(
-        self, actor: AdamState, d: Params, c: Params | None, rates: Tensor
+        self, actor: AdamState, d: Params, c: Params | None, step: Tensor
     ) -> tuple[AdamState, dict[str, Tensor]]:
         """One step of the actor along d - c, c within its bound."""
-        step = d
+        direction = d
         stats: dict[str, Tensor] = {}
         if c is not None:
-            step, stats = combine(d, c, self.config.correction_bound)
-        return adam(actor, flatten(step), rates[0], self.config.adam_eps), stats
+            direction, stats = combine(d, c, self.config.correction_bound)
+        return adam_step(actor, flatten(direction), step, self.config.adam_eps), stats

@@ -10,7 +10,7 @@ from torch import Tensor
 from hypergrad_rl.agent import Agent, mean_stats
 from hypergrad_rl.compiled import Compiled
 from hypergrad_rl.config import PPOConfig
-from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
+from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, gradient, unflatten
 from hypergrad_rl.hypergradient import direct_gradient
 from hypergrad_rl.networks import Params
 from hypergrad_rl.objectives import value_loss
@@ -48,18 +48,22 @@ class PPO(Agent):
         config = self.config
         batch = self.make_batch(rollout)
         tensors = batch.flatten().tensors()
-        rates = torch.tensor(
-            [config.learning_rate, config.critic_learning_rate], dtype=torch.float64
+        left = 1 - progress if config.anneal else 1.0
+        minibatches = config.epochs * config.num_minibatches
+        actor_steps = adam_scales(
+            self.actor_state.step, left * config.learning_rate, minibatches
         )
-        if config.anneal:
-            rates = rates * (1 - progress)
+        critic_steps = adam_scales(
+            self.critic_state.step, left * config.critic_learning_rate, minibatches
+        )
         size, stats = rollout.rewards.numel(), []
         for _ in range(config.epochs):
             order = torch.randperm(size, generator=self.generator)
             for rows in order.tensor_split(config.num_minibatches):
                 self.actor_state, self.critic_state, entry = self._minibatch(
-                    self.actor_state, self.critic_state, tensors, rows, rates
-                )
+                    self.actor_state, self.critic_state, tensors, rows,
+                    actor_steps[len(stats)], critic_steps[len(stats)],
+                )  # fmt: skip
                 stats.append(entry)
         return mean_stats(stats, batch)
 
@@ -69,7 +73,8 @@ class PPO(Agent):
         critic: AdamState,
         tensors: tuple[Tensor, ...],
         rows: Tensor,
-        rates: Tensor,
+        actor_step: Tensor,
+        critic_step: Tensor,
     ) -> tuple[AdamState, AdamState, dict[str, Tensor]]:
         """The states after one minibatch, which is the samples ``rows``: a pure function."""
         config, b = self.config, Batch.of(tensors, rows)
@@ -86,8 +91,8 @@ class PPO(Agent):
         grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
         # Separately: clipped together, the critic's large gradients would shrink the actor's to
         # below Adam's epsilon while the values are still far off.
-        actor = adam(actor, self._clipped(flatten(d)), rates[0], config.adam_eps)
-        critic = adam(critic, self._clipped(flatten(grads)), rates[1], config.adam_eps)
+        actor = adam_step(actor, self._clipped(flatten(d)), actor_step, config.adam_eps)
+        critic = adam_step(critic, self._clipped(flatten(grads)), critic_step, config.adam_eps)
         return actor, critic, {**stats, "value_loss": loss}
 
     def _clipped(self, grad: Tensor) -> Tensor:
