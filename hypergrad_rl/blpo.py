@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_rl.agent import Agent
-from hypergrad_rl.compiled import Compiled
+from hypergrad_rl.compiled import Compiled, fold
 from hypergrad_rl.config import BLPOConfig
 from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, gradient, unflatten
 from hypergrad_rl.hypergradient import (
@@ -151,9 +151,13 @@ class BLPO(Agent):
         def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
             return value_loss(self.value_fn(w, batch.obs), batch.targets), {}
 
-        for step in nested_steps.unbind():
+        def nested(state: Any, row: tuple[Tensor]) -> tuple[Any, Tensor]:
+            critic = AdamState(*state)
             grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
-            critic = adam_step(critic, flatten(grads), step, config.adam_eps)
+            return tuple(adam_step(critic, flatten(grads), row[0], config.adam_eps)), loss
+
+        state, losses = fold(nested, tuple(critic), (nested_steps,))
+        critic, loss = AdamState(*state), losses[-1]
         theta = unflatten(actor.params, self.actor_shapes)
         w = unflatten(critic.params, self.critic_shapes)
         advantages, _ = critic_advantages(w, batch, config.gamma, self.value_fn)

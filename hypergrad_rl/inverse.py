@@ -70,7 +70,8 @@ class Solved(NamedTuple):
         stats: ``ihvp_relative_residual``, |v - (H + damping I) x| / |v| by a product with H
             itself; ``damping`` where that is found automatically.
         sketch: the sketch that was used, if one is to be kept.
-        vectors: the last ``RITZ_VECTORS`` that the solve has multiplied, and no others.
+        vectors: the last ``RITZ_VECTORS`` that the solve has multiplied, after zeros where they
+            were fewer.
         products: theirs with H, for :func:`ritz_extremes`.
     """
 
@@ -234,8 +235,13 @@ def _solve(
     if config.damping == "auto":
         stats["damping"] = torch.tensor(damping, dtype=v.dtype)
     kept = sketch if config.sketch_every > 1 and isinstance(sketch, Sketch) else None
-    vectors, products = torch.cat(curvature.vectors), torch.cat(curvature.products)
-    return Solved(x, stats, kept, vectors[-RITZ_VECTORS:], products[-RITZ_VECTORS:])
+    return Solved(x, stats, kept, _last(curvature.vectors), _last(curvature.products))
+
+
+def _last(blocks: list[Tensor]) -> Tensor:
+    """The last ``RITZ_VECTORS`` rows, after zeros where there are fewer: always as many."""
+    rows = torch.cat(blocks)[-RITZ_VECTORS:]
+    return torch.nn.functional.pad(rows, (0, 0, RITZ_VECTORS - len(rows), 0))
 
 
 def _sketch(
