@@ -23,7 +23,7 @@ from ..transforms import (
 from .base import LinearOperator
 from .compilation import compiled_products, is_compiled
 from .evaluation import Evaluation
-from .gradient_graph import GradientGraph, owned, pulled
+from .gradient_graph import GradientGraph, owned, pulled, room_for
 from .modes import (
     MEMORY_CAP,
     Block,
@@ -37,7 +37,7 @@ from .modes import (
     or_one_by_one,
     remembered,
 )
-from .point import Point, check_differentiable, check_loss, report_unused
+from .point import Point, check_differentiable, check_loss
 
 
 class HessianOperator(LinearOperator):
@@ -98,15 +98,9 @@ class HessianOperator(LinearOperator):
     def _build(self) -> GradientGraph:
         """The graph of the gradient, once."""
         if self._built is None:
-            # Fresh leaves that share storage: the caller's flags and .grad stay untouched.
-            leaves = [leaf.detach().requires_grad_() for leaf in self._point.params]
-            params = self.layout.unflatten_leaves(leaves)
-            with torch.enable_grad(), self._evaluating():
-                loss = check_loss(self.loss_fn(params, *self.batch), "the loss")
-                self._evaluating.check(loss)
-                grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-            report_unused(self.layout, [grad is None for grad in grads], "the loss")
-            self._built = GradientGraph(loss.detach(), leaves, grads)
+            self._built = GradientGraph.of(
+                self.loss_fn, self.layout, self._point.params, self.batch, self._evaluating
+            )
         return self._built
 
     def _tensors(self) -> list[Tensor]:
@@ -248,21 +242,17 @@ class HessianOperator(LinearOperator):
     def _make(self, way: Way, directions: Block, out: Block | None) -> Block:
         count = len(directions[0])
         if way is Way.ONE_BY_ONE:
-            return self._reverse_one_by_one(directions, out)
+            return self._build().one_by_one(directions, out)
         size = min(self._chunk(way, count), count)
-        make = self._forward_over_reverse if way is Way.FORWARD else self._reverse_in_batches
+        make = self._forward_over_reverse if way is Way.FORWARD else self._build().together
         if size == count and out is None:
             return owned(make(directions), directions)
-        out = self._room(count) if out is None else out
+        out = room_for(directions) if out is None else out
         for start in range(0, count, size):
             part = slice(start, start + size)
             for leaf, product in zip(out, make([x[part] for x in directions]), strict=True):
                 leaf[part] = product
         return out
-
-    def _room(self, count: int) -> Block:
-        pairs = zip(self.layout.shapes, self.layout.dtypes, strict=True)
-        return [torch.empty(count, *s, dtype=d, device=self.device) for s, d in pairs]
 
     def _way(self, count: int) -> Way:
         """How a block of ``count`` vectors is multiplied."""
@@ -303,28 +293,6 @@ class HessianOperator(LinearOperator):
             with self._evaluating.product():  # a checkpoint is recomputed to see what it saved
                 self._memory = remembered(key, lambda: Footprint.of(built.gradients, tensors))
         return self._memory
-
-    def _reverse_one_by_one(self, directions: Block, out: Block | None) -> Block:
-        built = self._build()
-        count = len(directions[0])
-        if count == 1 and out is None:
-            with self._evaluating.product():
-                products = pulled(built.gradients, built.leaves, [x[0] for x in directions])
-            return [x[None] for x in owned(products, directions)]
-        out = self._room(count) if out is None else out
-        rows = zip(*(leaf.unbind() for leaf in directions), strict=True)
-        for row, into in zip(rows, zip(*(leaf.unbind() for leaf in out), strict=True), strict=True):
-            with self._evaluating.product():
-                products = pulled(built.gradients, built.leaves, row)
-            for leaf, product in zip(into, products, strict=True):
-                leaf.copy_(product)
-        return out
-
-    def _reverse_in_batches(self, directions: Block) -> Block:
-        built = self._build()
-        words = forward_mode("the loss", remedy='chunk_size=1, or mode="auto"')
-        with words, self._evaluating.product():
-            return pulled(built.gradients, built.leaves, directions, batched=True)
 
     def _forward_over_reverse(self, directions: Block) -> Block:
         """Forward-mode products of the gradient, batched over the block by vmap."""
