@@ -61,8 +61,10 @@ class GradientGraph:
 
     def together(self, directions: Block) -> Block:
         """The products with a block in one backward pass, by ``vmap``."""
-        words = forward_mode("the loss", remedy='chunk_size=1, or mode="auto"')
-        with words, self.evaluating.product():
+        remedy = 'chunk_size=1, or mode="auto"'
+        first = [leaf[:1] for leaf in directions]
+        by_itself = forward_mode("the loss", lambda: self.one_by_one(first), remedy=remedy)
+        with by_itself, self.evaluating.product():
             return pulled(self.gradients, self.leaves, directions, batched=True)
 
 

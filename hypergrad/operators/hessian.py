@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from .modes import (
     Memory,
     Mode,
     Way,
+    check_modes,
     explore,
     identity,
     or_one_by_one,
@@ -55,16 +56,7 @@ class HessianOperator(LinearOperator):
         compile: bool = False,
     ) -> None:
         super().__init__(TreeLayout.of(params, name="params"))
-        if mode not in get_args(Mode):
-            raise SolverOptionError(f"mode is {mode!r}, expected one of {get_args(Mode)}.")
-        if chunk_size not in (None, "auto") and not is_positive(chunk_size):
-            raise SolverOptionError(
-                f"chunk_size is {chunk_size!r}, expected None, 'auto' or an integer >= 1."
-            )
-        if not is_positive(memory_cap):
-            raise SolverOptionError(
-                f"memory_cap is {memory_cap!r}, expected a number of bytes, an integer >= 1."
-            )
+        check_modes(mode, chunk_size, memory_cap)
         if not isinstance(compile, bool):
             raise SolverOptionError(f"compile is {compile!r}, expected True or False.")
         self.loss_fn, self.batch, self.mode, self.compile = loss_fn, batch, mode, compile
@@ -98,10 +90,14 @@ class HessianOperator(LinearOperator):
     def _build(self) -> GradientGraph:
         """The graph of the gradient, once."""
         if self._built is None:
-            self._built = GradientGraph.of(
-                self.loss_fn, self.layout, self._point.params, self.batch, self._evaluating
-            )
+            self._built = self._graph()
         return self._built
+
+    def _graph(self) -> GradientGraph:
+        """The graph of the gradient, made anew."""
+        return GradientGraph.of(
+            self.loss_fn, self.layout, self._point.params, self.batch, self._evaluating
+        )
 
     def _tensors(self) -> list[Tensor]:
         return self._point.tensors
@@ -305,9 +301,18 @@ class HessianOperator(LinearOperator):
                 directional = torch.func.jvp(gradient, (point,), (tangent,))[1]
             return self.layout.leaves_unchecked(directional)
 
-        with forward_mode("the loss", remedy='mode="reverse_over_reverse"'):
+        remedy = 'mode="reverse_over_reverse"'
+        with forward_mode("the loss", lambda: self._in_reverse(directions), remedy=remedy):
             products: Block = torch.func.vmap(product, randomness="same")(*directions)
         return [leaf.detach() for leaf in products]
+
+    def _in_reverse(self, directions: Block) -> None:
+        """One of the products without forward mode and ``vmap``, by another evaluation."""
+        one = [leaf[:1] for leaf in directions]
+        if building_no_graph():
+            self._functional(self._flat(one))
+        else:
+            self._graph().one_by_one(one)
 
 
 def hessian(
@@ -387,8 +392,3 @@ def hessian(
         memory_cap=memory_cap,
         compile=compile,
     )
-
-
-def is_positive(value: object) -> bool:
-    """Whether ``value`` is an integer >= 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
