@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad_rl.compiled import Compiled, fold, scan
+from hypergrad_rl.compiled import FOLDS, Compiled, fold
 from hypergrad_rl.config import AgentConfig
 from hypergrad_rl.errors import CheckpointError
 from hypergrad_rl.functional import AdamState, Shapes, shapes_of, unflatten
@@ -42,7 +42,7 @@ class Agent(ABC):
         self.actor_state, self.critic_state = AdamState.of(actor), AdamState.of(critic)
         self.obs_dim, self.backend = obs_dim, backend
         # One graph for all of an update where that can be, else one for each minibatch.
-        whole = backend is not None and scan is not None and self.folds
+        whole = backend is not None and FOLDS and self.folds
         self._improve = Compiled(self._all_minibatches, backend if whole else None)
         self._minibatch = Compiled(self._one_minibatch, None if whole else backend)
 

@@ -72,7 +72,8 @@ class BLPO(Agent):
         """
         config = self.config
         num_params = self.critic_state.params.numel()
-        minibatches, draws = [], []
+        minibatches: list[Tensor] = []
+        draws: list[Tensor | None] = []
         for _ in range(config.epochs):
             order = torch.randperm(config.num_envs, generator=self.generator)
             for envs in torch.split(order, config.envs_per_minibatch):
@@ -93,7 +94,7 @@ class BLPO(Agent):
         )
         if draws[0] is None:
             return rows
-        return *rows, torch.stack(draws) if self.folds else draws
+        return *rows, torch.stack([d for d in draws if d is not None]) if self.folds else draws
 
     def _look(self, seen: tuple[Tensor, ...]) -> dict[str, float]:
         if not seen:
@@ -118,7 +119,8 @@ class BLPO(Agent):
         the critic, the matrix J J' of the batch, 2 ``rank`` + 1 products with it. In the published
         setting ``rank`` + 1 products with the Hessian, the first ``rank`` as one block.
         """
-        config, c, seen = self.config, None, ()
+        config, c = self.config, None
+        seen: tuple[Tensor, ...] = ()
         actor, critic, kept = carry
         envs, step, nested_steps, *draws = row
         critic, d, v, stats = self._fit(actor, critic, tensors, envs, nested_steps)

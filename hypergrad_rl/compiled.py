@@ -14,8 +14,10 @@ from hypergrad_rl.config import AgentConfig
 
 try:
     from torch._higher_order_ops.scan import scan
+
+    FOLDS = True
 except ImportError:  # a PyTorch without it: what would be one graph is a loop over smaller ones
-    scan = None  # type: ignore[assignment]
+    FOLDS = False
 
 #: Gradients of a training from which on ``compile="auto"`` compiles: it saves 0.6 to 0.8 ms of each
 #: (docs/rl.md has the figures) and takes up to a minute, where the cache has nothing of it yet.
