@@ -264,6 +264,14 @@ def test_a_rollout_s_policy_is_the_one_that_is_trained(actions: str) -> None:
     torch.testing.assert_close(taken, policy.act(actor, obs, noise), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [0, -1, True])
+def test_a_number_of_threads_that_is_none_is_refused(threads: int) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ConfigError, match=f"threads={threads}: expected an integer >= 1"):
+        train(PPOConfig(total_steps=32), threads=threads)
+    assert torch.get_num_threads() == before
+
+
 def test_adam_is_torch_s() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(6, generator=generator, dtype=torch.float64)
