@@ -46,6 +46,14 @@ ARMS = {
         "the same with half the nested steps, solved exactly in sample space", "blpo",
         {"solver": "exact", "nested_steps": 5},
     ),
+    "paper_ppo": Arm(
+        "PPO at the actor's rate, where time limits are ends, as published", "ppo",
+        {"critic_learning_rate": 2.5e-4, "bootstrap_truncated": False}, presets=False,
+    ),
+    "paper_nested": Arm(
+        "Nested PPO, where time limits are ends, as published", "nested",
+        {"bootstrap_truncated": False}, presets=False,
+    ),
     "paper_nystrom": Arm(
         "the published update: 5 columns of the Hessian", "blpo",
         {**PUBLISHED, **COLUMNS, "solver": "nystrom"}, presets=False,
@@ -70,7 +78,9 @@ def arm_config(arm: str, task: str, seed: int, **settings: Any) -> Config:
     settings = {**declared.settings, "seed": seed, **settings}
     if declared.presets:
         return preset(declared.algo, task, **settings)
-    settings = {"total_steps": TASKS[task][0], "correction_bound": BOUNDS[task], **settings}
+    settings = {"total_steps": TASKS[task][0], **settings}
+    if declared.algo == "blpo":
+        settings = {"correction_bound": BOUNDS[task], **settings}
     return make_config(declared.algo, env=task, **settings)
 
 
