@@ -1,0 +1,491 @@
+"""The solvers on one device: right, how fast, how far from what its arithmetic and memory allow.
+
+    python -m benchmarks.gpu [--output runs/gpu.md] [--device cuda] [--sizes 10000 1000000]
+
+Needs PyTorch and this repository, and runs unattended.  Writes the table to FILE.md and, with all
+that was measured, to FILE.json.  Exit code 0: every result agrees with the float64 one of the CPU;
+1: one does not; 3: there is no such device, and nothing was measured.
+
+The Hessian is that of a network of two tanh layers on many samples of which only 16 differ, so that
+float64 products need 16 samples, and a sketch of rank 20 holds all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import hypergrad
+
+from .benchmarks.problems import Params, Problem, critic
+from .benchmarks.timing import seconds
+
+DISTINCT, RANK, ITERATIONS, BLOCK, RTOL = 16, 20, 20, 10, 1e-4
+SIZES = {"cuda": (10_000, 1_000_000, 30_000_000), "cpu": (1_000, 10_000, 100_000)}
+#: |A| over the damping: 20 iterations reduce the residual by five digits, see ``reached``.
+CONDITION = 10.0
+#: No such device: its own exit code, for whoever runs this unattended.
+NO_DEVICE = 3
+CPU = torch.device("cpu")
+SYNC = "called a synchronizing CUDA operation"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device does in a second, measured: floating-point operations, bytes moved."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass
+class Row:
+    """One measurement; None where there is nothing to say.
+
+    Attributes:
+        size: parameters, or samples of a rollout.
+        way: eager or compiled.
+        where: the device it ran on.
+        ms: the least time of one run.
+        arithmetic_ms: its matrix products at the rate of a large one.
+        bandwidth_ms: what its products must read and write, at the rate of a large copy.
+        error: against float64 on the CPU, as ``allowed`` is derived for.
+        syncs: how often the host waited for the device.
+    """
+
+    work: str
+    size: int
+    way: str
+    where: str
+    ms: float | None = None
+    arithmetic_ms: float | None = None
+    bandwidth_ms: float | None = None
+    error: float | None = None
+    allowed: float | None = None
+    syncs: int | None = None
+    note: str = ""
+
+    @property
+    def over_floor(self) -> float | None:
+        if self.ms is None or self.arithmetic_ms is None or self.bandwidth_ms is None:
+            return None
+        return self.ms / max(self.arithmetic_ms, self.bandwidth_ms)
+
+    @property
+    def wrong(self) -> bool:
+        return (
+            self.error is not None
+            and self.allowed is not None
+            and not self.error <= self.allowed  # nan is wrong
+        )
+
+
+def least_seconds(run: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """The least of some runs after two to warm up, by CUDA events or by processor time."""
+    run()
+    run()
+    least, spent = math.inf, 0.0
+    for _ in range(repeats):
+        took = _event_seconds(run) if device.type == "cuda" else seconds(run)
+        least, spent = min(least, took), spent + took
+        if spent > 2.0:
+            break
+    return least
+
+
+def _event_seconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * float(start.elapsed_time(end))
+
+
+def measured_rates(device: torch.device) -> Rates:
+    """Of a large float32 matrix product, and of a large copy (which reads and writes)."""
+    dim, entries = (8192, 2**28) if device.type == "cuda" else (1024, 2**24)
+    a, b = torch.randn(2, dim, dim, device=device)
+    product = least_seconds(partial(torch.mm, a, b), device, repeats=10)
+    source = torch.ones(entries, device=device)
+    copy = least_seconds(partial(torch.empty_like(source).copy_, source), device, repeats=10)
+    return Rates(2 * dim**3 / product, 2 * 4 * entries / copy)
+
+
+class _Looks(TorchFunctionMode):
+    """Counts the calls that read a value: on a CUDA device the host would wait for each."""
+
+    names = frozenset(
+        {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu",
+         "nonzero", "equal", "allclose"}
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += getattr(func, "__name__", "") in self.names
+        return func(*args, **(kwargs or {}))
+
+
+def host_syncs(run: Callable[[], object], device: torch.device) -> int:
+    """How often the host waits: as PyTorch's debug mode reports it; on the CPU, reads of values."""
+    if device.type != "cuda":
+        with _Looks() as looks:
+            run()
+        return looks.count
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum(SYNC in str(warning.message) for warning in caught)
+
+
+class Reference:
+    """The same system in float64 on the CPU, of the samples that differ."""
+
+    def __init__(self, problem: Problem) -> None:
+        double = replace(
+            problem,
+            params={name: leaf.double() for name, leaf in problem.params.items()},
+            inputs=problem.inputs.double(),
+            targets=problem.targets.double(),
+        )
+        generator = torch.Generator().manual_seed(1)
+        self.operator = hypergrad.hessian(
+            double.loss_fn, double.params, double.inputs, double.targets,
+            mode="reverse_over_reverse",
+        )  # fmt: skip
+        # Gradients of the same network for other targets: J'u, which lies in the operator's range
+        # as the right-hand sides of hypergradients do.  One in its null space tests nothing.
+        rows = []
+        for _ in range(BLOCK):
+            noise = torch.randn(DISTINCT, generator=generator, dtype=torch.float64)
+            other = replace(double, targets=double.targets + noise[:, None])
+            rows.append(self.flat(dict(zip(double.params, other.gradient(), strict=True))))
+        self.block = torch.stack(rows).float().double()
+        self.norm, v = 0.0, self.block[0]
+        for _ in range(8):  # the power method, from below: what it allows is not too much
+            v = self.product(v / v.norm())
+            self.norm = float(v.norm())
+        self.damping = self.norm / CONDITION
+
+    def flat(self, tree: Params) -> Tensor:
+        return torch.cat([leaf.detach().cpu().double().reshape(-1) for leaf in tree.values()])
+
+    def product(self, v: Tensor) -> Tensor:
+        layout = self.operator.layout
+        image: Params = self.operator.matvec(layout.unflatten(v))
+        return self.flat(image)
+
+    def tree(self, rows: Tensor, device: torch.device) -> Params:
+        """Float32 on the device: of one vector, or of a block of them."""
+        layout = self.operator.layout
+        tree = layout.unflatten(rows) if rows.dim() == 1 else layout.unflatten_block(rows)
+        return {name: leaf.float().to(device) for name, leaf in tree.items()}
+
+    def product_error(self, images: Params, count: int) -> float:
+        """The largest |y - A v| / (|A| |v|) of the first ``count`` vectors."""
+        rows = torch.cat([x.detach().cpu().double().reshape(count, -1) for x in images.values()], 1)
+        errors = [
+            float((row - self.product(v)).norm() / (self.norm * v.norm()))
+            for row, v in zip(rows, self.block, strict=False)
+        ]
+        return max(errors)
+
+    def residual(self, x: Params) -> tuple[float, float]:
+        """|v - (A + damping I) x| / |v|, and (|A| + damping) |x| / |v|."""
+        v, flat = self.block[0], self.flat(x)
+        residual = v - self.product(flat) - self.damping * flat
+        scale = (self.norm + self.damping) * flat.norm() / v.norm()
+        return float(residual.norm() / v.norm()), float(scale)
+
+
+def product_rounding(width: int, batch: int) -> float:
+    """What float32 may do to a product, relative to |A| |v|: 12 matrix products of 4 sqrt(m) u.
+
+    A sum of m products is off by at most 4 sqrt(m) u times that of the absolute values, but for a
+    probability of 2 exp(-8) (Higham and Mary, SIAM J. Sci. Comput. 41 (2019), theorem 2.4), and a
+    Hessian product of three layers passes through 12 matrix products: 3 forward, 3 backward, and
+    6 of their derivatives.
+    """
+    unit = torch.finfo(torch.float32).eps / 2
+    return 12 * 4 * math.sqrt(max(width, batch)) * unit
+
+
+def reached(work: str) -> float:
+    """The relative residual that a solver is sure to reach in exact arithmetic.
+
+    For eigenvalues from d to d + |A| = (1 + CONDITION) d that is 2 rho^k for MINRES and sqrt(kappa)
+    times as much for CG, rho = (sqrt(kappa) - 1) / (sqrt(kappa) + 1) (Greenbaum 1997, section 3.1);
+    a sketch of at least the operator's rank is the operator.
+    """
+    root = math.sqrt(1 + CONDITION)
+    rho = (root - 1) / (root + 1)
+    if work == "CG, rtol 1e-4":
+        return RTOL
+    if work.startswith("Nyström"):
+        return 0.0
+    return 2 * rho**ITERATIONS * (root if work.startswith("CG") else 1.0)
+
+
+@contextmanager
+def eager_reason() -> Iterator[list[str]]:
+    """Collects why products were not compiled; empty where they were."""
+    reasons: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield reasons
+    for warning in caught:
+        if issubclass(warning.category, hypergrad.CompilationWarning):
+            reasons.append(str(warning.message).split(". Install")[0])
+
+
+class Core:
+    """Products and solves with the Hessian of one size, on one device."""
+
+    def __init__(self, size: int, batch: int, device: torch.device, rates: Rates) -> None:
+        self.size, self.batch, self.device, self.rates = size, batch, device, rates
+        self.width = max(1, round(size**0.5 - 3.5))
+        small = critic(DISTINCT, self.width)
+        self.reference = Reference(small)
+        copies = batch // DISTINCT
+        self.problem = replace(
+            small,
+            params={name: leaf.to(device) for name, leaf in small.params.items()},
+            inputs=small.inputs.repeat(copies, 1).to(device),
+            targets=small.targets.repeat(copies, 1).to(device),
+        )
+        self.v = self.reference.tree(self.reference.block[0], device)
+        self.vs = self.reference.tree(self.reference.block, device)
+        operator = self.operator(False)
+        with FlopCounterMode(display=False) as counter:
+            operator.matvec(self.v)
+        self.product_flops = counter.get_total_flops()
+
+    def operator(self, compiled: bool) -> hypergrad.HessianOperator:
+        # Eager in the one mode that any network allows; "auto" would time itself while it is timed.
+        mode: Any = "auto" if compiled else "reverse_over_reverse"
+        return hypergrad.hessian(
+            self.problem.loss_fn, self.problem.params, self.problem.inputs, self.problem.targets,
+            mode=mode, chunk_size="auto", compile=compiled,
+        )  # fmt: skip
+
+    def solvers(self) -> dict[str, hypergrad.Solver]:
+        source = torch.Generator(self.device).manual_seed(0)
+        return {
+            f"Nyström, rank {RANK}": hypergrad.Nystrom(RANK, generator=source),
+            f"CG, {ITERATIONS} iterations": hypergrad.CG(rtol=0.0, max_iters=ITERATIONS),
+            f"MINRES, {ITERATIONS} iterations": hypergrad.MINRES(rtol=0.0, max_iters=ITERATIONS),
+            "CG, rtol 1e-4": hypergrad.CG(rtol=RTOL),
+        }
+
+    def solve(
+        self, operator: hypergrad.LinearOperator, solver: hypergrad.Solver
+    ) -> hypergrad.Solution:
+        return hypergrad.solve(
+            operator, self.v, solver, damping=self.reference.damping, on_failure="ignore"
+        )
+
+    def rows(self, compiled: bool) -> Iterator[Row]:
+        new = partial(
+            Row, size=self.operator(False).layout.dim, way="compiled" if compiled else "eager",
+            where=str(self.device),
+        )  # fmt: skip
+        operator, note, rounding = self.operator(compiled), "", self.rounding
+        if compiled:
+            start = time.perf_counter()
+            with eager_reason() as reasons:
+                operator.matvec(self.v)
+                operator.matmat(self.vs)
+            if reasons:
+                yield new("product", note=reasons[0])
+                return
+            note = f"compiled in {time.perf_counter() - start:.0f} s"
+        for work, count, run in (
+            ("product", 1, partial(operator.matvec, self.v)),
+            (f"{BLOCK} products in one block", BLOCK, partial(operator.matmat, self.vs)),
+        ):
+            row = self.timed(new(work, note=note), run, [count], compiled)
+            row.error, row.allowed = self.reference.product_error(run(), count), rounding
+            yield row
+        for work, solver in self.solvers().items():
+            solve = partial(self.solve, operator, solver)
+            solution = solve()
+            used = solution.info.num_hvps
+            sketch = [RANK] if work.startswith("Nyström") else []
+            blocks = sketch + [1] * (used - sum(sketch))
+            row = self.timed(new(work, note=f"{used} products"), solve, blocks, compiled)
+            row.error, scale = self.reference.residual(solution.value)
+            # Each product's rounding adds to a residual; those of many add like random numbers.
+            row.allowed = reached(work) + (1 + math.sqrt(used)) * rounding * scale
+            yield row
+
+    @property
+    def rounding(self) -> float:
+        return product_rounding(self.width, self.batch)
+
+    def timed(
+        self, row: Row, run: Callable[[], object], blocks: Sequence[int], compiled: bool
+    ) -> Row:
+        """With the time of a run, its floors and its synchronisations.
+
+        Args:
+            row: what to fill in.
+            run: the work.
+            blocks: how many vectors each of its products multiplies.
+            compiled: whether it runs a graph.
+        """
+        row.ms = 1e3 * least_seconds(run, self.device)
+        # An inner look at what is compiled would compile it anew: the debug mode is none.
+        if not compiled or self.device.type == "cuda":
+            row.syncs = host_syncs(run, self.device)
+        row.arithmetic_ms = 1e3 * sum(blocks) * self.product_flops / self.rates.flops
+        # The parameters and the inputs once a product, and each vector read and its image written.
+        fixed = row.size + self.problem.inputs.numel() + self.problem.targets.numel()
+        moved = sum(4 * (fixed + 2 * count * row.size) for count in blocks)
+        row.bandwidth_ms = 1e3 * moved / self.rates.bytes
+        return row
+
+
+def update_rows(wanted: torch.device, rates: Rates) -> Iterator[Row]:
+    """One update of each agent on a stored rollout, on the device that agents run on."""
+    try:
+        from dataclasses import fields
+
+        from hypergrad_rl import BLPOConfig
+
+        from .benchmarks.updates import one_update
+    except ImportError as error:
+        why = f"not measured: hypergrad_rl cannot be imported ({error}); pip install '.[rl]'"
+        yield Row("update", 0, "eager", "cpu", note=why)
+        return
+    if any(field.name == "device" for field in fields(BLPOConfig)):
+        raise RuntimeError("the agents have a device now: measure them on it here")
+    note = "" if wanted == CPU else f"agents run on the CPU only, not on {wanted}"
+    for algo in ("ppo", "nested", "blpo"):
+        for num_envs in (4, 16):
+            update = one_update(algo, num_envs=num_envs, num_steps=128, epochs=1)
+            row = Row(f"{algo} update", 128 * num_envs, "eager", "cpu", note=note)
+            row.ms = 1e3 * least_seconds(update, CPU, repeats=10)
+            with FlopCounterMode(display=False) as counter:
+                update()
+            row.arithmetic_ms = 1e3 * counter.get_total_flops() / rates.flops
+            row.syncs = host_syncs(update, CPU)
+            yield row
+
+
+def markdown(rows: Sequence[Row], device: str, rates: Rates) -> str:
+    """The table, and above it the device and its two measured rates."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    lines = [
+        f"PyTorch {torch.__version__} on {device}: {1e-12 * rates.flops:.3g} TFLOP/s in a large "
+        f"float32 matrix product, {1e-9 * rates.bytes:.3g} GB/s in a large copy.",
+        "",
+        "| work | size | | on | ms | arithmetic floor, ms | bandwidth floor, ms | over the floor "
+        "| error | allowed | host syncs | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            row.work, f"{row.size:,}", row.way, row.where, cell(row.ms, ".3g"),
+            cell(row.arithmetic_ms, ".2g"), cell(row.bandwidth_ms, ".2g"),
+            cell(row.over_floor, ".3g"), cell(row.error, ".1e"), cell(row.allowed, ".1e"),
+            cell(row.syncs, "d"), ("WRONG " if row.wrong else "") + row.note.replace("|", "/"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def measured(options: argparse.Namespace, device: torch.device, rates: Rates) -> Iterator[Row]:
+    for size in options.sizes or SIZES[device.type]:
+        core = Core(size, options.batch, device, rates)
+        for compiled in (False,) if options.eager else (False, True):
+            try:
+                yield from core.rows(compiled)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).split(". ")[0]
+                way = "compiled" if compiled else "eager"
+                yield Row("the rest of this size", size, way, str(device), note=reason)
+    yield from update_rows(device, rates if device.type == "cpu" else measured_rates(CPU))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu.md"))
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of parameters")
+    parser.add_argument(
+        "--batch", type=int, default=1024, help=f"samples, a multiple of {DISTINCT}"
+    )
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    options = parser.parse_args(argv)
+    device = options.device
+    if device.type not in SIZES:
+        parser.error(f"--device is {device}, expected cuda, cuda:N or cpu")
+    if options.batch < DISTINCT or options.batch % DISTINCT:
+        parser.error(f"--batch is {options.batch}, expected a multiple of {DISTINCT}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(
+            f"No CUDA device is visible to PyTorch {torch.__version__}: nothing was measured. "
+            "Pass --device cpu to run the same on the processor.",
+            file=sys.stderr,
+        )
+        return NO_DEVICE
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_float32_matmul_precision("highest")  # TF32 has three digits
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    rates = measured_rates(device)
+    rows: list[Row] = []
+    for row in measured(options, device, rates):
+        rows.append(row)
+        print(markdown([row], name, rates).splitlines()[-1], flush=True)
+        # After each row, so that what was measured outlives whatever ends the run.
+        table = markdown(rows, name, rates)
+        options.output.with_suffix(".md").write_text(table, encoding="utf-8")
+        record = {
+            "torch": torch.__version__, "device": name, "rates": asdict(rates),
+            "rows": [asdict(x) | {"over_floor": x.over_floor, "wrong": x.wrong} for x in rows],
+        }  # fmt: skip
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        options.output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    wrong = [row for row in rows if row.wrong]
+    print(
+        f"\n{len(wrong)} results differ from the CPU's by more than they may."
+        if wrong
+        else "\nEvery result agrees with the CPU's."
+    )
+    print(
+        f"The table is in {options.output.with_suffix('.md')}, all figures in "
+        f"{options.output.with_suffix('.json')}."
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
