@@ -1,56 +1,28 @@
-"""The solvers on one device: right, how fast, how far from what its arithmetic and memory allow.
-
-    python -m benchmarks.gpu [--output runs/gpu.md] [--device cuda] [--sizes 10000 1000000]
-
-Needs PyTorch and this repository, and runs unattended.  Writes the table to FILE.md and, with all
-that was measured, to FILE.json.  Exit code 0: every result agrees with the float64 one of the CPU;
-1: one does not; 3: there is no such device, and nothing was measured.
-
-The Hessian is that of a network of two tanh layers on many samples of which only 16 differ, so that
-float64 products need 16 samples, and a sketch of rank 20 holds all of it.
-"""
+"""Products and solves with one Hessian: on a device, and in float64 on the CPU."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import hypergrad
 
-from .benchmarks.problems import Params, Problem, critic
-from .benchmarks.timing import seconds
+from ..benchmarks.problems import Params, Problem, critic
+from .device import Rates, host_syncs, least_seconds
 
 DISTINCT, RANK, ITERATIONS, BLOCK, RTOL = 16, 20, 20, 10, 1e-4
-SIZES = {"cuda": (10_000, 1_000_000, 30_000_000), "cpu": (1_000, 10_000, 100_000)}
 #: |A| over the damping: 20 iterations reduce the residual by five digits, see ``reached``.
 CONDITION = 10.0
-#: No such device: its own exit code, for whoever runs this unattended.
-NO_DEVICE = 3
-CPU = torch.device("cpu")
-SYNC = "called a synchronizing CUDA operation"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the device does in a second, measured: floating-point operations, bytes moved."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass
@@ -82,9 +54,8 @@ class Row:
 
     @property
     def over_floor(self) -> float | None:
-        if self.ms is None or self.arithmetic_ms is None or self.bandwidth_ms is None:
-            return None
-        return self.ms / max(self.arithmetic_ms, self.bandwidth_ms)
+        floor = max(self.arithmetic_ms or 0.0, self.bandwidth_ms or 0.0)
+        return None if self.ms is None or floor == 0 else self.ms / floor
 
     @property
     def wrong(self) -> bool:
@@ -93,74 +64,6 @@ class Row:
             and self.allowed is not None
             and not self.error <= self.allowed  # nan is wrong
         )
-
-
-def least_seconds(run: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """The least of some runs after two to warm up, by CUDA events or by processor time."""
-    run()
-    run()
-    least, spent = math.inf, 0.0
-    for _ in range(repeats):
-        took = _event_seconds(run) if device.type == "cuda" else seconds(run)
-        least, spent = min(least, took), spent + took
-        if spent > 2.0:
-            break
-    return least
-
-
-def _event_seconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e-3 * float(start.elapsed_time(end))
-
-
-def measured_rates(device: torch.device) -> Rates:
-    """Of a large float32 matrix product, and of a large copy (which reads and writes)."""
-    dim, entries = (8192, 2**28) if device.type == "cuda" else (1024, 2**24)
-    a, b = torch.randn(2, dim, dim, device=device)
-    product = least_seconds(partial(torch.mm, a, b), device, repeats=10)
-    source = torch.ones(entries, device=device)
-    copy = least_seconds(partial(torch.empty_like(source).copy_, source), device, repeats=10)
-    return Rates(2 * dim**3 / product, 2 * 4 * entries / copy)
-
-
-class _Looks(TorchFunctionMode):
-    """Counts the calls that read a value: on a CUDA device the host would wait for each."""
-
-    names = frozenset(
-        {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu",
-         "nonzero", "equal", "allclose"}
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.count += getattr(func, "__name__", "") in self.names
-        return func(*args, **(kwargs or {}))
-
-
-def host_syncs(run: Callable[[], object], device: torch.device) -> int:
-    """How often the host waits: as PyTorch's debug mode reports it; on the CPU, reads of values."""
-    if device.type != "cuda":
-        with _Looks() as looks:
-            run()
-        return looks.count
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum(SYNC in str(warning.message) for warning in caught)
 
 
 class Reference:
@@ -368,124 +271,3 @@ class Core:
         moved = sum(4 * (fixed + 2 * count * row.size) for count in blocks)
         row.bandwidth_ms = 1e3 * moved / self.rates.bytes
         return row
-
-
-def update_rows(wanted: torch.device, rates: Rates) -> Iterator[Row]:
-    """One update of each agent on a stored rollout, on the device that agents run on."""
-    try:
-        from dataclasses import fields
-
-        from hypergrad_rl import BLPOConfig
-
-        from .benchmarks.updates import one_update
-    except ImportError as error:
-        why = f"not measured: hypergrad_rl cannot be imported ({error}); pip install '.[rl]'"
-        yield Row("update", 0, "eager", "cpu", note=why)
-        return
-    if any(field.name == "device" for field in fields(BLPOConfig)):
-        raise RuntimeError("the agents have a device now: measure them on it here")
-    note = "" if wanted == CPU else f"agents run on the CPU only, not on {wanted}"
-    for algo in ("ppo", "nested", "blpo"):
-        for num_envs in (4, 16):
-            update = one_update(algo, num_envs=num_envs, num_steps=128, epochs=1)
-            row = Row(f"{algo} update", 128 * num_envs, "eager", "cpu", note=note)
-            row.ms = 1e3 * least_seconds(update, CPU, repeats=10)
-            with FlopCounterMode(display=False) as counter:
-                update()
-            row.arithmetic_ms = 1e3 * counter.get_total_flops() / rates.flops
-            row.syncs = host_syncs(update, CPU)
-            yield row
-
-
-def markdown(rows: Sequence[Row], device: str, rates: Rates) -> str:
-    """The table, and above it the device and its two measured rates."""
-
-    def cell(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    lines = [
-        f"PyTorch {torch.__version__} on {device}: {1e-12 * rates.flops:.3g} TFLOP/s in a large "
-        f"float32 matrix product, {1e-9 * rates.bytes:.3g} GB/s in a large copy.",
-        "",
-        "| work | size | | on | ms | arithmetic floor, ms | bandwidth floor, ms | over the floor "
-        "| error | allowed | host syncs | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [
-            row.work, f"{row.size:,}", row.way, row.where, cell(row.ms, ".3g"),
-            cell(row.arithmetic_ms, ".2g"), cell(row.bandwidth_ms, ".2g"),
-            cell(row.over_floor, ".3g"), cell(row.error, ".1e"), cell(row.allowed, ".1e"),
-            cell(row.syncs, "d"), ("WRONG " if row.wrong else "") + row.note.replace("|", "/"),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def measured(options: argparse.Namespace, device: torch.device, rates: Rates) -> Iterator[Row]:
-    for size in options.sizes or SIZES[device.type]:
-        core = Core(size, options.batch, device, rates)
-        for compiled in (False,) if options.eager else (False, True):
-            try:
-                yield from core.rows(compiled)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).split(". ")[0]
-                way = "compiled" if compiled else "eager"
-                yield Row("the rest of this size", size, way, str(device), note=reason)
-    yield from update_rows(device, rates if device.type == "cpu" else measured_rates(CPU))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu.md"))
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of parameters")
-    parser.add_argument(
-        "--batch", type=int, default=1024, help=f"samples, a multiple of {DISTINCT}"
-    )
-    parser.add_argument("--eager", action="store_true", help="compile nothing")
-    options = parser.parse_args(argv)
-    device = options.device
-    if device.type not in SIZES:
-        parser.error(f"--device is {device}, expected cuda, cuda:N or cpu")
-    if options.batch < DISTINCT or options.batch % DISTINCT:
-        parser.error(f"--batch is {options.batch}, expected a multiple of {DISTINCT}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(
-            f"No CUDA device is visible to PyTorch {torch.__version__}: nothing was measured. "
-            "Pass --device cpu to run the same on the processor.",
-            file=sys.stderr,
-        )
-        return NO_DEVICE
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.set_float32_matmul_precision("highest")  # TF32 has three digits
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    rates = measured_rates(device)
-    rows: list[Row] = []
-    for row in measured(options, device, rates):
-        rows.append(row)
-        print(markdown([row], name, rates).splitlines()[-1], flush=True)
-        # After each row, so that what was measured outlives whatever ends the run.
-        table = markdown(rows, name, rates)
-        options.output.with_suffix(".md").write_text(table, encoding="utf-8")
-        record = {
-            "torch": torch.__version__, "device": name, "rates": asdict(rates),
-            "rows": [asdict(x) | {"over_floor": x.over_floor, "wrong": x.wrong} for x in rows],
-        }  # fmt: skip
-        text = json.dumps(record, indent=2, ensure_ascii=False)
-        options.output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    wrong = [row for row in rows if row.wrong]
-    print(
-        f"\n{len(wrong)} results differ from the CPU's by more than they may."
-        if wrong
-        else "\nEvery result agrees with the CPU's."
-    )
-    print(
-        f"The table is in {options.output.with_suffix('.md')}, all figures in "
-        f"{options.output.with_suffix('.json')}."
-    )
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
