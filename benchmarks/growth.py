@@ -186,6 +186,13 @@ def _line(
     axis.grid(alpha=0.25)
 
 
+def write_csv(points: Sequence[Point], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(asdict(points[0])))
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in points)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, default=Path("runs/growth"))
@@ -200,10 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.only:
         curve = CURVES[name]
         points += measure(name, curve, curve.sizes[:5] if options.trial else curve.sizes)
-    with (options.output / "points.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(points[0])))
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in points)
+        write_csv(points, options.output / "points.csv")  # each curve as soon as it is there
     rows = exponents(points)
     record = {"torch": torch.__version__, "machine": platform.machine(), "exponents": rows}
     (options.output / "exponents.json").write_text(
