@@ -187,6 +187,7 @@ class _Growth:
     """asv calls ``setup`` with each work and size; the names are those of the curve."""
 
     curve: ClassVar[str]
+    params: ClassVar[list[list[Any]]]
     param_names: ClassVar[list[str]] = ["work", "size"]
     timer = staticmethod(clock)
     timeout = 300

@@ -53,7 +53,10 @@ def least_seconds(run: Callable[[], object], device: torch.device, repeats: int 
 
 
 def _event_seconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     torch.cuda.synchronize()
     start.record()
     run()
@@ -82,7 +85,7 @@ class _Looks(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count: int = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -94,7 +97,8 @@ class _Looks(TorchFunctionMode):
 def host_syncs(run: Callable[[], object], device: torch.device) -> int:
     """How often the host waits: as PyTorch's debug mode reports it; on the CPU, reads of values."""
     if device.type != "cuda":
-        with _Looks() as looks:
+        looks = _Looks()
+        with looks:
             run()
         return looks.count
     with warnings.catch_warnings(record=True) as caught:

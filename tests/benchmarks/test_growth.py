@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import growth
 from benchmarks.benchmarks import growth as suite
+from benchmarks.benchmarks.memory import peak_bytes
 from benchmarks.benchmarks.updates import one_update
 
 
@@ -82,7 +83,7 @@ def test_every_piece_has_a_theory_and_runs(curve: str) -> None:
     works = suite.CURVES[curve].works(sizes[0])
     assert list(works) == list(theory)
     for run in works.values():
-        assert suite.peak_bytes(run) > 0
+        assert peak_bytes(run) > 0
 
 
 @pytest.mark.parametrize("size", suite.CURVES["parameters"].sizes[:4])
@@ -111,7 +112,7 @@ def test_memory_of_a_block_grows_with_its_vectors() -> None:
     """Bytes are counted, not measured, so that theory can be held to."""
     sizes = (4, 8, 16, 32, 64)
     solves = [suite.in_right_hand_sides(m, batch=8, width=8)["CG, 20 iterations"] for m in sizes]
-    peaks = [suite.peak_bytes(solve) for solve in solves]
+    peaks = [peak_bytes(solve) for solve in solves]
     found = growth.fit(sizes, peaks)
     assert found.exponent == pytest.approx(1.0, abs=0.1)
 
