@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -96,6 +97,47 @@ def test_reads_of_values_are_counted() -> None:
     cpu = torch.device("cpu")
     assert device.host_syncs(lambda: (x + x).sum(), cpu) == 0
     assert device.host_syncs(lambda: (float(x.sum()), x.tolist(), bool(x[0] > 0)), cpu) == 3
+
+
+def test_waits_that_pytorch_warns_of_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's words, from a debug mode that is switched on for the run alone."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def run() -> None:
+        assert modes == ["warn"]
+        for text in [device.SYNC, "something else", device.SYNC]:
+            warnings.warn(text, UserWarning, stacklevel=1)
+
+    assert device.host_syncs(run, torch.device("cuda")) == 2
+    assert modes == ["warn", "default"]
+
+
+def test_cuda_times_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        made: ClassVar[list[Event]] = []
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at = 0.0
+            self.made.append(self)
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    now, took = [0.0], iter([100.0, 100.0, 7.0, 5.0, 9.0])  # milliseconds; two to warm up
+
+    def run() -> None:
+        now[0] += next(took)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    least = device.least_seconds(run, torch.device("cuda"), repeats=3)
+    assert least == pytest.approx(5e-3)
+    assert len(Event.made) == 6
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:
