@@ -23,6 +23,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 from tqdm import tqdm
 
 from .benchmarks.growth import CURVES, Curve, Work
@@ -161,6 +162,8 @@ def draw(points: Sequence[Point], path: Path) -> None:
         for work, colour in zip(works, COLOURS, strict=False):
             _line(axis[0], points, (curve, work, "seconds"), 1e3, colour)
             _line(axis[1], points, (curve, work, "peak_bytes"), 1e-6, colour)
+        for part in axis:
+            _at_least_two_decades(part)
         axis[0].set_title(curve)
         axis[1].set_xlabel(curve)
     axes[0][0].set_ylabel("processor time, ms")
@@ -181,9 +184,16 @@ def _line(
     line = [unit * found.factor * size**found.exponent for size in fitted]
     axis.plot(fitted, line, "--", color=colour, linewidth=1)
     axis.set(xscale="log", yscale="log")
-    axis.margins(y=0.12)
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend(frameon=False, fontsize=7, loc="upper left")
     axis.grid(alpha=0.25)
+
+
+def _at_least_two_decades(axis: Axes) -> None:
+    """So that what is constant looks constant, with room for the legend above."""
+    low, high = axis.dataLim.intervaly
+    wider = max(1.0, math.sqrt(100 * low / high))
+    axis.set_ylim(0.7 * low / wider, 6 * high * wider)
 
 
 def write_csv(points: Sequence[Point], path: Path) -> None:
