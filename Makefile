@@ -29,7 +29,7 @@ export MPLBACKEND           ?= Agg
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow lint format types docs bench bench-check atlas peers clean
+.PHONY: help run test test-slow lint format types docs bench bench-check growth gpu atlas peers clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,13 +59,20 @@ types: $(STAMP) ## Mypy, strict on both packages
 docs: $(STAMP) ## Build the site into docs/_build/html; a warning is an error
 	$(PY) -m sphinx -E -W -n --keep-going -q -b html docs docs/_build/html
 
-bench: $(STAMP) ## Benchmarks of this checkout: asv into benchmarks/.asv, pictures into runs/bench
+bench: $(STAMP) ## Benchmarks of this checkout: asv and its pages into benchmarks/.asv, pictures into runs/bench
 	cd benchmarks && $(abspath $(PY)) -m asv machine --yes > /dev/null
 	cd benchmarks && $(abspath $(PY)) -m asv run --python=same --set-commit-hash $$(git rev-parse HEAD) $(or $(ARGS),--quick)
+	cd benchmarks && $(abspath $(PY)) -m asv publish
 	$(PY) -m benchmarks.report
 
 bench-check: $(STAMP) ## Fail where a solver has become more than a fifth slower (ratios, minutes)
 	$(PY) -m benchmarks.check $(ARGS)
+
+growth: $(STAMP) ## Time and peak memory over six quantities, with exponents, into runs/growth (minutes)
+	$(PY) -m benchmarks.growth $(ARGS)
+
+gpu: $(STAMP) ## Solvers and agents on the CUDA device, checked against the CPU, into runs/gpu.md
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 # `make atlas ATLAS=docs/_static/atlas` renews the tables and pictures of the page.
 atlas: $(STAMP) ## Stability atlas: error against products, tables and heat maps into runs/atlas (minutes)

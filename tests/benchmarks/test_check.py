@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from benchmarks import check
+from benchmarks.benchmarks import timing
 
 pytestmark = pytest.mark.filterwarnings("ignore::hypergrad.ConvergenceWarning")
 
@@ -40,3 +42,26 @@ def test_a_run_compares_with_what_was_written(
         baseline.write_text(json.dumps(record | {"ratios": ratios}), encoding="utf-8")
         assert check.main(arguments) == code
     assert "more than" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("slower", "code"), [(0.5, 0), (1.0, 0), (1.19, 0), (1.21, 1), (2.0, 1)])
+def test_a_solver_that_became_slower_fails_the_check(
+    slower: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the clock to the exit code: a solver that takes its time by a clock of its own."""
+    now = 0.0
+
+    def spend(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(timing, "clock", lambda: now)
+    case = check.Case(
+        "critic",
+        lambda problem: partial(spend, 1.5 * slower),
+        lambda problem: partial(spend, 1.0),
+    )
+    monkeypatch.setattr(check, "CASES", {"solver / products": case})
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(json.dumps({"ratios": {"solver / products": 1.5}}), encoding="utf-8")
+    assert check.main(["--baseline", str(baseline)]) == code

@@ -165,3 +165,13 @@ def test_the_configuration_measures_this_checkout() -> None:
     assert config["environment_type"] == "existing"
     assert (ROOT / "benchmarks" / config["benchmark_dir"] / "speed.py").is_file()
     assert (ROOT / "benchmarks" / config["repo"] / "pyproject.toml").is_file()
+
+
+def test_one_command_measures_publishes_and_draws() -> None:
+    made = (ROOT / "Makefile").read_text("utf-8").split("\nbench: ")[1].split("\n\n")[0]
+    steps = [line.split(" -m ")[1].split(" >")[0] for line in made.splitlines()[1:]]
+    assert [step.split(" --python")[0] for step in steps] == [
+        "asv machine --yes", "asv run", "asv publish", "benchmarks.report",
+    ]  # fmt: skip
+    # Without a commit's name asv keeps nothing of a run in an existing environment.
+    assert "--set-commit-hash $$(git rev-parse HEAD)" in steps[1]
