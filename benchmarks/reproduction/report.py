@@ -23,7 +23,12 @@ from hypergrad_rl.statistics import Bootstrap, probability_of_improvement
 RIVALS = ("nested", "ppo")
 #: Runs of the authors' program, made by the module of that name; and the arm that is the same.
 AUTHORS = Path(__file__).with_name("authors.csv")
-SAME = {"ppo": "ppo_paper_rate", "nested": "nested", "nystrom": "paper_nystrom", "cg": "paper_cg"}
+SAME = {
+    "ppo": "paper_ppo",
+    "nested": "paper_nested",
+    "nystrom": "paper_nystrom",
+    "cg": "paper_cg",
+}
 Row = dict[str, Any]
 
 
