@@ -49,9 +49,11 @@ class Compiled:
             if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
                 options["isolate_recompiles"] = True
             self.run = torch.compile(function, **options)
+            from torch._dynamo.exc import TorchDynamoException
             from torch._inductor.exc import InductorError  # half a second to import
 
-            self.failure: type[Exception] = InductorError
+            # No compiler that works; a network of one's own that is no graph.
+            self.failures: tuple[type[Exception], ...] = (InductorError, TorchDynamoException)
 
     @property
     def compiles(self) -> bool:
@@ -65,13 +67,13 @@ class Compiled:
                 return self.function(*inputs)
             try:
                 return self.run(*inputs)
-            except self.failure as error:
+            except self.failures as error:
                 cause = getattr(error, "inner_exception", error)
                 reason = str(cause).strip().split("\n")[0]
                 warnings.warn(
                     f"torch.compile failed ({type(cause).__name__}: {reason}), so "
-                    "updates run uncompiled, with equal results but slower; install a C++ "
-                    "compiler, or pass compile=False to go without",
+                    "updates run uncompiled, with equal results but slower; a C++ compiler is "
+                    "needed, and networks without branches on values; compile=False goes without",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hypergrad_rl
-from hypergrad_rl import BLPOConfig, ConfigError, PPOConfig, make_config, train
+from hypergrad_rl import BLPOConfig, ConfigError, Networks, PPOConfig, make_config, train
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.cli import main
 from hypergrad_rl.compiled import WORTH_COMPILING, Compiled, backend_of
@@ -169,6 +169,22 @@ def test_without_a_compiler_there_is_one_warning_and_the_eager_result() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(compiled(x), function(x))
+
+
+def test_a_network_that_is_no_graph_trains_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Branching(torch.nn.Linear):
+        def forward(self, obs: Tensor) -> Tensor:
+            torch._dynamo.graph_break()  # what a branch on values comes to
+            return super().forward(obs)
+
+    monkeypatch.setattr("hypergrad_rl.trainer.backend_of", lambda config: "aot_eager")
+    config = PPOConfig(**{**SMALL, "num_minibatches": 2, "total_steps": 32})
+    networks = Networks(critic=lambda obs_dim: Branching(obs_dim, 1))
+    with pytest.warns(RuntimeWarning, match=r"torch.compile failed .*updates run uncompiled"):
+        result = train(config, networks=networks)
+    monkeypatch.undo()
+    eager = train(dataclasses.replace(config, compile=False), networks=networks)
+    assert torch.equal(result.agent.critic_state.params, eager.agent.critic_state.params)
 
 
 def test_auto_compiles_long_trainings_only() -> None:
