@@ -218,7 +218,8 @@ def nystrom_ihvp(
         >>> hypergrad.nystrom_ihvp(lambda v: a @ v, v, rank=2, damping=1.0)
         tensor([1., 1., 0., 1.])
     """
-    solver = Nystrom(rank=rank, sketch=sketch, generator=generator)
+    check: Literal["estimate"] | bool = True if return_info else "estimate"
+    solver = Nystrom(rank=rank, sketch=sketch, generator=generator, check=check)
     return _one_call(hvp_fn, v, solver, damping, None, return_info)
 
 

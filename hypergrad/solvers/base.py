@@ -347,20 +347,24 @@ def allowed_skew(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.25)
 
 
-def check_skew(skew: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+def check_skew(skew: Tensor | float, size: Tensor | float, dtype: torch.dtype) -> None:
     """Raise :class:`NotSymmetricError` where products are antisymmetric beyond rounding.
 
     The tolerance is generous (the fourth root of the products' eps): it passes rounding and
     catches what is wrong in kind, such as a Jacobian that is no Hessian, or random products.
 
     Args:
-        skew: sizes of antisymmetric parts, any shape.
+        skew: sizes of antisymmetric parts, any shape, or one number.
         size: what they are measured against, same shape.
         dtype: dtype of the products.
     """
     allowed = allowed_skew(dtype)
-    if bool((skew > allowed * size).any()):
-        worst = float((skew / size).max())
+    if isinstance(skew, float):
+        found = skew > allowed * size
+    else:
+        found = (skew > allowed * size).any()
+    if bool(found):
+        worst = float(torch.as_tensor(skew / size).max())
         raise NotSymmetricError(
             f"the operator is not symmetric: the antisymmetric part of its products has relative "
             f"size {worst:.1e}, expected rounding only (at most {allowed:.0e}). Common causes: a "

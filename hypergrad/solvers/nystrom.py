@@ -24,6 +24,7 @@ from .base import (
 )
 from .complement import ComplementKind
 from .embedding import SketchKind
+from .narrow import FactoredSketch
 from .sketch import NegativeCurvature, NystromSketch, bare_system, positive_damping
 from .sketching import make_sketch
 from .traced import begin_traced, residual_traced, safe_norms
@@ -204,7 +205,7 @@ class Nystrom(Solver):
     tol: float = 9.0
     max_rank: int | None = None
     test_matrix: Tensor | None = field(default=None, compare=False, repr=False)
-    check: bool = True
+    check: bool | Literal["estimate"] = True
 
     default_damping = "auto"
 
@@ -223,7 +224,8 @@ class Nystrom(Solver):
         )
         good = self.max_rank is None or is_count(self.max_rank)
         check_option(good, "max_rank", self.max_rank, "None or an integer >= 1")
-        check_option(isinstance(self.check, bool), "check", self.check, "True or False")
+        good = isinstance(self.check, bool) or is_one_of(self.check, ("estimate",))
+        check_option(good, "check", self.check, "True, False or 'estimate'")
         if self.test_matrix is not None:
             self._check_test_matrix(self.test_matrix)
 
@@ -241,6 +243,14 @@ class Nystrom(Solver):
 
         ``any_damping``: to be solved with at others than the system's, too.
         """
+        sketch = self._sketch(system, any_damping=any_damping)
+        assert isinstance(sketch, NystromSketch)
+        return sketch
+
+    def _sketch(
+        self, system: DampedSystem, *, any_damping: bool = False, once: bool = False
+    ) -> NystromSketch | FactoredSketch:
+        """The same; with ``once`` it may come as its factors, for the system's own damping."""
         if self.test_matrix is not None:
             return two_block_sketch(system, self.test_matrix, self.negative_curvature)
         return make_sketch(
@@ -254,26 +264,34 @@ class Nystrom(Solver):
             tol=self.tol,
             max_rank=self.max_rank,
             any_damping=any_damping,
-            check=self.check,
+            check=self.check is not False,
+            once=once,
         )
 
-    def _holding(self, sketch: NystromSketch) -> Nystrom:
+    def _holding(self, sketch: NystromSketch | FactoredSketch) -> Nystrom:
         """The same configuration, which solves with a sketch that is made."""
         options = {field.name: getattr(self, field.name) for field in fields(Nystrom)}
         return _Sketched(**options, made=sketch)
 
-    def _capped(self, sketch: NystromSketch) -> bool:
+    def _capped(self, sketch: NystromSketch | FactoredSketch) -> bool:
         """Whether an automatic rank ended short of its tolerance."""
-        return sketch.condition_bound is not None and sketch.condition_bound > 1.0 + self.tol
+        bound = getattr(sketch, "condition_bound", None)
+        return bound is not None and bound > 1.0 + self.tol
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         if system.damping != "auto":
             positive_damping(system.damping)  # before any product is spent
-        sketch = self._sketch_of(system)
+        sketch = self._sketch(system, once=True)
         damping = sketch.auto_damping() if system.damping == "auto" else float(system.damping)
-        start, residual = system.begin(x0, damping)
-        x = start + sketch.solve_block(residual, damping)
-        if self.check:
+        if x0 is None:
+            x = sketch.solve_block(system.b, damping)
+        else:
+            start, residual = system.begin(x0, damping)
+            x = start + sketch.solve_block(residual, damping)
+        known = self._estimated(sketch, system, damping) if x0 is None else None
+        if known is not None:
+            norms, statuses = known
+        elif self.check:
             residual = system.residual(x, damping)
             norms, statuses = self._judged(sketch, system, x, residual, damping)
         else:
@@ -309,11 +327,23 @@ class Nystrom(Solver):
         x = start + sketch.solve_block(residual, damping)
         return x, safe_norms(residual_traced(system, x, damping))
 
-    def _indefinite(self, sketch: NystromSketch, rho: float) -> bool:
+    def _indefinite(self, sketch: NystromSketch | FactoredSketch, rho: float) -> bool:
         return self.negative_curvature == "keep" and sketch.smallest_eigenvalue + rho <= 0
 
+    def _estimated(
+        self, sketch: NystromSketch | FactoredSketch, system: DampedSystem, rho: float
+    ) -> tuple[Tensor, list[Status]] | None:
+        """Estimates of the residuals, where they are asked for and leave no doubt."""
+        if self.check != "estimate" or not isinstance(sketch, FactoredSketch):
+            return None
+        estimates, sizes = sketch.residual_estimates(rho), system.b_norms.cpu().numpy()
+        if not (estimates <= sketch.clearly_below() * sizes).all():
+            return None
+        statuses = [Status.FIXED_ITERATIONS if size else Status.CONVERGED for size in sizes]
+        return torch.from_numpy(estimates).to(system.b), statuses
+
     def _unchecked(
-        self, sketch: NystromSketch, system: DampedSystem, rho: float
+        self, sketch: NystromSketch | FactoredSketch, system: DampedSystem, rho: float
     ) -> tuple[Tensor, list[Status]]:
         """What is known of answers without a product with them."""
         zero = system.b_norms == 0
@@ -326,7 +356,12 @@ class Nystrom(Solver):
         return norms, [Status.CONVERGED if none else status for none in zero.tolist()]
 
     def _judged(
-        self, sketch: NystromSketch, system: DampedSystem, x: Tensor, residual: Tensor, rho: float
+        self,
+        sketch: NystromSketch | FactoredSketch,
+        system: DampedSystem,
+        x: Tensor,
+        residual: Tensor,
+        rho: float,
     ) -> tuple[Tensor, list[Status]]:
         """The norms of the residuals, and what they say."""
         keep = self.negative_curvature == "keep"
@@ -338,7 +373,8 @@ class Nystrom(Solver):
             vanished = (~system.returned(x).any(dim=1)).tolist()
             curvatures = [1.0 if no else c for no, c in zip(vanished, curvatures, strict=True)]
         norms = counted = row_norms(residual)
-        if self.negative_curvature in ("absolute", "clip") and sketch.smallest_eigenvalue < 0:
+        changed = self.negative_curvature in ("absolute", "clip")
+        if changed and isinstance(sketch, NystromSketch) and sketch.smallest_eigenvalue < 0:
             # The policy changed the system on purpose: along the basis the answer is exact for
             # the changed one, so only what lies outside can be wrong.
             counted = row_norms(sketch.outside(residual))
@@ -360,8 +396,10 @@ class Nystrom(Solver):
 class _Sketched(Nystrom):
     """The same configuration with its sketch made: what solves again at no new sketch."""
 
-    made: NystromSketch | None = None
+    made: NystromSketch | FactoredSketch | None = None
 
-    def _sketch_of(self, system: DampedSystem, *, any_damping: bool = False) -> NystromSketch:
+    def _sketch(
+        self, system: DampedSystem, *, any_damping: bool = False, once: bool = False
+    ) -> NystromSketch | FactoredSketch:
         assert self.made is not None
         return self.made

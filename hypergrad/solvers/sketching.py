@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from .base import DampedSystem
 from .complement import TAIL_THAT_MATTERS, Complement, ComplementKind, measure_complement
 from .core import ABOVE, Approximation, Core
 from .embedding import DIAGONAL_PROBES, Embedding, SketchKind, extension
-from .narrow import NarrowSketch, is_narrow
+from .narrow import FactoredSketch, NarrowSketch, is_narrow
 from .sketch import NegativeCurvature, NystromSketch
 from .streamed import streamed_approximation, streamed_complement, worth_streaming
 
@@ -63,8 +63,12 @@ def make_sketch(
     max_rank: int | None = None,
     any_damping: bool = False,
     check: bool = True,
-) -> NystromSketch:
-    """Sketch the system's operator; see :func:`hypergrad.nystrom_sketch`."""
+    once: bool = False,
+) -> NystromSketch | FactoredSketch:
+    """Sketch the system's operator; see :func:`hypergrad.nystrom_sketch`.
+
+    ``once``: for the system's own damping, so that it may come without a basis.
+    """
     options = SketchOptions(
         rank, kind, generator, policy, complement, diagonal, tol, max_rank, any_damping, check
     )
@@ -75,12 +79,19 @@ def make_sketch(
             f"1 <= rank <= {n}."
         )
     before = system.num_hvps
-    if options.rank != "auto" and options.sketch == "gaussian" and worth_streaming(options.rank, n):
+    gaussian = options.rank != "auto" and options.sketch == "gaussian"
+    if gaussian and worth_streaming(options.rank, n):
         found = streamed_approximation(system, options.rank, options.generator, options.check)
         return _finish(system, found, options, before, None, streamed=True)
-    if options.rank != "auto" and options.sketch == "gaussian" and is_narrow(system, options.rank):
+    if gaussian and is_narrow(system, options.rank):
         drawn = NarrowSketch.draw(system, options.rank, options.generator)
-        return _finish(system, _narrow_approximation(system, drawn, options), options, before, None)
+        narrow = _narrow_approximation(system, drawn, options)
+        if isinstance(narrow, FactoredSketch):
+            least = TAIL_THAT_MATTERS * _damping_of(narrow, system)
+            if once and (options.complement == "zero" or narrow.tail <= least):
+                return narrow
+            narrow = _with_basis(narrow, system.b.dtype)
+        return _finish(system, narrow, options, before, None)
     source = Embedding(
         options.sketch,
         options.generator,
@@ -208,29 +219,42 @@ def _approximate(
         return _rayleigh_ritz(system, omega, y)
     # Drawn uniformly, each row is a random one given the others; columns of zeros tell no more.
     uniform = kind in _GENERIC or (kind == "columns" and bool(core.kept.all()))
-    trace = core.trace(eigenvalues) if uniform else None
+    trace = core.trace(float(eigenvalues.sum())) if uniform else None
     found = Approximation.truncated(eigenvalues, basis, len(y), trace, generic)
     damping = found.damping(system, tail=found.tail)
-    if core.blurred(damping) or core.noisy(eigenvalues, damping):
+    if core.blurred(damping) or core.noisy(found.largest, damping):
         return _second_pass(system, y, trace, generic)
     return found
 
 
 def _narrow_approximation(
     system: DampedSystem, drawn: NarrowSketch, options: SketchOptions
-) -> Approximation:
+) -> Approximation | FactoredSketch:
     """:func:`_approximate` from inner products; wide blocks are formed where they are needed."""
     core, wide = drawn.core, system.b.dtype
     eigenvalues, combination = drawn.eigenpairs()
     if core.indefinite or not drawn.vouched(system, eigenvalues, combination, options.check):
         return _rayleigh_ritz(system, *drawn.wide_blocks(wide))
-    trace = core.trace(eigenvalues)
-    rows = core.products
-    found = Approximation.truncated(eigenvalues, rows, len(rows), trace, generic=True)
-    damping = found.damping(system, tail=found.tail)
-    if core.blurred(damping) or core.noisy(eigenvalues, damping):
+    complete = len(eigenvalues) < len(core.values)
+    tail = 0.0 if complete else float(eigenvalues[-1])
+    found = FactoredSketch(drawn, eigenvalues, combination, tail, complete)
+    damping = _damping_of(found, system)
+    largest = float(eigenvalues[0]) if len(eigenvalues) else 0.0
+    if core.blurred(damping) or core.noisy(largest, damping):
+        trace = core.trace(float(eigenvalues.sum()))
         return _second_pass(system, drawn.wide_blocks(wide)[1], trace, generic=True)
-    return replace(found, basis=drawn.basis(combination, eigenvalues, wide))
+    return found if drawn.resolved(eigenvalues) else _with_basis(found, wide)
+
+
+def _damping_of(sketch: FactoredSketch, system: DampedSystem) -> float:
+    return sketch.auto_damping() if system.damping == "auto" else float(system.damping)
+
+
+def _with_basis(sketch: FactoredSketch, wide: torch.dtype) -> Approximation:
+    basis = sketch.drawn.basis(sketch.combination, sketch.eigenvalues, wide)
+    values = torch.from_numpy(sketch.eigenvalues.copy()).to(basis.device)
+    trace = sketch.drawn.core.trace(float(sketch.eigenvalues.sum()))
+    return Approximation(values, basis, sketch.tail, complete=sketch.complete, trace=trace)
 
 
 def _finish(

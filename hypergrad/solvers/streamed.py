@@ -13,7 +13,7 @@ from torch import Tensor
 from ..pytree import row_norms
 from .base import DampedSystem, check_skew
 from .complement import STEPS, Complement
-from .core import ABOVE, Approximation, Core
+from .core import ABOVE, Approximation, Core, Numbers
 
 #: A block of this many numbers is streamed; a smaller one is held several times in wide dtypes,
 #: which costs less than the memory is worth.
@@ -56,6 +56,10 @@ def _slices(rows: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows.shape[1], step)]
 
 
+def _on(rows: Tensor, numbers: Numbers) -> Tensor:
+    return torch.from_numpy(numbers.copy()).to(rows.device)
+
+
 def _recombine(coefficients: Tensor, rows: Tensor) -> Tensor:
     """Coefficients (r, k), r <= k, times the rows of (k, n), which they replace."""
     count = len(coefficients)
@@ -85,16 +89,19 @@ def streamed_approximation(
     eigenvalues, combination = core.combinations()
     if not _vouched(system, core, eigenvalues, combination, check):
         return _ritz_pairs(system, _orthonormal(rows, system.b.dtype))
-    trace = core.trace(eigenvalues)
-    found = Approximation.truncated(eigenvalues, rows, rank, trace, generic=True)
+    trace = core.trace(float(eigenvalues.sum()))
+    found = Approximation.truncated(
+        torch.from_numpy(eigenvalues.copy()), rows, rank, trace, generic=True
+    )
     damping = found.damping(system, tail=found.tail)
-    if core.blurred(damping) or core.noisy(eigenvalues, damping):
+    if core.blurred(damping) or core.noisy(found.largest, damping):
         rows = _rounded(system, _orthonormal(rows, system.b.dtype))
         core = _multiplied(system, rows)
         eigenvalues, combination = core.combinations()
         if core.indefinite or not _vouched(system, core, eigenvalues, combination):
             return _ritz_pairs(system, _orthonormal(rows, system.b.dtype))
-    basis = _polished(_recombine(combination, rows), system.b.dtype)
+    basis = _polished(_recombine(_on(rows, combination), rows), system.b.dtype)
+    eigenvalues = _on(rows, eigenvalues)
     return Approximation.truncated(eigenvalues, basis, rank, trace, generic=True)
 
 
@@ -218,11 +225,11 @@ def _multiplied(system: DampedSystem, rows: Tensor) -> Core:
     gram = vectors.T @ gram @ vectors
     eps = torch.finfo(operator.dtype).eps
     return Core(
-        values=values,
-        vectors=vectors,
+        values=values.cpu().numpy(),
+        vectors=vectors.cpu().numpy(),
         products=_recombine(vectors.T.contiguous(), rows),
-        sizes=top * gram.diagonal().clamp(min=0.0).sqrt(),
-        gram=gram * ((top / size) ** 2 if size > 0 else 1.0),
+        sizes=(top * gram.diagonal().clamp(min=0.0).sqrt()).cpu().numpy(),
+        gram=(gram * ((top / size) ** 2 if size > 0 else 1.0)).cpu().numpy(),
         noise=max(float(skew), eps * size / n**0.5),
         silence=Core.silent(eps, size),
         size=size,
@@ -231,7 +238,7 @@ def _multiplied(system: DampedSystem, rows: Tensor) -> Core:
 
 
 def _vouched(
-    system: DampedSystem, core: Core, eigenvalues: Tensor, combination: Tensor, check: bool = True
+    system: DampedSystem, core: Core, eigenvalues: Numbers, combination: Numbers, check: bool = True
 ) -> bool:
     """Whether the largest eigenvalue can be one of a positive operator: l <= u'A u for its pair."""
     if len(eigenvalues) == 0:
@@ -239,7 +246,7 @@ def _vouched(
     largest = float(eigenvalues[0])
     if not check or largest <= core.size * (1 + ABOVE):
         return True
-    top = combined(combination[:1].to(core.products.dtype), core.products)
+    top = combined(_on(core.products, combination[:1]).to(core.products.dtype), core.products)
     top = _rounded(system, top / row_norms(top)[:, None].to(top.dtype))
     return float(_along(system, _product(system, top[0]), top)[0]) >= largest * (1 - ABOVE)
 

@@ -444,7 +444,8 @@ def test_without_checks_the_answer_is_the_same_at_the_sketchs_products_alone(
 
     checked, bare = solved(True), solved(False)
     assert torch.equal(checked.value, bare.value)
-    assert bare.info.num_hvps == checked.info.num_hvps - 2
+    # One for the residual, and one to vouch where the products alone do not.
+    assert bare.info.num_hvps in (checked.info.num_hvps - 2, checked.info.num_hvps - 1)
     assert bare.info.status is hypergrad.Status.FIXED_ITERATIONS
     assert math.isnan(bare.info.relative_residual)
     assert not bare.info.converged
@@ -459,7 +460,7 @@ def test_without_checks_what_is_known_anyway_is_reported() -> None:
     a = torch.diag(torch.tensor([3.0, 2.0, 1.0, -1.0]))
     info = hypergrad.solve(a, torch.ones(4), solver, damping=0.5, on_failure="ignore").info
     assert info.status is hypergrad.Status.NEGATIVE_CURVATURE
-    with pytest.raises(hypergrad.SolverOptionError, match="check is 1, expected True or False"):
+    with pytest.raises(hypergrad.SolverOptionError, match="check is 1, expected True, False or"):
         hypergrad.Nystrom(4, check=1)  # type: ignore[arg-type]
     with pytest.raises(hypergrad.SolverOptionError, match="check=True"):
         hypergrad.ReusedSketch(solver)
