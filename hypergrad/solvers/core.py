@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ ABOVE = 1e-2
 
 
 Numbers: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+#: Whether a sketch and its answers are checked: by products, by estimates, not at all.
+Check: TypeAlias = bool | Literal["estimate"]
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,9 @@ class Core:
         """
         k, n = products.shape
         gap = core - core.T
-        skew = root(float(np.linalg.eigvalsh(gap.T @ gap)[-1])) / 2  # the spectral norm
-        # As accurate for the largest as an SVD of Y, at one pass.
-        size = root(float(np.linalg.eigvalsh(gram)[-1]))
+        # Spectral norms: that of Y as accurately as by an SVD, at one pass.
+        squares = np.linalg.eigvalsh(np.stack([gap.T @ gap, gram]))[:, -1]
+        skew, size = root(float(squares[0])) / 2, root(float(squares[1]))
         # Against what products with unrelated vectors would leave in the core.
         check_skew(skew, size * (k / n) ** 0.5, dtype)
         values, vectors = np.linalg.eigh(0.5 * (core + core.T))
@@ -195,12 +197,14 @@ class Core:
             return False
         inverse = self.size / self.values[kept]
         squared = self._gram_kept * inverse[:, None] * inverse
-        lift = root(float(np.linalg.eigvalsh(squared)[-1]))  # |Y W^+|
         n = self.products.shape[1]
         # A test matrix that nearly misses A makes small products, but no smaller errors.
-        error: float = self.eps * max(self.size, largest / n**0.5) * lift
-        worth: float = self.eps**_WORTH_A_PASS * damping
-        return error > 3.0 * self.eps * largest + worth  # the first is what rounding A costs
+        rounding = self.eps * max(self.size, largest / n**0.5)
+        # What rounding A costs, and what is worth a pass.
+        limit = 3.0 * self.eps * largest + self.eps**_WORTH_A_PASS * damping
+        if rounding * root(float(squared.trace())) <= limit:  # the Frobenius norm is no smaller
+            return False
+        return rounding * root(float(np.linalg.eigvalsh(squared)[-1])) > limit  # |Y W^+|
 
     def blurred(self, damping: float) -> bool:
         """Whether the rounding of the core's eigenvalues could be felt at this damping.

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..pytree import row_norms
 from ..spectrum import damping_from_extremes
 from .base import DampedSystem
-from .core import ABOVE, Core, Numbers
+from .core import ABOVE, Check, Core, Numbers
 from .embedding import gaussian_rows
 
 #: Numbers of a block that are widened at a time: what stays in a core's cache.
@@ -112,15 +112,17 @@ class NarrowSketch:
         )
 
     def vouched(
-        self, system: DampedSystem, eigenvalues: Numbers, combination: Numbers, check: bool
+        self, system: DampedSystem, eigenvalues: Numbers, combination: Numbers, check: Check
     ) -> bool:
-        """Whether the largest eigenvalue can be one of a positive operator: l <= |A|."""
+        """Whether the largest eigenvalue can be one of a positive operator: l <= u'A u <= |A|."""
         core = self.core
         if len(eigenvalues) == 0:
             return core.silent_throughout
         largest = float(eigenvalues[0])
         # |A| >= |A Omega| for orthonormal Omega, and then no product is needed.
-        if not check or largest <= max(core.size * (1 + ABOVE), _FACTOR * self._size()):
+        if check is False or largest <= core.size * (1 + ABOVE):
+            return True
+        if check == "estimate" and largest <= _FACTOR * self._size():
             return True
         top = combined_wide(combination[:1], core.products, system.b.dtype)
         top = (top / row_norms(top)[:, None]).to(system.operator.dtype)
@@ -177,16 +179,15 @@ class FactoredSketch:
         return damping_from_extremes(0.0, largest, rounding=0.0, tail=self.tail)
 
     def solve_block(self, block: Tensor, damping: float) -> Tensor:
-        """x = (v - U [L / (L + damping)] U'v) / damping for rows v of shape (m, n).
+        """The rows (v - U [L / (L + damping)] U'v) / damping for rows v of shape (m, n).
 
         U'U is the identity, and each inner product with U right, to far below the rounding of the
         products, so that nothing needs to be projected twice.
         """
         drawn = self.drawn
-        products, (m, n) = drawn.core.products, block.shape
-        along = drawn.along
+        products, along = drawn.core.products, drawn.along
         if block is not drawn.block:
-            out = block.new_zeros(m, len(products))
+            out = block.new_zeros(len(block), len(products))
             for part in _slices(products):
                 out.addmm_(block[:, part], products[:, part].to(block.dtype).T)
             along = out.cpu().numpy().T
@@ -202,11 +203,11 @@ class FactoredSketch:
         """Estimates of |v - (A + damping I) x| for the rows of ``drawn.block``, at no product.
 
         Leave row g of the Gaussian test matrix out.  The answer of the other rows does not depend
-        on it, so that the mean of (g'r)^2 is that answer's |r|^2, and g'A x is known from A g.  With
-        M = damping W + Y Y' for the raw rows and q = Y v the part along row i comes to
-        -[M^-1 q]_i / ([M^-1]_ii damping), as in the leave-one-out residuals of regression.  The
-        root of the mean over i, as in Epperly and Tropp, arXiv 2207.06342, who estimate |A - A_nys|
-        so.  Infinite where rounding does not let it be told.
+        on it, so that the mean of (g'r)^2 is that answer's |r|^2, and g'A x is known from A g.
+        With M = damping W + Y Y' for the raw rows and q = Y v, the part along row i comes to
+        -[M^-1 q]_i / ([M^-1]_ii damping), like the leave-one-out residuals of a regression; this is
+        the root of the mean over i.  (Epperly and Tropp, arXiv 2207.06342, estimate the error of a
+        low-rank approximation in the same way.)  Infinite where rounding hides it.
         """
         drawn = self.drawn
         k, n = drawn.omega.shape
@@ -225,9 +226,10 @@ class FactoredSketch:
     def clearly_below(self) -> float:
         """The relative estimate below which a residual is taken to be smaller than v.
 
-        A residual of the size of v has an estimate as small as that in at most one of a hundred
-        sketches: the estimate's square is |r|^2 times a mean of k squares of normal numbers, whose
-        quantile is Wilson and Hilferty's (1931).  One of twice that size passes once in 40,000.
+        The estimate's square is |r|^2 times a mean of k squares of nearly normal numbers: below its
+        quantile of one hundredth, by Wilson and Hilferty (1931), and never above 1/2.  (Measured at
+        rank 10 on five spectra, 67,500 answers at three dampings: of those with a residual between
+        1 and 1.25 times |v| it passes 2 in 100, to 1.6 times 4 in 1,000, to 2.2 times 4 in 10,000.)
         """
         part = 2.0 / (9.0 * len(self.drawn.omega))
         quantile = max(0.0, 1.0 - part - _ONE_PERCENT * part**0.5) ** 3

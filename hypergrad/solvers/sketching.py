@@ -13,11 +13,18 @@ from ..pytree import Tree
 from ..spectrum import lanczos_extremes
 from .base import DampedSystem
 from .complement import TAIL_THAT_MATTERS, Complement, ComplementKind, measure_complement
-from .core import ABOVE, Approximation, Core
+from .core import ABOVE, Approximation, Check, Core
 from .embedding import DIAGONAL_PROBES, Embedding, SketchKind, extension
 from .narrow import FactoredSketch, NarrowSketch, is_narrow
 from .sketch import NegativeCurvature, NystromSketch
-from .streamed import streamed_approximation, streamed_complement, worth_streaming
+from .streamed import (
+    held_twice,
+    streamed_again,
+    streamed_approximation,
+    streamed_basis,
+    streamed_complement,
+    worth_streaming,
+)
 
 #: Below this, relatively, what Ritz pairs miss is taken for amplified rounding.
 _NEARLY_COMPLETE = 1e-3
@@ -47,7 +54,7 @@ class SketchOptions:
     tol: float = 9.0
     max_rank: int | None = None
     any_damping: bool = False
-    check: bool = True
+    check: Check = True
 
 
 def make_sketch(
@@ -62,7 +69,7 @@ def make_sketch(
     tol: float = 9.0,
     max_rank: int | None = None,
     any_damping: bool = False,
-    check: bool = True,
+    check: Check = True,
     once: bool = False,
 ) -> NystromSketch | FactoredSketch:
     """Sketch the system's operator; see :func:`hypergrad.nystrom_sketch`.
@@ -80,18 +87,20 @@ def make_sketch(
         )
     before = system.num_hvps
     gaussian = options.rank != "auto" and options.sketch == "gaussian"
-    if gaussian and worth_streaming(options.rank, n):
+    large = gaussian and worth_streaming(options.rank, n)
+    narrow_products = gaussian and is_narrow(system, options.rank)
+    if large and not (once and narrow_products and held_twice(options.rank, n)):
         found = streamed_approximation(system, options.rank, options.generator, options.check)
         return _finish(system, found, options, before, None, streamed=True)
-    if gaussian and is_narrow(system, options.rank):
+    if narrow_products:
         drawn = NarrowSketch.draw(system, options.rank, options.generator)
-        narrow = _narrow_approximation(system, drawn, options)
+        narrow = _narrow_approximation(system, drawn, options, large)
         if isinstance(narrow, FactoredSketch):
             least = TAIL_THAT_MATTERS * _damping_of(narrow, system)
             if once and (options.complement == "zero" or narrow.tail <= least):
                 return narrow
-            narrow = _with_basis(narrow, system.b.dtype)
-        return _finish(system, narrow, options, before, None)
+            narrow = _with_basis(narrow, system, large)
+        return _finish(system, narrow, options, before, None, streamed=large)
     source = Embedding(
         options.sketch,
         options.generator,
@@ -200,7 +209,7 @@ def _approximate(
     kind: SketchKind | None,
     *,
     generic: bool = False,
-    check: bool = True,
+    check: Check = True,
 ) -> Approximation:
     """The approximation from the products ``y`` of ``omega``, in the form that is safe.
 
@@ -228,12 +237,14 @@ def _approximate(
 
 
 def _narrow_approximation(
-    system: DampedSystem, drawn: NarrowSketch, options: SketchOptions
+    system: DampedSystem, drawn: NarrowSketch, options: SketchOptions, large: bool
 ) -> Approximation | FactoredSketch:
     """:func:`_approximate` from inner products; wide blocks are formed where they are needed."""
     core, wide = drawn.core, system.b.dtype
     eigenvalues, combination = drawn.eigenpairs()
     if core.indefinite or not drawn.vouched(system, eigenvalues, combination, options.check):
+        if large:
+            return streamed_again(system, core.products, None, positive=False)
         return _rayleigh_ritz(system, *drawn.wide_blocks(wide))
     complete = len(eigenvalues) < len(core.values)
     tail = 0.0 if complete else float(eigenvalues[-1])
@@ -242,15 +253,21 @@ def _narrow_approximation(
     largest = float(eigenvalues[0]) if len(eigenvalues) else 0.0
     if core.blurred(damping) or core.noisy(largest, damping):
         trace = core.trace(float(eigenvalues.sum()))
+        if large:
+            return streamed_again(system, core.products, trace, positive=True)
         return _second_pass(system, drawn.wide_blocks(wide)[1], trace, generic=True)
-    return found if drawn.resolved(eigenvalues) else _with_basis(found, wide)
+    return found if drawn.resolved(eigenvalues) else _with_basis(found, system, large)
 
 
 def _damping_of(sketch: FactoredSketch, system: DampedSystem) -> float:
     return sketch.auto_damping() if system.damping == "auto" else float(system.damping)
 
 
-def _with_basis(sketch: FactoredSketch, wide: torch.dtype) -> Approximation:
+def _with_basis(sketch: FactoredSketch, system: DampedSystem, large: bool) -> Approximation:
+    wide, drawn = system.b.dtype, sketch.drawn
+    if large:
+        values, trace = sketch.eigenvalues, drawn.core.trace(float(sketch.eigenvalues.sum()))
+        return streamed_basis(system, drawn.core.products, values, sketch.combination, trace)
     basis = sketch.drawn.basis(sketch.combination, sketch.eigenvalues, wide)
     values = torch.from_numpy(sketch.eigenvalues.copy()).to(basis.device)
     trace = sketch.drawn.core.trace(float(sketch.eigenvalues.sum()))
@@ -301,7 +318,7 @@ def _finish(
 
 
 def _vouched(
-    system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tensor, check: bool = True
+    system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tensor, check: Check = True
 ) -> bool:
     """Whether the largest eigenvalue of the sketch can be one of a positive operator.
 
@@ -313,7 +330,7 @@ def _vouched(
         return core.silent_throughout
     largest = float(eigenvalues[0])
     # |A| >= |A Omega| for orthonormal Omega, and then no product is needed.
-    if not check or largest <= core.size * (1 + ABOVE):
+    if check is False or largest <= core.size * (1 + ABOVE):
         return True
     top = system.rounded(basis[:1])
     return float((top * system.product(top)).sum()) >= largest * (1 - ABOVE)
