@@ -21,11 +21,14 @@ import torch
 
 import hypergrad
 
-from .benchmarks.problems import PROBLEMS, SMALL_PROBLEMS, Problem
+from .benchmarks.problems import PROBLEMS, SMALL_PROBLEMS, Problem, critic
 from .benchmarks.speed import CG_ITERATIONS, DAMPING, HVP, RANK, cg, nystrom, repeated
 from .benchmarks.timing import ratio, single_threaded
 
 BASELINE = Path(__file__).with_name("baseline.json")
+#: The minibatch of an actor-critic's update, beside the problems of the suites; and for a trial.
+MINIBATCH = {"minibatch": partial(critic, 128)}
+SMALL_MINIBATCH = {"minibatch": partial(critic, 16, 8)}
 #: By how much, relatively, a ratio may exceed its baseline.
 ALLOWED = 0.2
 #: How often a ratio is measured before it counts as too large.
@@ -82,7 +85,7 @@ def _ten_products(problem: Problem) -> Callable[[], object]:
 
 
 def _compiled(problem: Problem) -> Callable[[], object]:
-    """Nyström on products that are compiled; the operator is made anew each time, as in training."""
+    """Nyström on compiled products; the operator is made anew each time, as in training."""
     loss_fn, v = problem.loss_fn, problem.right_hand_side()
 
     def run() -> object:
@@ -121,8 +124,8 @@ CASES: dict[str, Case] = {
     )
 } | {
     "critic: 10 products / gradient": Case("critic", _ten_products, _gradient),
-    "small critic: Nyström rank 10 compiled / 20 gradients": Case(
-        "small critic", _compiled, _twenty_gradients
+    "minibatch: Nyström rank 10 compiled / 20 gradients": Case(
+        "minibatch", _compiled, _twenty_gradients
     ),
 }
 
@@ -172,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'ratio of processor times, one thread':52}{'now':>8}{'baseline':>10}")
     found = measure(
         known,
-        SMALL_PROBLEMS if options.trial else PROBLEMS,
+        SMALL_PROBLEMS | SMALL_MINIBATCH if options.trial else PROBLEMS | MINIBATCH,
         repeats=2 if options.trial else 15,
         rounds=1 if options.trial else ROUNDS,
     )

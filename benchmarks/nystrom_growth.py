@@ -42,9 +42,8 @@ def row(width: int, batch: int, repeats: int) -> str:
     """One line of the table."""
     problem = critic(batch, width)
     hvp, v = problem.hvp_fn(), problem.right_hand_side()
-    work: list[Callable[[], object]] = [
-        partial(repeated, hvp, v, RANK), *(partial(f, hvp, v) for f in (estimated, checked, unchecked))
-    ]  # fmt: skip
+    solves = [partial(solve, hvp, v) for solve in (estimated, checked, unchecked)]
+    work: list[Callable[[], object]] = [partial(repeated, hvp, v, RANK), *solves]
     for run in work:
         run()
     times = [[seconds(run) for run in work] for _ in range(repeats)]

@@ -155,14 +155,12 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "classifier": classifier,
     "logistic": logistic,
     "quadratic": quadratic,
-    "small critic": partial(critic, 128),
 }
 SMALL_PROBLEMS: dict[str, Callable[[], Problem]] = {
     "critic": partial(critic, 64, 8),
     "classifier": partial(classifier, 4, (5, 3)),
     "logistic": partial(logistic, 6, 3),
     "quadratic": partial(quadratic, 20),
-    "small critic": partial(critic, 16, 8),
 }
 
 #: Dimension of the prescribed spectra, and the eigenvalues that the low-rank ones keep.
