@@ -21,14 +21,11 @@ import torch
 
 import hypergrad
 
-from .benchmarks.problems import PROBLEMS, SMALL_PROBLEMS, Problem, critic
+from .benchmarks.problems import PROBLEMS, SMALL_PROBLEMS, Problem
 from .benchmarks.speed import CG_ITERATIONS, DAMPING, HVP, RANK, cg, nystrom, repeated
 from .benchmarks.timing import ratio, single_threaded
 
 BASELINE = Path(__file__).with_name("baseline.json")
-#: The minibatch of an actor-critic's update, beside the problems of the suites; and for a trial.
-MINIBATCH = {"minibatch": partial(critic, 128)}
-SMALL_MINIBATCH = {"minibatch": partial(critic, 16, 8)}
 #: By how much, relatively, a ratio may exceed its baseline.
 ALLOWED = 0.2
 #: How often a ratio is measured before it counts as too large.
@@ -84,30 +81,6 @@ def _ten_products(problem: Problem) -> Callable[[], object]:
     return partial(operator.matmat, block)
 
 
-def _compiled(problem: Problem) -> Callable[[], object]:
-    """Nyström on compiled products; the operator is made anew each time, as in training."""
-    loss_fn, v = problem.loss_fn, problem.right_hand_side()
-
-    def run() -> object:
-        operator = hypergrad.hessian(
-            loss_fn, problem.params, problem.inputs, problem.targets, compile=True
-        )
-        return hypergrad.nystrom_ihvp(
-            operator, v, rank=RANK, generator=torch.Generator().manual_seed(0)
-        )
-
-    run()  # compiles
-    return run
-
-
-def _twenty_gradients(problem: Problem) -> Callable[[], object]:
-    def run() -> None:
-        for _ in range(2 * RANK):
-            problem.gradient()
-
-    return run
-
-
 def _gradient(problem: Problem) -> Callable[[], object]:
     return problem.gradient
 
@@ -124,9 +97,6 @@ CASES: dict[str, Case] = {
     )
 } | {
     "critic: 10 products / gradient": Case("critic", _ten_products, _gradient),
-    "minibatch: Nyström rank 10 compiled / 20 gradients": Case(
-        "minibatch", _compiled, _twenty_gradients
-    ),
 }
 
 
@@ -175,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'ratio of processor times, one thread':52}{'now':>8}{'baseline':>10}")
     found = measure(
         known,
-        SMALL_PROBLEMS | SMALL_MINIBATCH if options.trial else PROBLEMS | MINIBATCH,
+        SMALL_PROBLEMS if options.trial else PROBLEMS,
         repeats=2 if options.trial else 15,
         rounds=1 if options.trial else ROUNDS,
     )
