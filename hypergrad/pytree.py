@@ -51,6 +51,29 @@ def _check_leaf(leaf: Any, path: str, name: str) -> Tensor:
     return leaf
 
 
+def _kind(leaf: Any) -> Any:
+    """All that a leaf is checked for, as one value to be compared; None of what is no tensor."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device, leaf.layout
+    return None
+
+
+#: The layouts of trees that were seen: making one costs as much as some kernels.
+_layouts: dict[Any, TreeLayout] = {}
+_MOST_LAYOUTS = 256
+
+
+def _key(tree: Tree) -> Any:
+    """What the layout of a tensor, or of a plain dict of tensors, follows from; else None."""
+    if torch.compiler.is_compiling():
+        return None
+    if type(tree) is not dict:
+        return _kind(tree)
+    kinds = [_kind(leaf) for leaf in tree.values()]
+    # By type, too: 1 and True are the same key, but not of the same name.
+    return None if None in kinds else (tuple((type(k), k) for k in tree), tuple(kinds))
+
+
 def tree_leaves(tree: Tree, name: str = "the tree") -> list[Tensor]:
     """The leaves of a tree in its own order, each checked to be a real floating tensor."""
     return [_check_leaf(leaf, path, name) for path, leaf in _leaves_by_path(tree).items()]
@@ -95,6 +118,8 @@ class TreeLayout:
     _bare: bool = field(init=False, repr=False, default=False)
     #: Whether every leaf has the dtype of the flat vector.
     _uniform: bool = field(init=False, repr=False, default=True)
+    #: What :func:`_kind` says of each leaf.
+    _kinds: list[Any] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_sizes", [math.prod(shape) for shape in self.shapes])
@@ -104,6 +129,9 @@ class TreeLayout:
             object.__setattr__(self, "_keys", list(skeleton))
         object.__setattr__(self, "_bare", type(skeleton) is int)
         object.__setattr__(self, "_uniform", all(x == self.dtype for x in self.dtypes))
+        pairs = zip(self.shapes, self.dtypes, strict=True)
+        kinds = [(shape, dtype, self.device, torch.strided) for shape, dtype in pairs]
+        object.__setattr__(self, "_kinds", kinds)
 
     @classmethod
     def of(cls, tree: Tree, *, name: str = "the tree", batched: bool = False) -> TreeLayout:
@@ -120,6 +148,9 @@ class TreeLayout:
             DeviceError: leaves on more than one device.
             TreeStructureError: ``batched`` with leaves of different leading sizes.
         """
+        key = None if batched else _key(tree)
+        if key is not None and key in _layouts:
+            return _layouts[key]
         by_path = _leaves_by_path(tree)
         leaves = [_check_leaf(leaf, path, name) for path, leaf in by_path.items()]
         paths = tuple(by_path)
@@ -140,7 +171,12 @@ class TreeLayout:
         for other in dtypes[1:]:
             dtype = torch.promote_types(dtype, other)
         _, spec = torch_pytree.tree_flatten(tree)
-        return cls(spec, paths, shapes, dtypes, leaves[0].device, dim, dtype)
+        layout = cls(spec, paths, shapes, dtypes, leaves[0].device, dim, dtype)
+        if key is not None:
+            if len(_layouts) >= _MOST_LAYOUTS:
+                _layouts.clear()
+            _layouts[key] = layout
+        return layout
 
     def leaves(self, tree: Tree, *, name: str = "v", batched: bool = False) -> list[Tensor]:
         """The leaves of ``tree`` in this layout's order, after checking all that can be wrong.
@@ -203,17 +239,14 @@ class TreeLayout:
 
     def _fits(self, leaves: list[Any], batched: bool) -> bool:
         """Whether all is as it should be; what is wrong is found out by those who then look."""
-        lead = 1 if batched else 0
+        if not batched:
+            return [_kind(leaf) for leaf in leaves] == self._kinds
         counts = set()
-        for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True):
-            if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+        for leaf, kind in zip(leaves, self._kinds, strict=True):
+            got = _kind(leaf)
+            if got is None or not got[0] or (got[0][1:], *got[1:]) != kind:
                 return False
-            got = leaf.shape
-            if len(got) != len(shape) + lead or got[lead:] != shape:
-                return False
-            if leaf.dtype != dtype or leaf.device != self.device:
-                return False
-            counts.add(got[0] if batched else 1)
+            counts.add(got[0][0])
         return len(counts) == 1 and 0 not in counts
 
     def flatten(self, tree: Tree, *, name: str = "v") -> Tensor:

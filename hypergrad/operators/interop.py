@@ -45,7 +45,7 @@ class CallableOperator(LinearOperator):
         if self.batchable or building_no_graph() or tangents():
             return self._products(block.detach(), self._cut)
         layout, out = self.layout, torch.empty_like(block)
-        many = max(1, _COPIED // layout.dim)
+        many, recording = max(1, _COPIED // layout.dim), torch.is_grad_enabled()
         for start in range(0, len(block), many):
             # Copies: a callable that works in place on its argument must not reach the solver's
             # own vectors.
@@ -54,7 +54,7 @@ class CallableOperator(LinearOperator):
             for i, leaves in enumerate(layout.rows_of_leaves(rows, cast=True)):
                 product = self.hvp_fn(layout.unflatten_leaves(leaves))
                 leaves = layout.leaves(product, name="the output of hvp_fn")
-                if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+                if recording and True in [leaf.requires_grad for leaf in leaves]:
                     self._carries_graph = True
                     leaves = [leaf.detach() for leaf in leaves]
                 torch._foreach_copy_(into[i], leaves)

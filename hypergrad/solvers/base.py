@@ -63,7 +63,8 @@ class SolveInfo:
     Attributes:
         status: how the solve ended.
         converged: whether the true residual met a tolerance (``status`` is CONVERGED).
-        residual_norm: |v - (A + damping I) x|, recomputed from the answer that is returned.
+        residual_norm: |v - (A + damping I) x|, recomputed from the answer that is returned (unless
+            :class:`hypergrad.Nystrom` was told to estimate it, or to do without).
         relative_residual: the same over |v|; 0 when v = 0.
         iterations: iterations of the recurrence; 0 for direct solvers.
         num_hvps: products with A, all in all (the operator's, the check's, the probe's).
@@ -174,9 +175,10 @@ class DampedSystem:
         self, operator: LinearOperator, b: Tensor, scales: Tensor, damping: Damping
     ) -> None:
         self.operator, self.b, self.scales, self.damping = operator, b, scales, damping
-        self.b_norms = self.start_norms = row_norms(b)
+        # Scaled as they are, no square that counts leaves the dtype's range.
+        self.b_norms = self.start_norms = torch.linalg.vector_norm(b, dim=1)
         self.num_hvps = 0
-        self._returned: tuple[Tensor, int, Tensor] | None = None
+        self._delivered: tuple[Tensor, int, Tensor] | None = None
 
     def tolerances(self, rtol: float, atol: float) -> Tensor:
         """Absolute tolerances on the scaled residuals, shape (m,): the larger of the two."""
@@ -220,20 +222,30 @@ class DampedSystem:
         Raises:
             NonFiniteError: the answer is too large for a leaf's dtype.
         """
-        known = self._returned  # a direct solver asks again for the answer that it has checked
+        scales = (self.scales if rows is None else self.scales[rows])[:, None]
+        return self._answer(x, rows).to(self.b.dtype) / scales
+
+    def delivered(self, x: Tensor) -> Tensor:
+        """:meth:`returned` in its own scale and the operator's dtype."""
+        return self._answer(x, None)
+
+    def _answer(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        known = self._delivered  # what has been checked is asked for again
         if rows is None and known is not None and known[0] is x and known[1] == x._version:
             return known[2]
         scales = (self.scales if rows is None else self.scales[rows])[:, None]
         answer = self.operator.layout.narrowed((x * scales).to(self.operator.dtype))
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(answer).all()):
+        if torch.compiler.is_compiling():
+            return answer
+        # A nan or an infinity passes into the sum: one pass, unless finite entries overflow it.
+        if not math.isfinite(answer.sum()) and not bool(torch.isfinite(answer).all()):
             raise NonFiniteError(
                 f"x overflows {min(self.operator.layout.dtypes, key=lambda d: torch.finfo(d).max)}:"
                 " the answer is too large for the dtype of v. Raise damping, rescale the problem, "
                 "or use a wider dtype."
             )
-        answer = answer.to(self.b.dtype) / scales
-        if rows is None and not (torch.compiler.is_compiling() or x.is_inference()):
-            self._returned = (x, x._version, answer)
+        if rows is None and not x.is_inference():
+            self._delivered = (x, x._version, answer)
         return answer
 
     def residual(self, x: Tensor, damping: float, rows: Tensor | None = None) -> Tensor:
@@ -347,20 +359,21 @@ def allowed_skew(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.25)
 
 
-def check_skew(skew: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+def check_skew(skew: Tensor | float, size: Tensor | float, dtype: torch.dtype) -> None:
     """Raise :class:`NotSymmetricError` where products are antisymmetric beyond rounding.
 
     The tolerance is generous (the fourth root of the products' eps): it passes rounding and
     catches what is wrong in kind, such as a Jacobian that is no Hessian, or random products.
 
     Args:
-        skew: sizes of antisymmetric parts, any shape.
+        skew: sizes of antisymmetric parts, any shape, or one number.
         size: what they are measured against, same shape.
         dtype: dtype of the products.
     """
     allowed = allowed_skew(dtype)
-    if bool((skew > allowed * size).any()):
-        worst = float((skew / size).max())
+    found = skew > allowed * size
+    if found if isinstance(found, bool) else bool(found.any()):
+        worst = float(torch.as_tensor(skew / size).max())
         raise NotSymmetricError(
             f"the operator is not symmetric: the antisymmetric part of its products has relative "
             f"size {worst:.1e}, expected rounding only (at most {allowed:.0e}). Common causes: a "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +27,17 @@ _WORTH_A_PASS = 0.6
 ABOVE = 1e-2
 
 
+Numbers: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+#: Whether a sketch and its answers are checked: by products, by estimates, not at all.
+Check: TypeAlias = bool | Literal["estimate"]
+
+
 @dataclass(frozen=True)
 class Core:
     """The core W = Omega' A Omega of one block of products Y = A Omega, diagonalised.
+
+    All but the products are k x k numbers, kept on the host: what is decided on them makes no
+    device wait, and NumPy handles so few of them in a third of PyTorch's time.
 
     Attributes:
         values: eigenvalues of W, smallest first, shape (k,).
@@ -42,11 +53,11 @@ class Core:
         eps: of the products' dtype.
     """
 
-    values: Tensor
-    vectors: Tensor
+    values: Numbers
+    vectors: Numbers
     products: Tensor
-    sizes: Tensor
-    gram: Tensor
+    sizes: Numbers
+    gram: Numbers
     noise: float
     silence: float
     size: float
@@ -55,35 +66,27 @@ class Core:
     @classmethod
     def of(cls, omega: Tensor, y: Tensor, dtype: torch.dtype) -> Core:
         """Of test rows ``omega`` and their products ``y``, both (k, n), made in ``dtype``."""
-        k, n = y.shape
-        core = omega @ y.T
-        skew = torch.linalg.matrix_norm(core - core.T, ord=2) / 2
-        # The norm from the Gram matrix: as accurate for the largest as an SVD, at one pass.  The
-        # scale keeps the squares in range.
+        # The scale keeps the squares in range.
         top = float(row_norms(y).max())
         scaled = y / top if top > 0 else y
-        gram = scaled @ scaled.T
-        size = top * float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt())
-        # Against what products with unrelated vectors would leave in the core.
-        check_skew(skew, skew.new_tensor(size * (k / n) ** 0.5), dtype)
-        values, vectors = torch.linalg.eigh(0.5 * (core + core.T))
-        products = vectors.T @ y
-        eps = torch.finfo(dtype).eps
-        return cls(
-            values=values,
-            vectors=vectors,
+        sums = torch.stack([omega @ scaled.T, scaled @ scaled.T]).cpu().numpy()
+        core = cls.of_sums(sums[0], sums[1], y, dtype)
+        rotation = torch.from_numpy(core.vectors.T.copy()).to(y)
+        products = rotation @ y
+        return replace(
+            core,
+            values=core.values * top,
             products=products,
-            sizes=row_norms(products),
-            gram=vectors.T @ gram @ vectors * ((top / size) ** 2 if size > 0 else 1.0),
-            noise=max(float(skew), eps * size / n**0.5),
-            silence=cls.silent(eps, size),
-            size=size,
-            eps=eps,
+            # Of the rows themselves: of a small one the Gram matrix knows half the digits.
+            sizes=row_norms(products).cpu().numpy(),
+            noise=core.noise * top,
+            silence=core.silence * top,
+            size=core.size * top,
         )
 
     @classmethod
-    def of_sums(cls, core: Tensor, gram: Tensor, products: Tensor, dtype: torch.dtype) -> Core:
-        """From Omega Y' and Y Y' alone, in a dtype that resolves the squares of ``dtype``'s eps.
+    def of_sums(cls, core: Numbers, gram: Numbers, products: Tensor, dtype: torch.dtype) -> Core:
+        """From Omega Y' and Y Y' alone, best in a dtype that resolves the squares of ``dtype``'s.
 
         Args:
             core: Omega Y', shape (k, k), for orthonormal rows Omega.
@@ -93,19 +96,21 @@ class Core:
         """
         k, n = products.shape
         gap = core - core.T
-        skew = torch.linalg.eigvalsh(gap.T @ gap)[-1].clamp(min=0.0).sqrt() / 2  # as ord=2 does
-        size = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt())
-        check_skew(skew, skew.new_tensor(size * (k / n) ** 0.5), dtype)
-        values, vectors = torch.linalg.eigh(0.5 * (core + core.T))
+        # Spectral norms: that of Y as accurately as by an SVD, at one pass.
+        squares = np.linalg.eigvalsh(np.stack([gap.T @ gap, gram]))[:, -1]
+        skew, size = root(float(squares[0])) / 2, root(float(squares[1]))
+        # Against what products with unrelated vectors would leave in the core.
+        check_skew(skew, size * (k / n) ** 0.5, dtype)
+        values, vectors = np.linalg.eigh(0.5 * (core + core.T))
         gram = vectors.T @ gram @ vectors
         eps = torch.finfo(dtype).eps
         return cls(
             values=values,
             vectors=vectors,
             products=products,
-            sizes=gram.diagonal().clamp(min=0.0).sqrt(),
+            sizes=np.sqrt(np.maximum(gram.diagonal(), 0.0)),
             gram=gram / (size**2 if size > 0 else 1.0),
-            noise=max(float(skew), eps * size / n**0.5),
+            noise=max(skew, eps * size / n**0.5),
             silence=cls.silent(eps, size),
             size=size,
             eps=eps,
@@ -117,61 +122,67 @@ class Core:
         return _PRODUCT_NOISE * eps * size
 
     @cached_property
-    def kept(self) -> Tensor:
+    def kept(self) -> Numbers:
         """Directions with positive curvature and a product, both above their rounding."""
-        return (self.values > _CORE_NOISE * self.noise) & (self.sizes > self.silence)
+        kept: Numbers = (self.values > _CORE_NOISE * self.noise) & (self.sizes > self.silence)
+        return kept
 
     @property
     def indefinite(self) -> bool:
         """Whether there is negative curvature beyond rounding."""
-        return bool((self.values < -_CORE_NOISE * self.noise).any())
+        return bool(self.values[0] < -_CORE_NOISE * self.noise)  # the smallest
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         """Eigenpairs (largest first) of Y W^+ Y' on the directions kept."""
-        kept = self.kept
-        return squared_svd(self.products[kept] / self.values[kept].sqrt()[:, None])
+        rows = self.products[torch.from_numpy(self.kept).to(self.products.device)]
+        roots = torch.from_numpy(np.sqrt(self.values[self.kept])).to(rows)
+        return squared_svd(rows / roots[:, None])
 
-    def combinations(self) -> tuple[Tensor, Tensor]:
+    def combinations(self) -> tuple[Numbers, Numbers]:
         """The same from the inner products: L, and U' as combinations of the rows (Y z)'."""
         kept = self.kept
-        root = self.values[kept].sqrt()
+        roots = np.sqrt(self.values[kept])
         # Of B B' for the rows B = W^(-1/2) Y', over |Y|^2: the eigenvalues of Y W^+ Y' are the
         # same.
-        small = self.gram[kept][:, kept] / root[:, None] / root * self.size
-        values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
-        values, vectors = values.flip(0), vectors.flip(1)
+        small = self._gram_kept / roots[:, None] / roots * self.size
+        values, vectors = np.linalg.eigh(0.5 * (small + small.T))
+        values, vectors = values[::-1], vectors[:, ::-1]
         if len(values):
-            seen = values > len(values) * torch.finfo(values.dtype).eps * values[0]
+            seen = values > len(values) * np.finfo(values.dtype).eps * values[0]
             values, vectors = values[seen], vectors[:, seen]
-        combination = self.values.new_zeros(len(values), len(self.values))
+        combination = np.zeros((len(values), len(self.values)), self.values.dtype)
         eigenvalues = values * self.size
-        combination[:, kept] = (vectors / root[:, None] / eigenvalues.sqrt()).T
+        combination[:, kept] = (vectors / roots[:, None] / np.sqrt(eigenvalues)).T
         return eigenvalues, combination
+
+    @property
+    def _gram_kept(self) -> Numbers:
+        return self.gram[self.kept][:, self.kept]
 
     @property
     def silent_throughout(self) -> bool:
         """Whether all products are rounding."""
         return self.size == 0 or not bool((self.sizes > self.silence).any())
 
-    def trace(self, eigenvalues: Tensor) -> float:
+    def trace(self, total: float) -> float:
         """Estimate of the trace of A by leaving out one row of the test matrix at a time.
 
         The sketch without row i leaves A's trace over the complement of the other rows, of
         dimension n - k + 1, in which row i is a random direction: (n - k + 1) / [W^-1]_ii
-        estimates it without bias, and the sketch's own trace shrinks by |Y W^-1 e_i|^2 / [W^-1]_ii.
+        estimates it without bias, and the sketch's own trace, ``total``, shrinks by
+        |Y W^-1 e_i|^2 / [W^-1]_ii.
         The mean over i, after Epperly, Tropp and Webber, arXiv 2301.07825, section 2.3.
         """
-        total = float(eigenvalues.sum())
         if not bool(self.kept.all()):  # a direction without a product: W has no inverse
             return total
         n, k = self.products.shape[1], len(self.values)
         inverse = self.size / self.values
-        scale = (self.vectors**2 @ inverse).clamp(min=torch.finfo(inverse.dtype).tiny)
+        scale = np.maximum(self.vectors**2 @ inverse, np.finfo(inverse.dtype).tiny)
         lifted = self.vectors * inverse  # e_i'W^-1 Y' Y W^-1 e_i, both over powers of |Y|
         own = ((lifted @ self.gram) * lifted).sum(1)
         return total + self.size * float((((n - k + 1) - own) / scale).mean())
 
-    def noisy(self, eigenvalues: Tensor, damping: float) -> bool:
+    def noisy(self, largest: float, damping: float) -> bool:
         """Whether the products' rounding, amplified by Y W^+, could be felt at this damping.
 
         To first order an error E in Y changes Y W^+ Y' by E W^+ Y' and its transpose, and the
@@ -179,18 +190,21 @@ class Core:
         nearly orthogonal to an eigenvector, which happens when the rank just covers that of A.
         (Measured in both dtypes: the error in the answer is at most 0.8 of this prediction, and
         sketches of operators with more eigenvalues than the rank amplify by less than four.)
+        ``largest`` is the sketch's largest eigenvalue.
         """
         kept = self.kept
         if not bool(kept.any()):
             return False
         inverse = self.size / self.values[kept]
-        squared = self.gram[kept][:, kept] * inverse[:, None] * inverse
-        lift = float(torch.linalg.eigvalsh(squared)[-1].clamp(min=0.0).sqrt())  # |Y W^+|
-        largest, n = float(eigenvalues[0]), self.products.shape[1]
+        squared = self._gram_kept * inverse[:, None] * inverse
+        n = self.products.shape[1]
         # A test matrix that nearly misses A makes small products, but no smaller errors.
-        error: float = self.eps * max(self.size, largest / n**0.5) * lift
-        worth: float = self.eps**_WORTH_A_PASS * damping
-        return error > 3.0 * self.eps * largest + worth  # the first is what rounding A costs
+        rounding = self.eps * max(self.size, largest / n**0.5)
+        # What rounding A costs, and what is worth a pass.
+        limit = 3.0 * self.eps * largest + self.eps**_WORTH_A_PASS * damping
+        if rounding * root(float(squared.trace())) <= limit:  # the Frobenius norm is no smaller
+            return False
+        return rounding * root(float(np.linalg.eigvalsh(squared)[-1])) > limit  # |Y W^+|
 
     def blurred(self, damping: float) -> bool:
         """Whether the rounding of the core's eigenvalues could be felt at this damping.
@@ -199,13 +213,18 @@ class Core:
         the answer, relative to |v|/damping, by (e / w) b damping / (b + damping)^2.
         """
         heard = self.sizes > self.silence
-        w = self.values[heard].clamp(min=self.noise)
-        b = self.sizes[heard] * (self.sizes[heard] / w)
-        lost = self.values[heard] <= _CORE_NOISE * self.noise
+        sizes, values = self.sizes[heard], self.values[heard]
+        w = np.maximum(values, self.noise)
+        b = sizes * (sizes / w)
         change = self.noise / w * b * damping / (b + damping) ** 2
         # A direction that would be dropped changes the answer by all that it would contribute.
-        change = torch.where(lost, b / (b + damping), change)
+        change = np.where(values <= _CORE_NOISE * self.noise, b / (b + damping), change)
         return bool((change > self.eps**_WORTH_A_PASS).any())
+
+
+def root(square: float) -> float:
+    """The square root of what is no less than zero, but for rounding."""
+    return math.sqrt(max(square, 0.0))
 
 
 def squared_svd(half: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,12 +269,15 @@ class Approximation:
         tail = 0.0 if complete or rank == basis.shape[1] else float(eigenvalues[-1])
         return cls(eigenvalues, basis, tail, complete=complete, trace=trace)
 
+    @property
+    def largest(self) -> float:
+        """The size of the eigenvalue that is largest in size; 0 where there is none."""
+        return float(self.eigenvalues.abs().max()) if len(self.eigenvalues) else 0.0
+
     def damping(self, system: DampedSystem, tail: float) -> float:
         """The system's damping, or what ``"auto"`` would make of it."""
         if system.damping != "auto":
             return float(system.damping)
-        values = self.eigenvalues
-        largest = float(values.abs().max()) if len(values) else 0.0
         return damping_from_extremes(
-            min(self.lowest, 0.0), largest, rounding=system.rounding, tail=tail
+            min(self.lowest, 0.0), self.largest, rounding=system.rounding, tail=tail
         )

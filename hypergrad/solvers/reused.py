@@ -95,7 +95,7 @@ class ReusedSketch(Solver):
         good = isinstance(self.solver, Nystrom | NystromPCG)
         check_option(good, "solver", self.solver, "hypergrad.Nystrom(...) or NystromPCG(...)")
         good = getattr(self.solver, "check", True)
-        check_option(good, "solver", self.solver, "one with check=True: residuals are judged by")
+        check_option(good is True, "solver", self.solver, "one with check=True, for true residuals")
         good = is_tolerance(self.max_residual) and self.max_residual > 0
         check_option(good, "max_residual", self.max_residual, "a finite number > 0")
         good = is_tolerance(self.max_slowdown) and self.max_slowdown >= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -88,12 +89,13 @@ class BlockSolve:
             name = "v" if self.origin is None else "the gradient or tangent to solve for"
             rows = _finite(operator, block, name)
             # By the largest entry and not by the norm, which may itself overflow.
-            scales = powers_of_two(rows.abs().amax(dim=1))
+            largest = torch.linalg.vector_norm(rows, torch.inf, dim=1).tolist()
+            scales = rows.new_tensor([_power_of_two(size, rows.dtype) for size in largest])
             system = DampedSystem(operator, rows / scales[:, None], scales, number)
             if start is not None:
                 start = _finite(operator, start, "x0") / scales[:, None]
             outcome = solver._run(system, start)
-            x = (system.returned(outcome.x) * scales[:, None]).to(operator.dtype)
+            x = system.delivered(outcome.x)
         self._used_damping = outcome.damping
         self._next_solver = outcome.backward_solver or outcome.solver or solver
         columns = reports(outcome, system, self.solver)
@@ -140,6 +142,14 @@ class BlockSolve:
                 part = replace(part, columns=self.columns, hvps=self.hvps)
             self._parts[i] = part
         return self._parts[i]
+
+
+def _power_of_two(size: float, dtype: torch.dtype) -> float:
+    """:func:`hypergrad.pytree.powers_of_two` of a number on the host, which a kernel costs more."""
+    if size == 0.0:
+        return 1.0
+    limit = 1000 if dtype == torch.float64 else 120
+    return math.ldexp(1.0, min(max(math.frexp(size)[1], -limit), limit))
 
 
 def _finite(operator: LinearOperator, block: Tensor, name: str) -> Tensor:

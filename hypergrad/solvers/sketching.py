@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,11 +13,18 @@ from ..pytree import Tree
 from ..spectrum import lanczos_extremes
 from .base import DampedSystem
 from .complement import TAIL_THAT_MATTERS, Complement, ComplementKind, measure_complement
-from .core import ABOVE, Approximation, Core
+from .core import ABOVE, Approximation, Check, Core
 from .embedding import DIAGONAL_PROBES, Embedding, SketchKind, extension
-from .narrow import NarrowSketch, is_narrow
+from .narrow import FactoredSketch, NarrowSketch, is_narrow
 from .sketch import NegativeCurvature, NystromSketch
-from .streamed import streamed_approximation, streamed_complement, worth_streaming
+from .streamed import (
+    held_twice,
+    streamed_again,
+    streamed_approximation,
+    streamed_basis,
+    streamed_complement,
+    worth_streaming,
+)
 
 #: Below this, relatively, what Ritz pairs miss is taken for amplified rounding.
 _NEARLY_COMPLETE = 1e-3
@@ -47,7 +54,7 @@ class SketchOptions:
     tol: float = 9.0
     max_rank: int | None = None
     any_damping: bool = False
-    check: bool = True
+    check: Check = True
 
 
 def make_sketch(
@@ -62,9 +69,13 @@ def make_sketch(
     tol: float = 9.0,
     max_rank: int | None = None,
     any_damping: bool = False,
-    check: bool = True,
-) -> NystromSketch:
-    """Sketch the system's operator; see :func:`hypergrad.nystrom_sketch`."""
+    check: Check = True,
+    once: bool = False,
+) -> NystromSketch | FactoredSketch:
+    """Sketch the system's operator; see :func:`hypergrad.nystrom_sketch`.
+
+    ``once``: for the system's own damping, so that it may come without a basis.
+    """
     options = SketchOptions(
         rank, kind, generator, policy, complement, diagonal, tol, max_rank, any_damping, check
     )
@@ -75,12 +86,21 @@ def make_sketch(
             f"1 <= rank <= {n}."
         )
     before = system.num_hvps
-    if options.rank != "auto" and options.sketch == "gaussian" and worth_streaming(options.rank, n):
+    gaussian = options.rank != "auto" and options.sketch == "gaussian"
+    large = gaussian and worth_streaming(options.rank, n)
+    narrow_products = gaussian and is_narrow(system, options.rank)
+    if large and not (once and narrow_products and held_twice(options.rank, n)):
         found = streamed_approximation(system, options.rank, options.generator, options.check)
         return _finish(system, found, options, before, None, streamed=True)
-    if options.rank != "auto" and options.sketch == "gaussian" and is_narrow(system, options.rank):
+    if narrow_products:
         drawn = NarrowSketch.draw(system, options.rank, options.generator)
-        return _finish(system, _narrow_approximation(system, drawn, options), options, before, None)
+        narrow = _narrow_approximation(system, drawn, options, large)
+        if isinstance(narrow, FactoredSketch):
+            least = TAIL_THAT_MATTERS * _damping_of(narrow, system)
+            if once and (options.complement == "zero" or narrow.tail <= least):
+                return narrow
+            narrow = _with_basis(narrow, system, large)
+        return _finish(system, narrow, options, before, None, streamed=large)
     source = Embedding(
         options.sketch,
         options.generator,
@@ -189,7 +209,7 @@ def _approximate(
     kind: SketchKind | None,
     *,
     generic: bool = False,
-    check: bool = True,
+    check: Check = True,
 ) -> Approximation:
     """The approximation from the products ``y`` of ``omega``, in the form that is safe.
 
@@ -208,29 +228,50 @@ def _approximate(
         return _rayleigh_ritz(system, omega, y)
     # Drawn uniformly, each row is a random one given the others; columns of zeros tell no more.
     uniform = kind in _GENERIC or (kind == "columns" and bool(core.kept.all()))
-    trace = core.trace(eigenvalues) if uniform else None
+    trace = core.trace(float(eigenvalues.sum())) if uniform else None
     found = Approximation.truncated(eigenvalues, basis, len(y), trace, generic)
     damping = found.damping(system, tail=found.tail)
-    if core.blurred(damping) or core.noisy(eigenvalues, damping):
+    if core.blurred(damping) or core.noisy(found.largest, damping):
         return _second_pass(system, y, trace, generic)
     return found
 
 
 def _narrow_approximation(
-    system: DampedSystem, drawn: NarrowSketch, options: SketchOptions
-) -> Approximation:
+    system: DampedSystem, drawn: NarrowSketch, options: SketchOptions, large: bool
+) -> Approximation | FactoredSketch:
     """:func:`_approximate` from inner products; wide blocks are formed where they are needed."""
     core, wide = drawn.core, system.b.dtype
     eigenvalues, combination = drawn.eigenpairs()
     if core.indefinite or not drawn.vouched(system, eigenvalues, combination, options.check):
+        if large:
+            return streamed_again(system, core.products, None, positive=False)
         return _rayleigh_ritz(system, *drawn.wide_blocks(wide))
-    trace = core.trace(eigenvalues)
-    rows = core.products
-    found = Approximation.truncated(eigenvalues, rows, len(rows), trace, generic=True)
-    damping = found.damping(system, tail=found.tail)
-    if core.blurred(damping) or core.noisy(eigenvalues, damping):
+    complete = len(eigenvalues) < len(core.values)
+    tail = 0.0 if complete else float(eigenvalues[-1])
+    found = FactoredSketch(drawn, eigenvalues, combination, tail, complete)
+    damping = _damping_of(found, system)
+    largest = float(eigenvalues[0]) if len(eigenvalues) else 0.0
+    if core.blurred(damping) or core.noisy(largest, damping):
+        trace = core.trace(float(eigenvalues.sum()))
+        if large:
+            return streamed_again(system, core.products, trace, positive=True)
         return _second_pass(system, drawn.wide_blocks(wide)[1], trace, generic=True)
-    return replace(found, basis=drawn.basis(combination, eigenvalues, wide))
+    return found if drawn.resolved(eigenvalues) else _with_basis(found, system, large)
+
+
+def _damping_of(sketch: FactoredSketch, system: DampedSystem) -> float:
+    return sketch.auto_damping() if system.damping == "auto" else float(system.damping)
+
+
+def _with_basis(sketch: FactoredSketch, system: DampedSystem, large: bool) -> Approximation:
+    wide, drawn = system.b.dtype, sketch.drawn
+    if large:
+        values, trace = sketch.eigenvalues, drawn.core.trace(float(sketch.eigenvalues.sum()))
+        return streamed_basis(system, drawn.core.products, values, sketch.combination, trace)
+    basis = sketch.drawn.basis(sketch.combination, sketch.eigenvalues, wide)
+    values = torch.from_numpy(sketch.eigenvalues.copy()).to(basis.device)
+    trace = sketch.drawn.core.trace(float(sketch.eigenvalues.sum()))
+    return Approximation(values, basis, sketch.tail, complete=sketch.complete, trace=trace)
 
 
 def _finish(
@@ -277,7 +318,7 @@ def _finish(
 
 
 def _vouched(
-    system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tensor, check: bool = True
+    system: DampedSystem, core: Core, eigenvalues: Tensor, basis: Tensor, check: Check = True
 ) -> bool:
     """Whether the largest eigenvalue of the sketch can be one of a positive operator.
 
@@ -289,7 +330,7 @@ def _vouched(
         return core.silent_throughout
     largest = float(eigenvalues[0])
     # |A| >= |A Omega| for orthonormal Omega, and then no product is needed.
-    if not check or largest <= core.size * (1 + ABOVE):
+    if check is False or largest <= core.size * (1 + ABOVE):
         return True
     top = system.rounded(basis[:1])
     return float((top * system.product(top)).sum()) >= largest * (1 - ABOVE)

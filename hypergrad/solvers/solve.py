@@ -130,7 +130,9 @@ def solve(
     x = answer(call, block, start, rho)
     info = summary(call.columns) if batched or len(call.columns) > 1 else call.columns[0]
     value = _tree(op, layout, x, batched)
-    solution = Solution(value, replace(info, num_hvps=sum(call.hvps)), call.later)
+    if info.num_hvps != sum(call.hvps):
+        info = replace(info, num_hvps=sum(call.hvps))
+    solution = Solution(value, info, call.later)
     act_on_failure(solution, on_failure)
     return solution
 
@@ -141,4 +143,6 @@ def _tree(op: LinearOperator, layout: TreeLayout, x: Tensor, batched: bool) -> T
     It may order its keys differently from the operator, or be a list where that has a tuple.
     """
     tree = op.layout.unflatten_block(x) if batched else op.layout.unflatten(x[0])
+    if layout is op.layout:
+        return tree
     return layout.unflatten_leaves(layout.leaves(tree, name="x", batched=batched))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..pytree import row_norms
 from .base import DampedSystem, check_skew
 from .complement import STEPS, Complement
-from .core import ABOVE, Approximation, Core
+from .core import ABOVE, Approximation, Check, Core, Numbers
 
 #: A block of this many numbers is streamed; a smaller one is held several times in wide dtypes,
 #: which costs less than the memory is worth.
@@ -25,6 +25,11 @@ _SLICE = 2**18
 def worth_streaming(rank: int, n: int) -> bool:
     """Whether a block of ``rank`` rows is large, and flat enough to be orthonormalised so."""
     return rank * n >= _WORTH_STREAMING and 4 * rank <= n
+
+
+def held_twice(rank: int, n: int) -> bool:
+    """Whether a test matrix and its products may be held for one solve, in their own dtype."""
+    return rank * n < 4 * _WORTH_STREAMING
 
 
 def projected(rows: Tensor, basis: Tensor) -> Tensor:
@@ -56,6 +61,10 @@ def _slices(rows: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows.shape[1], step)]
 
 
+def _on(rows: Tensor, numbers: Numbers) -> Tensor:
+    return torch.from_numpy(numbers.copy()).to(rows.device)
+
+
 def _recombine(coefficients: Tensor, rows: Tensor) -> Tensor:
     """Coefficients (r, k), r <= k, times the rows of (k, n), which they replace."""
     count = len(coefficients)
@@ -71,7 +80,7 @@ def _subtract(rows: Tensor, coefficients: Tensor, basis: Tensor) -> None:
 
 
 def streamed_approximation(
-    system: DampedSystem, rank: int, generator: torch.Generator | None, check: bool = True
+    system: DampedSystem, rank: int, generator: torch.Generator | None, check: Check = True
 ) -> Approximation:
     """The eigenpairs of a Gaussian sketch; what asks for a second pass is what asks for it there.
 
@@ -85,17 +94,45 @@ def streamed_approximation(
     eigenvalues, combination = core.combinations()
     if not _vouched(system, core, eigenvalues, combination, check):
         return _ritz_pairs(system, _orthonormal(rows, system.b.dtype))
-    trace = core.trace(eigenvalues)
-    found = Approximation.truncated(eigenvalues, rows, rank, trace, generic=True)
+    trace = core.trace(float(eigenvalues.sum()))
+    found = Approximation.truncated(
+        torch.from_numpy(eigenvalues.copy()), rows, rank, trace, generic=True
+    )
     damping = found.damping(system, tail=found.tail)
-    if core.blurred(damping) or core.noisy(eigenvalues, damping):
-        rows = _rounded(system, _orthonormal(rows, system.b.dtype))
-        core = _multiplied(system, rows)
-        eigenvalues, combination = core.combinations()
-        if core.indefinite or not _vouched(system, core, eigenvalues, combination):
-            return _ritz_pairs(system, _orthonormal(rows, system.b.dtype))
-    basis = _polished(_recombine(combination, rows), system.b.dtype)
-    return Approximation.truncated(eigenvalues, basis, rank, trace, generic=True)
+    if core.blurred(damping) or core.noisy(found.largest, damping):
+        return streamed_again(system, rows, trace, positive=True)
+    return streamed_basis(system, rows, eigenvalues, combination, trace)
+
+
+def streamed_again(
+    system: DampedSystem, rows: Tensor, trace: float | None, *, positive: bool
+) -> Approximation:
+    """From products that do not serve, and are replaced: a second pass.
+
+    Where A is not positive, the Ritz pairs on their range.
+    """
+    rows = _orthonormal(rows, system.b.dtype)
+    if not positive:
+        return _ritz_pairs(system, rows)
+    rows = _rounded(system, rows)
+    core = _multiplied(system, rows)
+    eigenvalues, combination = core.combinations()
+    if core.indefinite or not _vouched(system, core, eigenvalues, combination):
+        return _ritz_pairs(system, _orthonormal(rows, system.b.dtype))
+    return streamed_basis(system, rows, eigenvalues, combination, trace)
+
+
+def streamed_basis(
+    system: DampedSystem,
+    rows: Tensor,
+    eigenvalues: Numbers,
+    combination: Numbers,
+    trace: float | None,
+) -> Approximation:
+    """The approximation from the products ``rows``, which its basis replaces."""
+    rank = len(rows)
+    basis = _polished(_recombine(_on(rows, combination), rows), system.b.dtype)
+    return Approximation.truncated(_on(rows, eigenvalues), basis, rank, trace, generic=True)
 
 
 def _gaussian(system: DampedSystem, rank: int, generator: torch.Generator | None) -> Tensor:
@@ -218,11 +255,11 @@ def _multiplied(system: DampedSystem, rows: Tensor) -> Core:
     gram = vectors.T @ gram @ vectors
     eps = torch.finfo(operator.dtype).eps
     return Core(
-        values=values,
-        vectors=vectors,
+        values=values.cpu().numpy(),
+        vectors=vectors.cpu().numpy(),
         products=_recombine(vectors.T.contiguous(), rows),
-        sizes=top * gram.diagonal().clamp(min=0.0).sqrt(),
-        gram=gram * ((top / size) ** 2 if size > 0 else 1.0),
+        sizes=(top * gram.diagonal().clamp(min=0.0).sqrt()).cpu().numpy(),
+        gram=(gram * ((top / size) ** 2 if size > 0 else 1.0)).cpu().numpy(),
         noise=max(float(skew), eps * size / n**0.5),
         silence=Core.silent(eps, size),
         size=size,
@@ -231,15 +268,19 @@ def _multiplied(system: DampedSystem, rows: Tensor) -> Core:
 
 
 def _vouched(
-    system: DampedSystem, core: Core, eigenvalues: Tensor, combination: Tensor, check: bool = True
+    system: DampedSystem,
+    core: Core,
+    eigenvalues: Numbers,
+    combination: Numbers,
+    check: Check = True,
 ) -> bool:
     """Whether the largest eigenvalue can be one of a positive operator: l <= u'A u for its pair."""
     if len(eigenvalues) == 0:
         return core.silent_throughout
     largest = float(eigenvalues[0])
-    if not check or largest <= core.size * (1 + ABOVE):
+    if check is False or largest <= core.size * (1 + ABOVE):
         return True
-    top = combined(combination[:1].to(core.products.dtype), core.products)
+    top = combined(_on(core.products, combination[:1]).to(core.products.dtype), core.products)
     top = _rounded(system, top / row_norms(top)[:, None].to(top.dtype))
     return float(_along(system, _product(system, top[0]), top)[0]) >= largest * (1 - ABOVE)
 
