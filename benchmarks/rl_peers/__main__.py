@@ -1,0 +1,106 @@
+"""PPO and BLPO training beside other programs: CPU and wall time of a step, on one core.
+
+    python -m benchmarks.rl_peers [--only hypergrad_rl stable-baselines3] [--rounds 3]
+
+Every program runs once a round, in turns, from the first to the last and back. A program that is
+not there is skipped, with a word on how to get it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import measure, report
+from .contestants import ENVIRONMENTS, OURS, PROGRAMS
+from .places import Place, find
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, default=Path("runs/rl_peers"))
+    parser.add_argument("--environments", type=Path, default=Path(".peers"))
+    parser.add_argument("--only", nargs="+", choices=list(ENVIRONMENTS), help="whose programs")
+    parser.add_argument("--groups", nargs="+", help="groups whose names contain one of these")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--core", type=int, help="the processor that all run on (the last)")
+    for word, what in (("checkout", "a program's files"), ("python", "an interpreter to use")):
+        parser.add_argument(
+            f"--{word}", action="append", default=[], type=_named, metavar="NAME=PATH", help=what
+        )
+    parser.add_argument("--draw-only", action="store_true", help="from runs.csv of a former run")
+    options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "runs.csv"
+    failed = False
+    left_out: dict[str, str] = {}
+    if not options.draw_only:
+        if shutil.which("taskset") is None:
+            sys.exit("taskset is not there: it belongs to util-linux (apt install util-linux)")
+        core = max(os.sched_getaffinity(0)) if options.core is None else options.core
+        places, left_out = _places(options)
+        programs = [
+            program for program in PROGRAMS
+            if program.environment in places
+            and (not options.groups or any(word in program.group for word in options.groups))
+        ]  # fmt: skip
+        work = (options.output / "work").absolute()
+        shutil.rmtree(work, ignore_errors=True)  # the first round compiles everything
+        runs: list[measure.Run] = []
+        for number in range(1, options.rounds + 1):
+            for program in programs if number % 2 else programs[::-1]:
+                name = f"{program.group}: {program.name}"
+                if name in left_out:
+                    continue
+                place = places[program.environment]
+                directory = work / str(PROGRAMS.index(program))
+                try:
+                    run = measure.launch(program, place, core, directory, number)
+                except measure.ProgramError as error:
+                    left_out[name], failed = str(error), True
+                    print(f"{name}: failed: {error}", flush=True)
+                    continue
+                runs.append(run)
+                measure.write(runs, path)
+                print(
+                    f"round {number}, {name}: {run.step_cpu:.3g} us a step (wall "
+                    f"{run.step_wall:.3g}), start {run.start_cpu:.1f} s of CPU", flush=True,
+                )  # fmt: skip
+    text = report.markdown(measure.load(path), left_out)
+    (options.output / "rl_peers.md").write_text(text, encoding="utf-8")
+    print("\n" + text)
+    return 1 if failed else 0
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, given, path = text.partition("=")
+    if not given or name not in ENVIRONMENTS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected NAME=PATH with a name of {', '.join(ENVIRONMENTS)}"
+        )
+    return name, Path(path)
+
+
+def _places(options: argparse.Namespace) -> tuple[dict[str, Place], dict[str, str]]:
+    """Where the programs are, and what is missing of the others."""
+    places: dict[str, Place] = {}
+    missing: dict[str, str] = {}
+    pythons = {name: str(path.absolute()) for name, path in options.python}
+    for name in ENVIRONMENTS:
+        # Ours is what the others are divided by.
+        if not options.only or name in options.only or name == OURS:
+            place = find(name, options.environments, dict(options.checkout), pythons)
+            if place.missing:
+                missing[name] = place.missing
+                print(f"{name}: skipped: {place.missing}", flush=True)
+            else:
+                places[name] = place
+    return places, missing
+
+
+if __name__ == "__main__":
+    sys.exit(main())
