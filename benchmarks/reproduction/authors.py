@@ -106,7 +106,7 @@ def run(path: Path, python: str, task: str, algorithm: str, seed: int) -> dict[s
 def run_program(path: str, flags: Sequence[str], log: Callable[[int, float], None]) -> None:
     """In the interpreter with JAX: ``main.py``, with ``log(step, return)`` of episodes that ended.
 
-    It is called when the update that follows the episode's rollout is over.
+    It is called in the update for whose rollout the episode ended.
     """
     import jax
     import numpy as np

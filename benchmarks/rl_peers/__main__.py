@@ -9,14 +9,15 @@ not there is skipped, with a word on how to get it.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import measure, report
-from .contestants import ENVIRONMENTS, OURS, PROGRAMS
+from .contestants import ENVIRONMENTS, OURS, PROGRAMS, Program
 from .places import Place, find
 
 
@@ -35,45 +36,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw-only", action="store_true", help="from runs.csv of a former run")
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "runs.csv"
-    failed = False
-    left_out: dict[str, str] = {}
+    left, failed = options.output / "left_out.json", False
     if not options.draw_only:
         if shutil.which("taskset") is None:
             sys.exit("taskset is not there: it belongs to util-linux (apt install util-linux)")
-        core = max(os.sched_getaffinity(0)) if options.core is None else options.core
         places, left_out = _places(options)
         programs = [
             program for program in PROGRAMS
             if program.environment in places
             and (not options.groups or any(word in program.group for word in options.groups))
         ]  # fmt: skip
-        work = (options.output / "work").absolute()
-        shutil.rmtree(work, ignore_errors=True)  # the first round compiles everything
-        runs: list[measure.Run] = []
-        for number in range(1, options.rounds + 1):
-            for program in programs if number % 2 else programs[::-1]:
-                name = f"{program.group}: {program.name}"
-                if name in left_out:
-                    continue
-                place = places[program.environment]
-                directory = work / str(PROGRAMS.index(program))
-                try:
-                    run = measure.launch(program, place, core, directory, number)
-                except measure.ProgramError as error:
-                    left_out[name], failed = str(error), True
-                    print(f"{name}: failed: {error}", flush=True)
-                    continue
-                runs.append(run)
-                measure.write(runs, path)
-                print(
-                    f"round {number}, {name}: {run.step_cpu:.3g} us a step (wall "
-                    f"{run.step_wall:.3g}), start {run.start_cpu:.1f} s of CPU", flush=True,
-                )  # fmt: skip
-    text = report.markdown(measure.load(path), left_out)
-    (options.output / "rl_peers.md").write_text(text, encoding="utf-8")
-    print("\n" + text)
+        failures = _run(programs, places, options)
+        left.write_text(json.dumps(left_out | failures, indent=1), encoding="utf-8")
+        failed = bool(failures)
+    runs = measure.load(options.output / "runs.csv")
+    words = json.loads(left.read_text("utf-8"))
+    print("\n" + report.write(report.rows(runs, PROGRAMS), words, options.output))
     return 1 if failed else 0
+
+
+def _run(
+    programs: Sequence[Program], places: Mapping[str, Place], options: argparse.Namespace
+) -> dict[str, str]:
+    """Every program once a round, into runs.csv; the names of those that failed, and why."""
+    core = max(os.sched_getaffinity(0)) if options.core is None else options.core
+    work = (options.output / "work").absolute()
+    shutil.rmtree(work, ignore_errors=True)  # so that the first round compiles everything
+    runs: list[measure.Run] = []
+    failures: dict[str, str] = {}
+    for number in range(1, options.rounds + 1):
+        for program in programs if number % 2 else programs[::-1]:
+            name = f"{program.group}: {program.name}"
+            if name in failures:
+                continue
+            place, directory = places[program.environment], work / str(PROGRAMS.index(program))
+            try:
+                run = measure.launch(program, place, core, directory, number)
+            except measure.ProgramError as error:
+                failures[name] = str(error)
+                print(f"{name}: failed: {error}", flush=True)
+                continue
+            runs.append(run)
+            print(
+                f"round {number}, {name}: {run.step_cpu:.3g} us a step (wall {run.step_wall:.3g}), "
+                f"start {run.start_cpu:.1f} s of CPU",
+                flush=True,
+            )
+            measure.write(runs, options.output / "runs.csv")
+    measure.write(runs, options.output / "runs.csv")
+    return failures
 
 
 def _named(text: str) -> tuple[str, Path]:

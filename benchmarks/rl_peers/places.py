@@ -21,9 +21,7 @@ class Place:
     missing: str = ""
 
 
-def find(
-    name: str, root: Path, checkouts: Mapping[str, Path], pythons: Mapping[str, str]
-) -> Place:
+def find(name: str, root: Path, checkouts: Mapping[str, Path], pythons: Mapping[str, str]) -> Place:
     """What ``ENVIRONMENTS[name]`` needs, made in ``root`` where it is not there."""
     environment = ENVIRONMENTS[name]
     checkout = checkouts.get(name, root / "checkouts" / name).absolute()

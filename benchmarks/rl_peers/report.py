@@ -5,76 +5,110 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from .contestants import PROGRAMS, Program
+from .contestants import OURS, Program
 from .measure import Run
 
-#: Ratios of CPU time of one step to that of the first name, both programs of one author.
-WITHIN = ()
-
-HEADER = (
-    "program", "steps/s", "CPU, us a step", "its median", "wall, us a step",
-    "CPU over the first row's", "of medians", "start, CPU s", "again, CPU s",
+FIELDS = (
+    "group", "program", "steps/s", "CPU, us a step", "median", "wall, us a step", "CPU / ours",
+    "of medians", "CPU / its PPO", "first start, CPU s", "next start, CPU s", "rounds", "versions",
 )  # fmt: skip
 
 
-def groups(runs: Sequence[Run], programs: Sequence[Program] = PROGRAMS) -> dict[str, list[Program]]:
-    """The programs that have run, by group, in the order in which they are declared."""
-    ran = {(run.group, run.program) for run in runs}
-    found: dict[str, list[Program]] = {}
+@dataclass(frozen=True)
+class Row:
+    """A program in figures.
+
+    Attributes:
+        runs: by round.
+        ours: the runs of ours that they are divided by; () where there are none.
+        ppo: those of PPO by the same authors, in a group of several algorithms.
+    """
+
+    program: Program
+    runs: tuple[Run, ...]
+    ours: tuple[Run, ...]
+    ppo: tuple[Run, ...]
+
+    @property
+    def least(self) -> float:
+        """CPU microseconds of a step, in the round that other work disturbed least."""
+        return min(run.step_cpu for run in self.runs)
+
+    def over(self, others: Sequence[Run], of: str = "least") -> float | None:
+        """The ratio of CPU times of a step, of minima or medians over the rounds."""
+        if not others:
+            return None
+        quotient = Row(self.program, tuple(others), (), ())
+        return getattr(self, of) / getattr(quotient, of)  # type: ignore[no-any-return]
+
+    @property
+    def median(self) -> float:
+        """The same, in the middle one."""
+        return statistics.median(run.step_cpu for run in self.runs)
+
+    def cells(self) -> dict[str, str]:
+        """By ``FIELDS``; what does not exist is blank."""
+        first, *later = (run.start_cpu for run in self.runs)
+        compiles = self.program.compiles
+        return {
+            "group": self.program.group,
+            "program": self.program.name,
+            "steps/s": f"{1e6 / self.least:,.0f}",
+            "CPU, us a step": f"{self.least:.3g}",
+            "median": f"{self.median:.3g}",
+            "wall, us a step": f"{min(run.step_wall for run in self.runs):.3g}",
+            "CPU / ours": _ratio(self.over(self.ours)),
+            "of medians": _ratio(self.over(self.ours, "median")),
+            "CPU / its PPO": _ratio(self.over(self.ppo)),
+            "first start, CPU s": f"{first:.1f}" if compiles else "",
+            "next start, CPU s": f"{min(later):.1f}" if compiles and later else "",
+            "rounds": str(len(self.runs)),
+            "versions": self.runs[-1].versions,
+        }
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def rows(runs: Sequence[Run], programs: Sequence[Program]) -> list[Row]:
+    """The programs that have run, in the order in which they are declared."""
+
+    def of(program: Program | None) -> tuple[Run, ...]:
+        if program is None:
+            return ()
+        mine = [run for run in runs if (run.group, run.program) == (program.group, program.name)]
+        return tuple(sorted(mine, key=lambda run: run.round))
+
+    found = []
     for program in programs:
-        if (program.group, program.name) in ran:
-            found.setdefault(program.group, []).append(program)
+        group = [other for other in programs if other.group == program.group]
+        several = len({other.algorithm for other in group}) > 1
+        ours = [
+            p for p in group if p.environment == OURS and p.algorithm == program.algorithm
+        ]  # fmt: skip
+        ppo = [
+            p for p in group if p.environment == program.environment and p.algorithm == "PPO"
+        ] if several else []  # fmt: skip
+        if mine := of(program):
+            found.append(Row(program, mine, of(next(iter(ours), None)), of(next(iter(ppo), None))))
     return found
 
 
-def of(runs: Sequence[Run], program: Program) -> list[Run]:
-    """A program's runs, by round."""
-    mine = [run for run in runs if (run.group, run.program) == (program.group, program.name)]
-    return sorted(mine, key=lambda run: run.round)
-
-
-def least(runs: Sequence[Run]) -> float:
-    """CPU microseconds of a step where other work disturbed least."""
-    return min(run.step_cpu for run in runs)
-
-
-def median(runs: Sequence[Run]) -> float:
-    return statistics.median(run.step_cpu for run in runs)
-
-
-def table(runs: Sequence[Run], programs: Sequence[Program]) -> list[tuple[str, ...]]:
-    """The rows of one group, under ``HEADER``."""
-    first = of(runs, programs[0])
-    rows = []
-    for program in programs:
-        mine = of(runs, program)
-        cold, *warm = mine
-        again = min((run.start_cpu for run in warm), default=None)
-        compiles = program.compiles
-        rows.append(
-            (
-                f"{program.name} ({program.settings})" if program.settings else program.name,
-                f"{1e6 / least(mine):,.0f}",
-                f"{least(mine):.3g}",
-                f"{median(mine):.3g}",
-                f"{min(run.step_wall for run in mine):.3g}",
-                f"{least(mine) / least(first):.2f}",
-                f"{median(mine) / median(first):.2f}",
-                f"{cold.start_cpu:.1f}" if compiles else "",
-                f"{again:.1f}" if compiles and again is not None else "",
-            )
-        )
-    return rows
-
-
-def markdown(runs: Sequence[Run], left_out: Mapping[str, str]) -> str:
-    """All groups, and what is not among them."""
+def markdown(found: Sequence[Row], left_out: Mapping[str, str]) -> str:
+    """A table a group, and what is in none."""
     parts = []
-    for group, programs in groups(runs).items():
-        lines = [f"**{group}**", "", _line(HEADER), "|---" * len(HEADER) + "|"]
-        parts.append("\n".join([*lines, *(_line(row) for row in table(runs, programs))]))
+    for group in dict.fromkeys(row.program.group for row in found):
+        cells = [row.cells() for row in found if row.program.group == group]
+        shown = [
+            field for field in FIELDS
+            if field not in ("group", "rounds", "versions") and any(row[field] for row in cells)
+        ]  # fmt: skip
+        lines = [f"**{group}**", "", _line(shown), "|---" * len(shown) + "|"]
+        parts.append("\n".join([*lines, *(_line([row[f] for f in shown]) for row in cells)]))
     if left_out:
         lines = [f"- {name}: {why}" for name, why in left_out.items()]
         parts.append("\n".join(["Left out:", "", *lines]))
@@ -83,3 +117,52 @@ def markdown(runs: Sequence[Run], left_out: Mapping[str, str]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def write(found: Sequence[Row], left_out: Mapping[str, str], directory: Path) -> str:
+    """``rl_peers.csv``, ``.md`` and ``.png``; the text of the second."""
+    with (directory / "rl_peers.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(row.cells() for row in found)
+    text = markdown(found, left_out)
+    (directory / "rl_peers.md").write_text(text, encoding="utf-8")
+    if found:
+        draw(found, directory / "rl_peers.png")
+    return text
+
+
+def draw(found: Sequence[Row], path: Path) -> None:
+    """CPU time of a step, a panel a group; a bar a program, its rounds as dots."""
+    import matplotlib.pyplot as plt  # half a second
+
+    names = list(dict.fromkeys(row.program.group for row in found))
+    groups = [[row for row in found if row.program.group == name] for name in names]
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(9, 0.9 * len(groups) + 0.3 * len(found)), squeeze=False,
+        sharex=True, layout="constrained", height_ratios=[len(group) + 0.6 for group in groups],
+    )  # fmt: skip
+    for axis, name, group in zip(axes[:, 0], names, groups, strict=True):
+        for place, row in enumerate(group):
+            mine = row.program.environment == OURS
+            axis.barh(place, row.least, color="C0" if mine else "0.7", height=0.7)
+            axis.plot(
+                [run.step_cpu for run in row.runs], [place] * len(row.runs), "o", markersize=2.5,
+                color="black", alpha=0.6,
+            )  # fmt: skip
+            ratio = row.over(row.ours)
+            words = f"{1e6 / row.least:,.0f} steps/s"
+            words += "" if ratio is None or row.ours == row.runs else f"; {ratio:.2g} x ours"
+            right = max(run.step_cpu for run in row.runs)
+            axis.text(1.12 * right, place, words, va="center", fontsize=8)
+        axis.set_yticks(range(len(group)), [row.program.name for row in group], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.set_xscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.02)
+    least, most = min(row.least for row in found), max(r.step_cpu for x in found for r in x.runs)
+    axes[0, 0].set_xlim(least / 3, most * 6)  # room for the words
+    axes[-1, 0].set_xlabel("CPU time of an environment step, learning included (microseconds)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -18,7 +18,7 @@ from benchmarks.rl_peers.marks import Marks
 
 def main(checkout: str, *flags: str) -> None:
     marks = Marks()
-    # An episode is logged when the update that follows its rollout is over.
+    # Logged at one place of the update that its rollout is for: between two marks, whole updates.
     run_program(checkout, flags, lambda step, _: marks.at(-(-step // ROLLOUT) * ROLLOUT))
     marks.report("jax", "flax", "gymnax")
 

@@ -1,4 +1,4 @@
-"""PureJaxRL's PPO: its ``make_train``, compiled whole as its own program does, without the printing.
+"""PureJaxRL's PPO: its ``make_train``, compiled whole as by its own program; it prints nothing.
 
 python -m benchmarks.rl_peers.programs.purejaxrl CHECKOUT 'SETTINGS AS JSON'
 """

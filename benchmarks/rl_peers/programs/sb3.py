@@ -1,6 +1,6 @@
 """Stable-Baselines3's PPO, through its public interface.
 
-python -m benchmarks.rl_peers.programs.sb3 TASK STEPS ENVS 'SETTINGS AS JSON' [normalise]
+python -m benchmarks.rl_peers.programs.sb3 TASK STEPS ENVS 'SETTINGS AS JSON'
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Between(BaseCallback):  # type: ignore[misc]  # a class of a package that 
         self.marks.at(self.num_timesteps)
 
 
-def main(task: str, steps: str, envs: str, settings: str, normalise: str = "") -> None:
+def main(task: str, steps: str, envs: str, settings: str) -> None:
     torch.set_num_threads(1)
     marks = Marks()
     env = make_vec_env(task, n_envs=int(envs), seed=0)
-    if normalise:
-        env = VecNormalize(env)
     chosen = json.loads(settings)
     rate = chosen.pop("learning_rate")
+    if chosen.pop("normalise", False):
+        env = VecNormalize(env)
     agent = PPO(
         "MlpPolicy", env, learning_rate=lambda left: rate * left, seed=0, device="cpu", **chosen
     )
