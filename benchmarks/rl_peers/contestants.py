@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 OURS = "hypergrad_rl"
 
@@ -36,8 +37,10 @@ ENVIRONMENTS = {
     "cleanrl": Environment(
         _GYMNASIUM, source="https://github.com/vwxyzjn/cleanrl", file="cleanrl/ppo.py"
     ),
+    # A tensordict of its time: by a later one (0.15) its policy's actions require gradients, and it
+    # ends at the first step.
     "leanrl": Environment(
-        (*_GYMNASIUM, "tensordict"), source="https://github.com/meta-pytorch/LeanRL",
+        (*_GYMNASIUM, "tensordict==0.6.2", "packaging"), source="https://github.com/meta-pytorch/LeanRL",
         file="leanrl/ppo_continuous_action_torchcompile.py",
     ),
     "purejaxrl": Environment(
@@ -71,7 +74,11 @@ class Program:
 
 
 CARTPOLE = "PPO, CartPole-v1: 4 environments x 128 steps, 4 epochs of 4 minibatches"
-BOX = "PPO, CartPole pushed by the sign of a real action, normalised: the same sizes"
+# One environment: LeanRL's program takes the episode's end of every one, and ends where one has none.
+BOX = (
+    "PPO, CartPole pushed by the sign of a real action, normalised: 1 environment x 512 steps, "
+    "4 epochs of 4 minibatches"
+)
 HOPPER = "PPO, Hopper, normalised: 1 environment x 2048 steps, 10 epochs of 32 minibatches"
 BLPO = "BLPO, CartPole-v1: 4 environments x 128 steps, 4 epochs of 4 trajectories, 10 nested steps"
 BOX_TASK = "benchmarks.rl_peers.box_cartpole:BoxCartPole-v1"
@@ -128,7 +135,7 @@ _BOX_FLAGS = (
     "--num-minibatches=4", "--update-epochs=4", "--learning-rate=2.5e-4", "--ent-coef=0.01"
 )  # fmt: skip
 _NESTED = ("--nested=10", "--ihvp_bound=1.4", "--clipf=1.0")
-_NORMALISED = {"normalize_observations": True, "normalize_rewards": True}
+_NORMALISED: dict[str, Any] = {"normalize_observations": True, "normalize_rewards": True}
 
 #: In each group ours is first: the others are divided by it.
 PROGRAMS: Sequence[Program] = (
@@ -142,10 +149,10 @@ PROGRAMS: Sequence[Program] = (
     Program(CARTPOLE, "PureJaxRL", "purejaxrl",
             ("purejaxrl", "{checkout}", json.dumps(_PUREJAXRL)), 0, True),
 
-    _ours(BOX, "", "ppo", BOX_TASK, 25_600, **_NORMALISED),
-    _script(BOX, "CleanRL", _CLEANRL, BOX_TASK, 8192, 1024, 4, 128, *_BOX_FLAGS),
-    _script(BOX, "LeanRL", _LEANRL, BOX_TASK, 10_240, 2048, 4, 128, *_BOX_FLAGS),
-    _script(BOX, "LeanRL, --compile", _LEANRL, BOX_TASK, 10_240, 2048, 4, 128, *_BOX_FLAGS,
+    _ours(BOX, "", "ppo", BOX_TASK, 20_480, num_envs=1, num_steps=512, **_NORMALISED),
+    _script(BOX, "CleanRL", _CLEANRL, BOX_TASK, 6144, 1024, 1, 512, *_BOX_FLAGS),
+    _script(BOX, "LeanRL", _LEANRL, BOX_TASK, 7168, 2048, 1, 512, *_BOX_FLAGS),
+    _script(BOX, "LeanRL, --compile", _LEANRL, BOX_TASK, 7168, 2048, 1, 512, *_BOX_FLAGS,
             "--compile"),
 
     _ours(HOPPER, "", "ppo", "Hopper-v5", 10_240, num_envs=1, num_steps=2048, epochs=10,

@@ -122,4 +122,4 @@ def load(path: Path) -> list[Run]:
 def _rows(rows: Iterable[dict[str, str]]) -> Iterable[Run]:
     kinds = {"round": int, "steps": int, "group": str, "program": str, "versions": str}
     for row in rows:
-        yield Run(**{name: kinds.get(name, float)(value) for name, value in row.items()})  # type: ignore[arg-type]
+        yield Run(**{name: kinds.get(name, float)(value) for name, value in row.items()})

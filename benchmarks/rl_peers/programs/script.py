@@ -49,14 +49,14 @@ def stand_ins(marks: Marks, marked_by: str, update: int) -> dict[str, types.Modu
                 if done:
                     marks.at(done * update)
                 yield item
-            marks.at(self.n * update)
+            marks.at(int(self.n) * update)
 
     tensorboard: Any = types.ModuleType("torch.utils.tensorboard")
     tensorboard.SummaryWriter = SummaryWriter
     wandb: Any = types.ModuleType("wandb")
     wandb.init = wandb.log = ignore
     if marked_by == "tqdm":
-        tqdm.tqdm = Bar  # type: ignore[misc]
+        tqdm.tqdm = Bar  # type: ignore[misc, assignment]
     return {"torch.utils.tensorboard": tensorboard, "wandb": wandb}
 
 
