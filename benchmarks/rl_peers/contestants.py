@@ -74,7 +74,7 @@ class Program:
 
 
 CARTPOLE = "PPO, CartPole-v1: 4 environments x 128 steps, 4 epochs of 4 minibatches"
-# One environment: LeanRL's program takes the episode's end of every one, and ends where one has none.
+# One environment: LeanRL's program asks each for its episode's return whenever one has ended.
 BOX = (
     "PPO, CartPole pushed by the sign of a real action, normalised: 1 environment x 512 steps, "
     "4 epochs of 4 minibatches"
