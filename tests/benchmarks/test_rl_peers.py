@@ -95,7 +95,8 @@ if "fails" in sys.argv:
     sys.exit("it does not run here")
 assert os.sched_getaffinity(0) == {{{core}}} and os.environ["OMP_NUM_THREADS"] == "1"
 step = float(sys.argv[-1])
-marks = [(i, i * step, 2 * i * step) for i in (100, 200, 300)]
+wall = step * (1 + os.getpid())  # another one each time
+marks = [(i, i * step, i * wall) for i in (100, 200, 300)]
 print("global_step=300")
 print(json.dumps({{"begin": [0, 0], "marks": marks, "versions": {{}}}}))
 """
@@ -113,6 +114,7 @@ def test_every_program_runs_in_turns_and_what_fails_or_lacks_is_said(
         replace(PEER, command=("script", "4e-3")),
         replace(PEER, name="Broken", command=("script", "fails")),
         replace(PEER, name="Absent", environment="purejaxrl"),
+        replace(MINE, group="BLPO", command=("ours", "1e-3")),
     ]
     found = {OURS: Place(str(fake)), "cleanrl": Place(str(fake))}
     monkeypatch.setattr(command, "PROGRAMS", programs)
@@ -124,11 +126,14 @@ def test_every_program_runs_in_turns_and_what_fails_or_lacks_is_said(
     printed = capsys.readouterr().out
     assert "purejaxrl: skipped: get purejaxrl" in printed
     order = [line.split(": ")[1] for line in printed.splitlines() if line.startswith("round")]
-    assert order == ["mine", "Peer", "Peer", "mine"]
+    assert order == ["mine", "Peer", "mine", "mine", "Peer", "mine"]
+    # One run a round is enough for what is in both groups.
+    runs = [r for r in measure.load(tmp_path / "out" / "runs.csv") if r.program == "mine"]
+    assert len({run.step_wall for run in runs}) == 2
     with (tmp_path / "out" / "rl_peers.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [(row["program"], row["CPU / ours"]) for row in table] == [
-        ("mine", "1.00"), ("Peer", "4.00"),
+        ("mine", "1.00"), ("Peer", "4.00"), ("mine", "1.00"),
     ]  # fmt: skip
     text = (tmp_path / "out" / "rl_peers.md").read_text()
     assert "- PPO, x: Broken: it does not run here" in text
