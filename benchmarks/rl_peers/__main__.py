@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if program.environment in places
             and (not options.groups or any(word in program.group for word in options.groups))
         ]  # fmt: skip
+        left.write_text(json.dumps(left_out, indent=1), encoding="utf-8")
         failures = _run(programs, places, options)
         left.write_text(json.dumps(left_out | failures, indent=1), encoding="utf-8")
         failed = bool(failures)

@@ -75,12 +75,9 @@ class Program:
 
 CARTPOLE = "PPO, CartPole-v1: 4 environments x 128 steps, 4 epochs of 4 minibatches"
 # One environment: LeanRL's program asks each for its episode's return whenever one has ended.
-BOX = (
-    "PPO, CartPole pushed by the sign of a real action, normalised: 1 environment x 512 steps, "
-    "4 epochs of 4 minibatches"
-)
+BOX = "PPO, CartPole by the sign of a real action, normalised: 1 environment x 512 steps, 4 epochs"
 HOPPER = "PPO, Hopper, normalised: 1 environment x 2048 steps, 10 epochs of 32 minibatches"
-BLPO = "BLPO, CartPole-v1: 4 environments x 128 steps, 4 epochs of 4 trajectories, 10 nested steps"
+BLPO = "BLPO, CartPole-v1: 4 environments x 128 steps, 4 epochs of 4 trajectories, nested 10"
 BOX_TASK = "benchmarks.rl_peers.box_cartpole:BoxCartPole-v1"
 
 

@@ -57,9 +57,9 @@ class Row:
             "group": self.program.group,
             "program": self.program.name,
             "steps/s": f"{1e6 / self.least:,.0f}",
-            "CPU, us a step": f"{self.least:.3g}",
-            "median": f"{self.median:.3g}",
-            "wall, us a step": f"{min(run.step_wall for run in self.runs):.3g}",
+            "CPU, us a step": _time(self.least),
+            "median": _time(self.median),
+            "wall, us a step": _time(min(run.step_wall for run in self.runs)),
             "CPU / ours": _ratio(self.over(self.ours)),
             "of medians": _ratio(self.over(self.ours, "median")),
             "CPU / its PPO": _ratio(self.over(self.ppo)),
@@ -68,6 +68,10 @@ class Row:
             "rounds": str(len(self.runs)),
             "versions": self.runs[-1].versions,
         }
+
+
+def _time(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _ratio(value: float | None) -> str:
@@ -133,7 +137,7 @@ def write(found: Sequence[Row], left_out: Mapping[str, str], directory: Path) ->
 
 
 def draw(found: Sequence[Row], path: Path) -> None:
-    """CPU time of a step, a panel a group; a bar a program, its rounds as dots."""
+    """CPU time of a step, a panel a group: the least of the rounds, and each as a line."""
     import matplotlib.pyplot as plt  # half a second
 
     names = list(dict.fromkeys(row.program.group for row in found))
@@ -145,24 +149,23 @@ def draw(found: Sequence[Row], path: Path) -> None:
     for axis, name, group in zip(axes[:, 0], names, groups, strict=True):
         for place, row in enumerate(group):
             mine = row.program.environment == OURS
-            axis.barh(place, row.least, color="C0" if mine else "0.7", height=0.7)
-            axis.plot(
-                [run.step_cpu for run in row.runs], [place] * len(row.runs), "o", markersize=2.5,
-                color="black", alpha=0.6,
-            )  # fmt: skip
+            colour = "C0" if mine else "0.45"
+            for run in row.runs:
+                axis.plot(run.step_cpu, place, "|", markersize=9, color=colour, alpha=0.6)
+            axis.plot(row.least, place, "o", markersize=7, color=colour)
             ratio = row.over(row.ours)
             words = f"{1e6 / row.least:,.0f} steps/s"
             words += "" if ratio is None or row.ours == row.runs else f"; {ratio:.2g} x ours"
             right = max(run.step_cpu for run in row.runs)
-            axis.text(1.12 * right, place, words, va="center", fontsize=8)
+            axis.text(1.25 * right, place, words, va="center", fontsize=8)
         axis.set_yticks(range(len(group)), [row.program.name for row in group], fontsize=8)
-        axis.invert_yaxis()
         axis.set_title(name, fontsize=9, loc="left")
         axis.set_xscale("log")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(y=0.02)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_ylim(len(group) - 0.5, -0.5)
     least, most = min(row.least for row in found), max(r.step_cpu for x in found for r in x.runs)
-    axes[0, 0].set_xlim(least / 3, most * 6)  # room for the words
+    axes[0, 0].set_xlim(least / 2, most * 6)  # room for the words
     axes[-1, 0].set_xlabel("CPU time of an environment step, learning included (microseconds)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
