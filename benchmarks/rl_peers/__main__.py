@@ -92,6 +92,8 @@ def _run(
             )
             measure.write(runs, options.output / "runs.csv")
     measure.write(runs, options.output / "runs.csv")
+    if not failures:  # what they wrote to stderr is there
+        shutil.rmtree(work, ignore_errors=True)
     return failures
 
 

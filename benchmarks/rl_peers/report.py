@@ -104,7 +104,9 @@ def rows(runs: Sequence[Run], programs: Sequence[Program]) -> list[Row]:
 
 def markdown(found: Sequence[Row], left_out: Mapping[str, str]) -> str:
     """A table a group, and what is in none."""
-    parts = []
+    rounds = sorted({len(row.runs) for row in found})
+    many = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else rounds[0] if rounds else "no"
+    parts = [f"Least and median of the rounds, {many} a program."]
     for group in dict.fromkeys(row.program.group for row in found):
         cells = [row.cells() for row in found if row.program.group == group]
         shown = [
