@@ -13,6 +13,8 @@ RUN     ?= runs/$(shell date +%Y%m%d-%H%M%S)
 # The atlas, and the environments of the packages that it is compared with.
 ATLAS   ?= runs/atlas
 PEERS   ?= .peers
+# The comparison of PPO and BLPO trainings.
+RL_PEERS ?= runs/rl_peers
 
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
@@ -29,7 +31,7 @@ export MPLBACKEND           ?= Agg
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow lint format types docs bench bench-check growth gpu atlas peers clean
+.PHONY: help run test test-slow lint format types docs bench bench-check growth gpu atlas peers peers-speed peers-rl clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +84,10 @@ peers: $(STAMP) ## Other packages on the atlas, each in an environment of its ow
 	$(if $(wildcard $(ATLAS)/cases.npz),,$(PY) -m benchmarks.atlas --output $(ATLAS))
 	$(PY) -m benchmarks.peers --output $(ATLAS) --environments $(PEERS) $(ARGS)
 	$(PY) -m benchmarks.atlas --output $(ATLAS) --draw-only
+
+# `make peers-rl RL_PEERS=docs/_static/rl_peers` renews the table and the picture of the page.
+peers-rl: $(STAMP) ## PPO and BLPO training beside other programs, one core each (10 to 15 minutes)
+	$(PY) -m benchmarks.rl_peers --output $(RL_PEERS) --environments $(PEERS) $(ARGS)
 
 clean: ## Remove caches and build outputs (the environment and runs/ stay)
 	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,37 +103,46 @@ def run(path: Path, python: str, task: str, algorithm: str, seed: int) -> dict[s
     }  # fmt: skip
 
 
-def _program(path: str, flags: list[str]) -> None:
-    """In the interpreter with JAX: the program, then what it logged, as the last line printed."""
-    import gymnax
+def run_program(path: str, flags: Sequence[str], log: Callable[[int, float], None]) -> None:
+    """In the interpreter with JAX: ``main.py``, with ``log(step, return)`` of episodes that ended.
+
+    It is called in the update for whose rollout the episode ended.
+    """
     import jax
     import numpy as np
 
-    episodes: list[tuple[int, float]] = []
-    began: list[float] = []
-
-    def log(values: dict[str, Any], step: Any) -> None:
-        if not began:
-            began.append(time.process_time())  # the first update is over: all is compiled
-        episodes.append((int(step), float(values["Reward"])))
+    def to_log(values: dict[str, Any], step: Any) -> None:
+        log(int(step), float(values["Reward"]))
 
     def ignore(*_: Any, **__: Any) -> None:
         pass
 
     stand_in: Any = types.ModuleType("wandb")
-    stand_in.init, stand_in.define_metric, stand_in.log = ignore, ignore, log
+    stand_in.init, stand_in.define_metric, stand_in.log = ignore, ignore, to_log
     tensorboard: Any = types.ModuleType("tensorboardX")
     tensorboard.SummaryWriter = ignore
     sys.modules |= {"wandb": stand_in, "tensorboardX": tensorboard}
-    callback, make = jax.debug.callback, gymnax.make
+    callback = jax.debug.callback
 
     def quickly(function: Any, *args: Any) -> None:
         # On JAX arrays the selection of ended episodes compiles anew for each number of them.
         callback(lambda *arrays: function(*jax.tree.map(np.asarray, arrays)), *args)
 
     jax.debug.callback = quickly
+    five_results()
+    sys.path.insert(0, path)
+    sys.argv = ["main.py", *flags]
+    runpy.run_path(str(Path(path) / "main.py"), run_name="__main__")
+    jax.effects_barrier()
 
-    def five_results(name: str) -> tuple[Any, Any]:
+
+def five_results() -> None:
+    """Steps of gymnax's environments return five results where its release returns six."""
+    import gymnax
+
+    make = gymnax.make
+
+    def make_with_five(name: str) -> tuple[Any, Any]:
         env, params = make(name)
         step = env.step
 
@@ -147,11 +156,20 @@ def _program(path: str, flags: list[str]) -> None:
         env.step = ends
         return env, params
 
-    gymnax.make = five_results
-    sys.path.insert(0, path)
-    sys.argv = ["main.py", *flags]
-    runpy.run_path(str(Path(path) / "main.py"), run_name="__main__")
-    jax.effects_barrier()
+    gymnax.make = make_with_five
+
+
+def _program(path: str, flags: list[str]) -> None:
+    """In the interpreter with JAX: the program, then what it logged, as the last line printed."""
+    episodes: list[tuple[int, float]] = []
+    began: list[float] = []
+
+    def log(step: int, episode_return: float) -> None:
+        if not began:
+            began.append(time.process_time())  # the first update is over: all is compiled
+        episodes.append((step, episode_return))
+
+    run_program(path, flags, log)
     packages = {name: importlib.metadata.version(name) for name in ("jax", "gymnax")}
     cpu = time.process_time() - began[0]
     print(json.dumps({"episodes": episodes, "cpu_seconds": cpu, "versions": packages}))
