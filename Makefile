@@ -13,6 +13,8 @@ RUN     ?= runs/$(shell date +%Y%m%d-%H%M%S)
 # The atlas, and the environments of the packages that it is compared with.
 ATLAS   ?= runs/atlas
 PEERS   ?= .peers
+# Times of solves beside those of other packages.
+PEERS_SPEED ?= runs/peers_speed
 
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
@@ -29,7 +31,7 @@ export MPLBACKEND           ?= Agg
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help run test test-slow lint format types docs bench bench-check atlas peers clean
+.PHONY: help run test test-slow lint format types docs bench bench-check atlas peers peers-speed clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +77,11 @@ peers: $(STAMP) ## Other packages on the atlas, each in an environment of its ow
 	$(if $(wildcard $(ATLAS)/cases.npz),,$(PY) -m benchmarks.atlas --output $(ATLAS))
 	$(PY) -m benchmarks.peers --output $(ATLAS) --environments $(PEERS) $(ARGS)
 	$(PY) -m benchmarks.atlas --output $(ATLAS) --draw-only
+
+# A run that was cut short goes on; remove times.csv to measure anew.
+# `make peers-speed PEERS_SPEED=docs/_static/peers_speed` renews the tables and the picture of the page.
+peers-speed: $(STAMP) ## Time to an IHVP of a given accuracy, beside other packages and JAX (minutes)
+	$(PY) -m benchmarks.peers.speed --output $(PEERS_SPEED) --environments $(PEERS) $(ARGS)
 
 clean: ## Remove caches and build outputs (the environment and runs/ stay)
 	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

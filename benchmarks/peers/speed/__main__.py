@@ -70,13 +70,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, output: Path) -> None:
     """Measure what is not in ``times.csv`` yet."""
+    makers = making.SMALL if options.trial else making.FULL
+    wanted = options.problems or list(makers)
+    if unknown := set(wanted) - set(makers):
+        sys.exit(f"no such problem: {', '.join(unknown)}; there are: {', '.join(makers)}")
     path = output / "problems.npz"
-    if not path.is_file():
-        save(making.make_all(making.SMALL if options.trial else making.FULL), path)
-    known = list(load(path))
-    wanted = options.problems or known
-    if unknown := set(wanted) - set(known):
-        sys.exit(f"no such problem: {', '.join(unknown)}; there are: {', '.join(known)}")
+    known = load(path) if path.is_file() else {}
+    new = {name: makers[name] for name in wanted if name not in known}
+    if new:
+        save([*known.values(), *making.make_all(new)], path)
     done = {row.problem for row in report.read(output / "times.csv")}
     names = [name for name in wanted if name not in done]
     workers = start(options, output, path)

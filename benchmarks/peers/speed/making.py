@@ -8,7 +8,7 @@ no less than ``DAMPING``), so that every solver of every package is in its eleme
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -21,8 +21,8 @@ from .torch_problems import Given, layer_shapes, make_loss
 #: Of the systems without negative curvature, and the least elsewhere.
 DAMPING = 1e-3
 
-#: Name, kind, widths, arrays, and the words for the table.
-Made = tuple[str, str, tuple[int, ...], dict[str, Array], str]
+#: Kind, widths, arrays, and the words for the table.
+Made = tuple[str, tuple[int, ...], dict[str, Array], str]
 
 
 def _rounded(array: Array) -> Array:
@@ -62,7 +62,7 @@ def logistic(samples: int = 1797) -> Made:
     inputs, targets = _digits()
     arrays = _trained("logistic", (64, 10), inputs[:samples], targets[:samples], 200)
     words = f"Hessian of multinomial logistic regression on {samples} digits"
-    return "logistic regression", "logistic", (64, 10), arrays, words
+    return "logistic", (64, 10), arrays, words
 
 
 def critic(samples: int, width: int = 64) -> Made:
@@ -73,7 +73,7 @@ def critic(samples: int, width: int = 64) -> Made:
     widths = (4, width, width, 1)
     arrays = _trained("mlp", widths, inputs, targets, 200)
     words = f"Hessian of a 4-{width}-{width}-1 tanh critic, {samples} samples"
-    return f"critic, {samples} samples", "mlp", widths, arrays, words
+    return "mlp", widths, arrays, words
 
 
 def cnn(samples: int = 128) -> Made:
@@ -81,7 +81,7 @@ def cnn(samples: int = 128) -> Made:
     images = inputs[:samples].reshape(-1, 1, 8, 8)
     arrays = _trained("cnn", (), images, targets[:samples], 100)
     words = f"Hessian of a CNN, two 3 x 3 layers of 8 and 16 channels, {samples} digits"
-    return "CNN", "cnn", (), arrays, words
+    return "cnn", (), arrays, words
 
 
 def dense(size: int = 1000) -> Made:
@@ -90,13 +90,13 @@ def dense(size: int = 1000) -> Made:
     values = 1.0 / np.arange(1, size + 1)
     matrix = _rounded((basis * values) @ basis.T)
     words = f"dense quadratic, {size} eigenvalues 1/i"
-    return f"quadratic, n = {size:,}", "dense", (), {"matrix": (matrix + matrix.T) / 2}, words
+    return "dense", (), {"matrix": (matrix + matrix.T) / 2}, words
 
 
 def mirror(size: int, values: Array, words: str) -> Made:
     unit = np.random.default_rng(0).standard_normal(size)
     arrays = {"values": _rounded(values), "mirror": _rounded(unit / np.linalg.norm(unit))}
-    return f"quadratic, n = {size:,}", "mirror", (), arrays, words
+    return "mirror", (), arrays, words
 
 
 def _exponential(size: int) -> Made:
@@ -125,27 +125,27 @@ def _known_end(kind: str, which: str, size: int, arrays: dict[str, Array]) -> fl
 
 
 Maker = Callable[[], Made]
-FULL: tuple[Maker, ...] = (
-    logistic,
-    partial(critic, 128),
-    partial(critic, 640),
-    cnn,
-    dense,
-    partial(_exponential, 10_000),
-    partial(_power, 100_000),
-)
+FULL: dict[str, Maker] = {
+    "logistic regression": logistic,
+    "critic, 128 samples": partial(critic, 128),
+    "critic, 640 samples": partial(critic, 640),
+    "CNN": cnn,
+    "quadratic, n = 1,000": dense,
+    "quadratic, n = 10,000": partial(_exponential, 10_000),
+    "quadratic, n = 100,000": partial(_power, 100_000),
+}
 #: The same kinds at the smallest size, for a trial.
-SMALL: tuple[Maker, ...] = (
-    partial(logistic, 20),
-    partial(critic, 10, 3),
-    partial(dense, 12),
-    partial(_power, 20),
-)
+SMALL: dict[str, Maker] = {
+    "logistic regression": partial(logistic, 20),
+    "critic": partial(critic, 10, 3),
+    "dense quadratic": partial(dense, 12),
+    "mirrored quadratic": partial(_power, 20),
+}
 
 
-def make(maker: Maker) -> Problem:
+def make(name: str, maker: Maker) -> Problem:
     """The problem with its damping and its reference solution."""
-    name, kind, widths, arrays, words = maker()
+    kind, widths, arrays, words = maker()
     size = len(next(arrays[key] for key in ("params", "matrix", "values") if key in arrays))
     v = _rounded(np.random.default_rng(1).standard_normal(size))
     blank = Facts(name, kind, widths, size, 0.0, 1.0, 0.0, 0.0, words)
@@ -175,9 +175,10 @@ def make(maker: Maker) -> Problem:
     return Problem(facts, arrays, v, x)
 
 
-def make_all(makers: tuple[Maker, ...]) -> Iterator[Problem]:
-    for maker in makers:
-        problem = make(maker)
+def make_all(makers: Mapping[str, Maker]) -> Iterator[Problem]:
+    """The problems, each with a line about it."""
+    for name, maker in makers.items():
+        problem = make(name, maker)
         facts = problem.facts
         # A tenth of the smallest level would do; this leaves room.
         if not facts.error_bound < 1e-10:
