@@ -7,7 +7,9 @@ import math
 import os
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,10 +47,12 @@ class Worker:
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, {core})
 
+        # A file: nobody empties a pipe while a package talks.
+        self.words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, "-m", "benchmarks.peers.speed.serve", adapter, str(problems)],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            stderr=subprocess.PIPE, preexec_fn=pin, env={**os.environ, **ONE_THREAD},
+            stderr=self.words, preexec_fn=pin, env={**os.environ, **ONE_THREAD},
         )  # fmt: skip
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,16 +70,20 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            assert self.process.stderr is not None
-            words = self.process.stderr.read().strip().splitlines()
-            raise ConnectionError(words[-1] if words else f"it ended with {self.process.wait()}")
+            self.process.wait()
+            self.words.seek(0)
+            words = self.words.read().strip().splitlines()
+            self.close()
+            raise ConnectionError(words[-1] if words else f"it ended: {self.process.returncode}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
         """Let the process end."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        for stream in (self.process.stdin, self.process.stdout, self.words):
+            if stream is not None:
+                with suppress(BrokenPipeError):  # what was not read by a process that is gone
+                    stream.close()
         self.process.wait()
 
 
