@@ -120,7 +120,7 @@ def _known_end(kind: str, which: str, size: int, arrays: dict[str, Array]) -> fl
     if kind == "dense":
         return 1.0 / size if which == "SA" else 1.0
     if kind == "logistic" and which == "SA":  # convex; adding the same to all classes is no change
-        return np.finfo(np.float64).tiny
+        return 0.0
     return None
 
 
@@ -156,11 +156,15 @@ def make(name: str, maker: Maker) -> Problem:
         return result
 
     operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
-    smallest, norm = (
-        _known_end(kind, which, size, arrays)
-        or float(eigsh(operator, 1, which=which, tol=1e-3, return_eigenvectors=False, v0=v)[0])
-        for which in ("SA", "LA")
-    )
+
+    def end(which: str) -> float:
+        known = _known_end(kind, which, size, arrays)
+        if known is not None:
+            return known
+        found = eigsh(operator, 1, which=which, tol=1e-3, return_eigenvectors=False, v0=v)
+        return float(found[0])
+
+    smallest, norm = end("SA"), end("LA")
     damping = max(DAMPING, float(f"{-1.2 * smallest:.2g}"))
     damped = LinearOperator(
         (size, size), matvec=lambda x: product(x) + damping * x.reshape(-1), dtype=np.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -23,8 +24,8 @@ Choose = Callable[[int], hypergrad.Solver]
 
 
 def rtol_of(work: int) -> float:
-    """The tolerance of so many quarters of a digit."""
-    return float(10.0 ** (-work / 4))
+    """The tolerance of so many quarters of a digit, of which none has more than 400."""
+    return float(10.0 ** (-min(work, 400) / 4))
 
 
 def _half_quadratic(p: Tensor, matrix: Tensor) -> Tensor:
@@ -52,13 +53,14 @@ def _operator(given: Given, compiled: bool) -> Callable[[], object]:
     )
 
 
-def _prepare(choose: Choose, compiled: bool, problem: Problem) -> Solve:
+def _prepare(choose: Choose, knob: str, compiled: bool, problem: Problem) -> Solve:
     given, damping = Given(problem), problem.facts.damping
+    most = problem.facts.size if knob == "rank" else sys.maxsize
     make = _operator(given, compiled)
 
     def solve(work: int) -> Solved:
         solution = hypergrad.solve(
-            make(), given.v, choose(work), damping=damping, on_failure="ignore"
+            make(), given.v, choose(min(work, most)), damping=damping, on_failure="ignore"
         )
         value = solution.value
         assert isinstance(value, Tensor)
@@ -100,7 +102,7 @@ def team() -> Team:
         name: str, choose: Choose, knob: str = TOLERANCE,
         suits: Callable[[Facts], str] = lambda facts: "", *, compiled: bool = False,
     ) -> Contender:  # fmt: skip
-        return Contender(name, partial(_prepare, choose, compiled), knob, suits)
+        return Contender(name, partial(_prepare, choose, knob, compiled), knob, suits)
 
     return Team(
         "hypergrad",
