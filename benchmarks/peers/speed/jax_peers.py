@@ -45,11 +45,11 @@ def _prepare(solve: Jitted, problem: Problem) -> Solve:
     arrays = {name: jnp.asarray(array) for name, array in problem.arrays.items()}
     v = jnp.asarray(problem.v)
 
-    @jax.jit
-    def run(arrays: dict[str, Any], v: Any, work: Any) -> Any:
+    def once(arrays: dict[str, Any], v: Any, work: Any) -> Any:
         product = make_product(facts, arrays)
         return solve(lambda x: product(x) + facts.damping * x, v, work)
 
+    run = jax.jit(once)
     return lambda work: Solved(run(arrays, v, np.int32(work)).block_until_ready())
 
 
