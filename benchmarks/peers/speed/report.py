@@ -147,7 +147,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     names = list(dict.fromkeys(row.problem for row in rows))
     owners = [owner for owner in dict.fromkeys(row.owner for row in rows) if owner != OURS]
-    colours = dict(zip(owners, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colours = {owner: f"C{i}" for i, owner in enumerate(owners)}
     figure, axes = plt.subplots(
         1, len(LEVELS), figsize=(11, 1.6 + 0.55 * len(names)), sharey=True, sharex=True,
         layout="constrained", squeeze=False,
