@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from .problems import LEVELS
 from .turns import Row
@@ -174,12 +175,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.grid(alpha=0.25, axis="x")
         axis.tick_params(labelsize=8)
     axes[0, 0].invert_yaxis()
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes[0]:
         found, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, found, strict=True))
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=8, frameon=False
+        list(handles.values()), list(handles), loc="outside lower center", ncols=8, frameon=False
     )
     figure.supxlabel(
         "time of the package's best / time of the library's best (right of the line: slower than "

@@ -72,8 +72,8 @@ class Server:
         except Exception as error:  # whatever it raises is a result
             words = " ".join(str(error).split())[:120]
             return {"failed": f"{type(error).__name__}: {words}"}
-        error = problem.relative_error(np.asarray(answer.x).reshape(-1))
-        return {"seconds": seconds, "error": error, "hvps": answer.hvps, "first": first}
+        distance = problem.relative_error(np.asarray(answer.x).reshape(-1))
+        return {"seconds": seconds, "error": distance, "hvps": answer.hvps, "first": first}
 
     def _products(self, request: dict[str, Any]) -> dict[str, Any]:
         """The time of so many products by plain PyTorch, with what making them costs."""

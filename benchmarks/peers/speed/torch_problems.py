@@ -30,7 +30,7 @@ def layer_shapes(kind: str, widths: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _split(flat: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    parts = flat.split([math.prod(shape) for shape in shapes])
+    parts = flat.split_with_sizes([math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
