@@ -167,7 +167,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 axis.plot(
                     theirs.seconds / mine.seconds, height, color=colours[owner],
                     marker="D" if owner == JAX else "o", markersize=5, linestyle="",
-                    label=owner if (i, axis) == (0, axes[0, 0]) else None,
+                    label=owner,
                 )  # fmt: skip
         axis.set(xscale="log", title=f"error {_power(level)}, {dtype}")
         axis.set_yticks(range(len(names)), names)
