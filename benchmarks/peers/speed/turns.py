@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -201,7 +202,7 @@ class Row:
 
 def compare(
     name: str, workers: Sequence[Asked], *, rounds: int, limit: float, patience: float,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = partial(print, flush=True),
 ) -> list[Row]:  # fmt: skip
     """All rows of one problem."""
     rows: list[Row] = []
