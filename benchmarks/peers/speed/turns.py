@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -200,9 +199,13 @@ class Row:
     note: str
 
 
+def _say(words: str) -> None:
+    print(words, flush=True)
+
+
 def compare(
     name: str, workers: Sequence[Asked], *, rounds: int, limit: float, patience: float,
-    say: Callable[[str], None] = partial(print, flush=True),
+    say: Callable[[str], None] = _say,
 ) -> list[Row]:  # fmt: skip
     """All rows of one problem."""
     rows: list[Row] = []
