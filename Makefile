@@ -15,6 +15,8 @@ ATLAS   ?= runs/atlas
 PEERS   ?= .peers
 # The comparison of PPO and BLPO trainings.
 RL_PEERS ?= runs/rl_peers
+# Times of solves beside those of other packages.
+PEERS_SPEED ?= runs/peers_speed
 
 PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
@@ -88,6 +90,11 @@ peers: $(STAMP) ## Other packages on the atlas, each in an environment of its ow
 # `make peers-rl RL_PEERS=docs/_static/rl_peers` renews the table and the picture of the page.
 peers-rl: $(STAMP) ## PPO and BLPO training beside other programs, one core each (10 to 15 minutes)
 	$(PY) -m benchmarks.rl_peers --output $(RL_PEERS) --environments $(PEERS) $(ARGS)
+
+# A run that was cut short goes on; remove times.csv to measure anew.
+# `make peers-speed PEERS_SPEED=docs/_static/peers_speed` renews the tables and the picture of the page.
+peers-speed: $(STAMP) ## Time to an IHVP of a given accuracy, beside other packages and JAX (minutes)
+	$(PY) -m benchmarks.peers.speed --output $(PEERS_SPEED) --environments $(PEERS) $(ARGS)
 
 clean: ## Remove caches and build outputs (the environment and runs/ stay)
 	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -31,12 +31,14 @@ class Package:
         requirement: what pip is asked for.
         adapter: its module in ``adapters``, and the name of its CSV.
         needs_torch: whether PyTorch goes with it, at the version of ``constraints.txt``.
+        beside: what pip is asked for besides.
     """
 
     name: str
     requirement: str
     adapter: str
     needs_torch: bool = True
+    beside: tuple[str, ...] = ()
 
 
 PACKAGES = (
@@ -62,7 +64,8 @@ def install(package: Package, directory: Path) -> str:
     """Make the environment; "" when it is there, else pip's reason."""
     done = directory / ".installed"
     # NumPy is what the systems come in; not every package brings it.
-    wanted = [package.requirement, "numpy", *([pinned_torch()] if package.needs_torch else [])]
+    torch = [pinned_torch()] if package.needs_torch else []
+    wanted = [package.requirement, *package.beside, "numpy", *torch]
     if done.is_file() and done.read_text("utf-8").split() == wanted:
         return ""
     print(f"{package.name}: installing into {directory}", flush=True)
@@ -92,12 +95,10 @@ def solve(package: Package, directory: Path, output: Path) -> str:
     return ""
 
 
-def version(name: str, directory: Path) -> str:
-    """The version that was installed."""
+def version(name: str, python: str) -> str:
+    """The version that an interpreter has."""
     code = f"from importlib.metadata import version; print(version({name!r}))"
-    done = subprocess.run(
-        [_python(directory), "-c", code], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
@@ -121,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         directory = options.environments / package.name
         reason = install(package, directory) or solve(package, directory, output)
-        number = version(package.name, directory)
-        torch = version("torch", directory) if package.needs_torch else ""
+        number = version(package.name, _python(directory))
+        torch = version("torch", _python(directory)) if package.needs_torch else ""
         rows.append(
             {"package": package.name, "version": number, "torch": torch, "left out": reason}
         )

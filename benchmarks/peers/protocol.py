@@ -34,7 +34,7 @@ class Task:
 
     v: Array
     damping: float
-    product: Products
+    product: Callable[[Any], Any]
     norm: float
     rtol: float
     work: int | None
@@ -60,8 +60,11 @@ class Peer:
     solve: Callable[[Task], Answer]
 
 
-def torch_product(product: Products) -> Callable[[Any], Any]:
+def torch_product(product: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The counted product on CPU tensors."""
+    on_tensors: Callable[[Any], Any] | None = getattr(product, "on_tensors", None)
+    if on_tensors is not None:  # a product that is PyTorch's own needs no NumPy in between
+        return on_tensors
     import torch
 
     return lambda x: torch.from_numpy(product(x.detach().numpy()))

@@ -41,14 +41,17 @@ def _matvec(task: Task) -> Callable[[Tensor], Tensor]:
     return damped
 
 
-def _run(task: Task, solver: Any) -> Answer:
-    x = solver(_matvec(task), torch.from_numpy(task.v))
+def _run(task: Task, solver: Any, *, derivative: bool = True) -> Answer:
+    product = torch_product(task.product)
+    # Where the solver differentiates no product, it gets one without the machinery for it.
+    plain = lambda x: product(x) + task.damping * x  # noqa: E731
+    x = solver(_matvec(task) if derivative else plain, torch.from_numpy(task.v))
     return Answer(x.detach().numpy(), "nothing")
 
 
 def _cg(task: Task) -> Answer:
     options = {} if task.work is None else {"rtol": task.rtol, "maxiter": task.work}
-    return _run(task, solve_cg(**options))
+    return _run(task, solve_cg(**options), derivative=False)
 
 
 def _normal_cg(task: Task) -> Answer:
