@@ -236,6 +236,19 @@ def torch_copy(state: dict[str, Any]) -> dict[str, Any]:
     return {**json.loads(json.dumps(rest)), **tensors}
 
 
+def test_a_state_costs_no_copy_and_stays_as_it_was() -> None:
+    env = VectorEnv("Pendulum-v1", 2)
+    env.reset(seed=0)
+    rng, states = np.random.default_rng(0), []
+    for action in random_actions(env, 900, rng):  # more than the first buffer, and episodes end
+        state = env.state_dict()
+        states.append((state, torch_copy(state)))
+        assert np.shares_memory(state["actions"].numpy(), env.taken) or not state["actions"].numel()
+        env.step(action)
+    for state, then in states:
+        assert all(torch.equal(state[name], then[name]) for name in ("actions", "obs"))
+
+
 def test_hidden_randomness_is_reported_and_new_episodes_begin(
     scripted: Callable[..., str],
 ) -> None:
@@ -246,9 +259,9 @@ def test_hidden_randomness_is_reported_and_new_episodes_begin(
         env.step(np.zeros(2, np.int64))
     with pytest.warns(EnvironmentNotReproducible, match=r"Scripted0-v0: .* environments \[0, 1\]"):
         assert again.load_state_dict(env.state_dict()) == [0, 1]
-    assert again.episodes == [2, 2]
+    assert again.episodes.tolist() == [2, 2]
     assert again.obs[:, 1].tolist() == [0, 0]
-    assert again.returns == [0, 0]
+    assert again.returns.tolist() == [0, 0]
 
 
 def test_states_do_not_fit_other_numbers_of_environments() -> None:
