@@ -278,6 +278,15 @@ def test_weights_and_biases_where_it_is_installed(
     os.remove(run / "checkpoint.safetensors")  # noqa: PTH107
     assert main(["resume", str(run), "--no-tensorboard"]) == 0
     assert begun[1]["id"] == begun[0]["id"]  # the same run of theirs
+
+    def fail(**options: Any) -> Any:
+        raise RuntimeError("no\nnetwork")
+
+    fake.init, other = fail, tmp_path / "other"
+    message = refused(*PPO, "--wandb", "p", "--run-dir", str(other))
+    assert "does not begin a run (RuntimeError: no network): run `wandb login`" in message
+    fake.init = init
+    assert main(["resume", str(other), "--no-tensorboard"]) == 0
     assert all(np.isfinite(list(row.values())).all() for _, row in rows)
 
 

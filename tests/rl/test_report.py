@@ -244,9 +244,9 @@ def test_the_recorded_command_makes_the_same_run(
     ((run,), _) = find_runs([path])
     python, dash_m, package, *words = shlex.split(run.command)
     assert (python, dash_m, package) == ("python", "-m", "hypergrad_rl")
-    command, given = parse(words)
+    command = parse(words)
     expected = make_config(algo, seed=7, total_steps=20 * ROLLOUT, **settings)
-    assert command.config(given) == expected
+    assert command.config() == expected
     assert command.run_dir == path
 
 
@@ -274,13 +274,14 @@ def test_tasks_are_never_averaged_raw(tmp_path: Path) -> None:
 def test_compare_trains_every_task_and_reports_them_in_the_order_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def finish(runs: dict[Path, Any], jobs: int, threads: int, tensorboard: bool) -> None:
-        assert (jobs, threads, tensorboard) == (3, 1, False)
+    def finish(runs: dict[Path, Any], jobs: int, tensorboard: bool) -> dict[Path, Any]:
+        assert (jobs, tensorboard) == (3, False)
         for path, config in runs.items():
             settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             write_run(path, config.algo, settings.pop("seed"), 5.0, **settings)
+        return {}
 
-    monkeypatch.setattr("hypergrad_rl.cli.train_all", finish)
+    monkeypatch.setattr("hypergrad_rl.runs.train_all", finish)
     command = ["compare", "--algos", "ppo", "blpo", "--env", "CartPole-v1", "Acrobot-v1", "--seeds",
                "0", "1", "--jobs", "3", "--total-steps", "10240", "--no-tensorboard"]  # fmt: skip
     assert main([*command, "--run-dir", str(tmp_path)]) == 0
@@ -475,9 +476,9 @@ def test_runs_that_ended_early_are_told_of(tmp_path: Path) -> None:
     assert results["notes"][0].startswith(
         "CartPole-v1: 1 of 3 runs ended early, the first at 2,560 steps"
     )
-    _, given = parse(shlex.split(find_runs([early])[0][0].command)[3:])
-    assert "--stop-at-return 475.0" in find_runs([early])[0][0].command
-    assert given["total_steps"] == ROLLOUT * 20
+    command = parse(shlex.split(find_runs([early])[0][0].command)[3:])
+    assert command.stop_at_return == 475.0
+    assert command.config().total_steps == ROLLOUT * 20
     assert not any("early" in n for n in compare_runs([tmp_path], steps=2560)["notes"])
 
 
