@@ -27,15 +27,22 @@ from hypergrad_rl.run_directory import METRICS, Config, load_info
 from hypergrad_rl.trainer import train
 
 _MISSING = "(not recorded)"
+#: What run_info.json knows that tells runs apart as a setting does; how train calls it.
+OWN = {"own_networks": "networks=", "own_environment": "env_fn="}
 _FIELD_TYPES = {f.name: str(f.type) for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory, the settings in its config.json, its metrics and figures."""
+    """A finished run: its directory, metrics and figures, and what tells it from others.
+
+    ``settings`` are those of its config.json and whether networks or environments were the user's
+    own; ``stop_at_return`` is what it was to stop at.
+    """
 
     path: Path
     settings: dict[str, Any]
+    stop_at_return: float | None
     metrics: Metrics
     final_return: float
     area: float
@@ -44,9 +51,12 @@ class Run:
     @property
     def command(self) -> str:
         """The command that makes this run again, every setting given whatever the presets say."""
-        goal = load_info(self.path).get("stop_at_return")
+        settings = {name: x for name, x in self.settings.items() if name not in OWN}
+        goal = self.stop_at_return
         stop = [] if goal is None else ["--stop-at-return", str(goal)]
-        return shlex.join([*train_command(self.settings, self.path), *stop])
+        line = shlex.join([*train_command(settings, self.path), *stop])
+        own = [words for name, words in OWN.items() if self.settings[name]]
+        return f"{line} # and, from Python, {' and '.join(own)} of one's own" if own else line
 
 
 def train_command(settings: Mapping[str, Any], run_dir: Path) -> list[str]:
@@ -113,12 +123,14 @@ def _read_run(directory: Path, steps: int | None) -> Run | str:
     table = directory / "metrics.csv"
     if not table.is_file() or table.read_bytes().count(b"\n") < 2:  # a header, or not even that
         return f"{directory} has made no step of {needed:,}"
+    info = load_info(directory)
+    settings |= {name: info.get(name) or False for name in OWN}
     metrics = read_metrics(directory)
     unknown = {"env_steps", "seconds", "episodes", "episode_return"} - set(metrics)
     if unknown:
         raise RunDirectoryError(f"{directory / 'metrics.csv'} lacks {', '.join(sorted(unknown))}")
     done = int(metrics["env_steps"][-1])
-    stopped = steps is None and load_info(directory).get("ended")  # early, which is an end too
+    stopped = steps is None and info.get("ended")  # early, which is an end too
     if done < needed and not stopped:
         return f"{directory} has made {done:,} of {needed:,} steps"
     if steps is not None:
@@ -129,7 +141,8 @@ def _read_run(directory: Path, steps: int | None) -> Run | str:
                 f"--steps {steps}; give more"
             )
         metrics = {name: column[kept] for name, column in metrics.items()}
-    return Run(directory, settings, metrics, **dataclasses.asdict(summarize(metrics)))
+    goal, figures = info.get("stop_at_return"), dataclasses.asdict(summarize(metrics))
+    return Run(directory, settings, goal, metrics, **figures)
 
 
 def group_runs(

@@ -14,7 +14,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypergrad_rl import ConfigError, RunDirectoryError, make_config
+from hypergrad_rl import ConfigError, EnvironmentFault, RunDirectoryError, make_config
 from hypergrad_rl.cli import main, parse
 from hypergrad_rl.comparison import compare_runs, write_comparison
 from hypergrad_rl.report import comparison_table, learning_curve, read_metrics, to_metrics
@@ -295,6 +295,35 @@ def test_compare_trains_every_task_and_reports_them_in_the_order_given(
     assert f"or `report {tmp_path}`" in capsys.readouterr().err
 
 
+def test_compare_says_how_failed_runs_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(runs: dict[Path, Any], jobs: int, tensorboard: bool) -> dict[Path, Any]:
+        first, *others = runs
+        for path in others if begin else ():
+            write_run(path, "ppo", int(path.name[-1]), 5.0, total_steps=ROLLOUT * 20)
+        return {path: EnvironmentFault(f"hot\nmotor {path.name}") for path in runs if path != first}
+
+    monkeypatch.setattr("hypergrad_rl.runs.train_all", fail)
+    run_dir = tmp_path / "a comparison"
+    command = ["compare", "--algos", "ppo", "--seeds", "0", "1", "2", "--run-dir", str(run_dir)]
+    begin = False
+    assert main(command) == 2  # nothing has begun
+    assert capsys.readouterr().err == "hypergrad_rl: hot motor ppo-1\n"
+    begin = True
+    write_run(run_dir / "ppo-0", "ppo", 0, 5.0)
+    (run_dir / "ppo-0" / "metrics.csv").rename(tmp_path / "metrics.csv")
+    monkeypatch.setattr("hypergrad_rl.cli._write_report", lambda runs, *_: print(*runs))
+    assert main(command) == 1
+    out, error = capsys.readouterr()
+    assert out == f"{run_dir / 'ppo-0'}\n"
+    assert error.splitlines() == [
+        f"hypergrad_rl: hot motor ppo-{i}; {run_dir / f'ppo-{i}'} is not finished: "
+        f"python -m hypergrad_rl resume '{run_dir / f'ppo-{i}'}'"
+        for i in (1, 2)
+    ]
+
+
 def test_variants_of_an_algorithm_are_told_apart_by_a_setting(tmp_path: Path) -> None:
     write_runs(tmp_path, "ppo", [1, 2])
     write_runs(tmp_path, "blpo", [3, 4], "cg-", solver="cg")
@@ -318,6 +347,24 @@ def test_settings_may_differ_where_that_is_said(tmp_path: Path) -> None:
     assert list(results["tasks"]["CartPole-v1"]["algorithms"]) == ["ppo"]
     with pytest.raises(ConfigError, match="hiden: no run has this setting; they have adam_eps"):
         compare_runs([tmp_path], by=["hiden"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("own_networks", ["critic"], "networks="), ("own_environment", True, "env_fn=")],
+)
+def test_networks_and_environments_of_ones_own_tell_runs_apart(
+    name: str, value: Any, words: str, tmp_path: Path
+) -> None:
+    write_runs(tmp_path, "ppo", [1, 2, 3])
+    (tmp_path / "ppo-2" / "run_info.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ConfigError, match=rf"differ in {name}: false in .*ppo-0, .*--by {name}"):
+        compare_runs([tmp_path])
+    task = compare_runs([tmp_path], by=[name], bootstrap=FAST)["tasks"]["CartPole-v1"]
+    default, own = task["algorithms"].values()
+    assert (len(default["runs"]), len(own["runs"])) == (2, 1)
+    assert own["runs"][0]["command"].endswith(f"# and, from Python, {words} of one's own")
+    assert name.replace("_", "-") not in default["runs"][0]["command"]
 
 
 def test_a_setting_that_an_older_run_lacks_is_a_difference(tmp_path: Path) -> None:

@@ -345,10 +345,14 @@ def test_compare_reports_every_algorithm(
         "compare", "--algos", "ppo", "nested", "--seeds", "0", "1", "--total-steps", "1024",
         "--run-dir", str(tmp_path), "--jobs", "2", "--nested-steps", "2", "--no-tensorboard",
     ]  # fmt: skip
-    assert main(command) == 0
-    table = capsys.readouterr().out
+    (tmp_path / "ppo-1").write_text("")  # no directory: this run fails
+    assert main(command) == 1
+    table, errors = capsys.readouterr()
     assert "return, last tenth" in table
     assert "nested" in table
+    (line,) = [text for text in errors.split("\n") if text.startswith("hypergrad_rl: ")]
+    assert f"cannot write into {tmp_path / 'ppo-1'}" in line
+    assert f"{tmp_path / 'ppo-1'} is not finished: python -m hypergrad_rl train --algo ppo" in line
     assert (tmp_path / "comparison.png").stat().st_size > 0
     assert dataclasses.asdict(load_config(tmp_path / "nested-1"))["nested_steps"] == 2
     assert main(command) == 2
