@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from hypergrad_rl import load_config, trainer
+from hypergrad_rl import load_config
 from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.cli import main
 from hypergrad_rl.run_directory import held
@@ -28,9 +28,7 @@ PPO = ["train", "--algo", "ppo", *QUICK]
 Refused = Callable[..., str]
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "_draw", lambda directory: None)  # a second of Matplotlib
+pytestmark = pytest.mark.usefixtures("no_curve")
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from hypergrad_rl import (
     load_policy,
     make_config,
     train,
-    trainer,
     watch,
 )
 from hypergrad_rl.checkpoint import load_checkpoint
@@ -60,9 +59,7 @@ class Walk(gym.Env[Any, Any]):
         return picture
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "_draw", lambda directory: None)  # a second of Matplotlib
+pytestmark = pytest.mark.usefixtures("no_curve")
 
 
 @pytest.fixture
