@@ -171,7 +171,15 @@ class Collector:
                 episodes.returns.append(value)
                 episodes.lengths.append(length)
         assert actions is not None
-        self._check_finite(raw, next_obs, rewards, done, lengths)
+        bad_obs = ~np.asarray((np.isfinite(raw) & np.isfinite(next_obs)).all(-1))
+        bad = bad_obs | ~np.isfinite(rewards)
+        if bad.any():
+            t, i = (int(index) for index in np.argwhere(bad)[0])
+            what = "observation" if bad_obs[t, i] else "reward"
+            raise EnvironmentFault(
+                f"{self._place(t, i, done, lengths[i])} returned a non-finite {what}; training "
+                "stopped at the last checkpoint"
+            )
         # Normalised by what was known before this rollout, as the states acted in.
         next_obs = normalize(self.obs_moments, next_obs)
         if self.obs_moments:
@@ -184,28 +192,11 @@ class Collector:
         # (T, N, ...) -> (N, T, ...)
         return Rollout(*(torch.from_numpy(a.swapaxes(0, 1).copy()) for a in arrays)), episodes
 
-    def _check_finite(
-        self,
-        raw: Array,
-        next_obs: Array,
-        rewards: NDArray[np.float64],
-        done: NDArray[np.bool_],
-        lengths: NDArray[np.int64],
-    ) -> None:
-        bad_obs = ~np.asarray((np.isfinite(raw) & np.isfinite(next_obs)).all(-1))
-        bad = bad_obs | ~np.isfinite(rewards)
-        if bad.any():
-            t, i = (int(index) for index in np.argwhere(bad)[0])
-            ends = np.flatnonzero(done[:t, i])
-            raise EnvironmentFault(
-                self.env.place(
-                    i,
-                    self.env.episodes[i] - int(done[t:, i].sum()),
-                    t - int(ends[-1]) if len(ends) else t + 1 + lengths[i],
-                )
-                + f" returned a non-finite {'observation' if bad_obs[t, i] else 'reward'}; "
-                "training stopped at the last checkpoint"
-            )
+    def _place(self, t: int, i: int, done: NDArray[np.bool_], length: int) -> str:
+        """How errors name step t of a rollout that began ``length`` steps into an episode."""
+        ends = np.flatnonzero(done[:t, i])
+        episode = self.env.episodes[i] - int(done[t:, i].sum())
+        return self.env.place(i, episode, t - int(ends[-1]) if len(ends) else t + 1 + length)
 
     def _discounted_returns(
         self, rewards: NDArray[np.float64], done: NDArray[np.bool_]

@@ -20,7 +20,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hypergrad_rl.config import BLPOConfig, PPOConfig
 from hypergrad_rl.errors import ConfigError, RunDirectoryError
 from hypergrad_rl.report import Metrics, read_metrics, summarize
 from hypergrad_rl.run_directory import METRICS, Config, load_info
@@ -29,7 +28,6 @@ from hypergrad_rl.trainer import train
 _MISSING = "(not recorded)"
 #: What run_info.json knows that tells runs apart as a setting does; how train calls it.
 OWN = {"own_networks": "networks=", "own_environment": "env_fn="}
-_FIELD_TYPES = {f.name: str(f.type) for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def train_command(settings: Mapping[str, Any], run_dir: Path) -> list[str]:
     words = ["python", "-m", "hypergrad_rl", "train"]
     for name, value in settings.items():
         flag = name.replace("_", "-")
-        if isinstance(value, bool) and _FIELD_TYPES.get(name, "bool") == "bool":
+        if isinstance(value, bool) and name != "compile":  # which is no switch: it may be "auto"
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, (list, tuple)):
             words += [f"--{flag}", *map(str, value)]
