@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,12 +22,6 @@ from .errors import HypergradError, LossError
 
 _functorch = torch._C._functorch
 _state = threading.local()
-#: What PyTorch's errors speak of where an operation lacks a forward-mode derivative or a batching
-#: rule, or does under a transform what it may not.
-_OF_THE_MODE = re.compile(
-    r"forward|jvp|tangent|zerotensor|vmap|batch|functorch|functionaliz|derivative|not implemented",
-    re.IGNORECASE,
-)
 
 
 def transforming() -> bool:
@@ -155,19 +149,40 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
 
 
 @contextmanager
-def forward_mode(what: str, *, remedy: str) -> Iterator[None]:
-    """Say what PyTorch's errors in forward mode and under ``vmap`` come to; pass on all others."""
+def forward_mode(what: str, without: Callable[[], object], *, remedy: str) -> Iterator[None]:
+    """Tell errors that come of forward mode or ``vmap`` from those of what is computed in them.
+
+    Args:
+        what: whose fault it is to be called.
+        without: computes the same, or a part that meets every operation, without the two; called
+            after an error only.  If it fails too, the error is the caller's own and is passed on.
+        remedy: what to use instead.
+
+    Raises:
+        LossError: what ``without`` can do failed: an operation has no forward-mode derivative, or
+            cannot be batched, or reads a value that a transform hides.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, HypergradError):
         raise  # neither is a matter of the mode
     except RuntimeError as error:
-        if not (isinstance(error, NotImplementedError) or _OF_THE_MODE.search(str(error))):
-            raise  # the caller's own
+        if not _succeeds(without):
+            raise
         raise LossError(
             f"{what} has an operation without the forward-mode derivative that is needed, or one "
             f"that vmap cannot batch ({' '.join(str(error).split())[:120]}). Use {remedy}."
         ) from error
+
+
+def _succeeds(compute: Callable[[], object]) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of a second time
+            compute()
+    except Exception:
+        return False
+    return True
 
 
 def pullback(

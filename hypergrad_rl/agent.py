@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad_rl.compiled import FOLDS, Compiled, fold
 from hypergrad_rl.config import AgentConfig
 from hypergrad_rl.errors import CheckpointError
 from hypergrad_rl.functional import AdamState, Shapes, shapes_of, unflatten
@@ -40,6 +41,10 @@ class Agent(ABC):
         self.actor_shapes, self.critic_shapes = shapes_of(actor), shapes_of(critic)
         self.actor_state, self.critic_state = AdamState.of(actor), AdamState.of(critic)
         self.obs_dim, self.backend = obs_dim, backend
+        # One graph for all of an update where that can be, else one for each minibatch.
+        whole = backend is not None and FOLDS and self.folds
+        self._improve = Compiled(self._all_minibatches, backend if whole else None)
+        self._minibatch = Compiled(self._one_minibatch, None if whole else backend)
 
     @property
     def actor(self) -> Params:
@@ -51,12 +56,71 @@ class Agent(ABC):
         """The critic's parameters, views of its flat vector."""
         return unflatten(self.critic_state.params, self.critic_shapes)
 
+    @property
     @abstractmethod
-    def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
-        """Improve actor and critic on one rollout; statistics of the update.
+    def folds(self) -> bool:
+        """Whether the minibatches of an update are alike, so that one graph serves for all."""
+
+    @abstractmethod
+    def _draw(self, progress: float) -> tuple[Any, ...]:
+        """What minibatches differ in, drawn before any of them: sequences with an entry for each.
 
         ``progress`` is the fraction of the training that is done.
         """
+
+    @abstractmethod
+    def _one_minibatch(
+        self, carry: tuple[AdamState, AdamState, Any], tensors: tuple[Tensor, ...], row: Any
+    ) -> tuple[tuple[AdamState, AdamState, Any], tuple[dict[str, Tensor], Any]]:
+        """The states after one minibatch, statistics of it, and what else is to be looked at.
+
+        A pure function; the carry is the actor's state, the critic's, and what a minibatch leaves
+        to the next.
+        """
+
+    def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
+        """Improve actor and critic on one rollout, of shape (num_envs, num_steps, ...).
+
+        ``progress`` is the fraction of the training that is done. The statistics are means over
+        the minibatches, and the explained variance before the update.
+        """
+        self.actor_state, self.critic_state, table, seen, unexplained = self._improve(
+            self.actor_state, self.critic_state, tuple(vars(rollout).values()),
+            self._draw(progress),
+        )  # fmt: skip
+        stats = torch.stack(list(table.values())).nanmean(1)
+        means = dict(zip(table, stats.tolist(), strict=True))
+        means["explained_variance"] = 1 - unexplained.item()
+        return means | self._look(seen)
+
+    def _look(self, seen: Any) -> dict[str, float]:
+        """Statistics of what the last minibatches left to be looked at."""
+        return {}
+
+    def _all_minibatches(
+        self,
+        actor: AdamState,
+        critic: AdamState,
+        rollout: tuple[Tensor, ...],
+        rows: tuple[Any, ...],
+    ) -> tuple[AdamState, AdamState, dict[str, Tensor], Any, Tensor]:
+        # What a scan reads may share no memory, as states and next states may.
+        batch = self._batch(actor, critic, Rollout(*(field.clone() for field in rollout)))
+        tensors = self._samples(batch).tensors()
+
+        def step(carry: tuple[Any, Any, Any], row: Any) -> tuple[tuple[Any, Any, Any], Any]:
+            states = AdamState(*carry[0]), AdamState(*carry[1])
+            (actor, critic, kept), seen = self._minibatch((*states, carry[2]), tensors, row)
+            return (tuple(actor), tuple(critic), kept), seen  # a scan takes no named tuples
+
+        carry, (stats, seen) = fold(step, (tuple(actor), tuple(critic), ()), rows)
+        actor, critic = AdamState(*carry[0]), AdamState(*carry[1])
+        unexplained = (batch.targets - batch.values).var() / batch.targets.var()
+        return actor, critic, stats, seen, unexplained
+
+    def _samples(self, batch: Batch) -> Batch:
+        """What minibatches are rows of: trajectories."""
+        return batch
 
     def warm_up(self) -> float:
         """Compile all that ``update`` runs, on made-up data; the seconds it took (0 for eager).
@@ -74,12 +138,16 @@ class Agent(ABC):
 
     def make_batch(self, rollout: Rollout) -> Batch:
         """The rollout with what stays fixed while the agent improves on it."""
+        return self._batch(self.actor_state, self.critic_state, rollout)
+
+    def _batch(self, actor: AdamState, critic: AdamState, rollout: Rollout) -> Batch:
         config = self.config
         if not config.bootstrap_truncated:
             rollout = replace(rollout, terminated=rollout.done)
         return make_batch(
-            self.policy, self.actor, self.critic, rollout, config.gamma, config.gae_lambda,
-            self.value_fn,
+            self.policy, unflatten(actor.params, self.actor_shapes),
+            unflatten(critic.params, self.critic_shapes), rollout, config.gamma,
+            config.gae_lambda, self.value_fn,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,12 +186,3 @@ def check_parameters(name: str, saved: Params, expected: Shapes) -> None:
         f"the checkpoint's {name} has {told(shapes)}, that of the configuration and networks= "
         f"{told(expected)}; expected the config.json and the networks that the run was trained with"
     )
-
-
-def mean_stats(stats: list[dict[str, Tensor]], batch: Batch) -> dict[str, float]:
-    """Means over the minibatches where defined, and the explained variance before the update."""
-    table = torch.stack([torch.stack(list(s.values())) for s in stats]).nanmean(0)
-    means = dict(zip(stats[0], table.tolist(), strict=True))
-    residual = (batch.targets - batch.values).var()
-    means["explained_variance"] = (1 - residual / batch.targets.var()).item()
-    return means

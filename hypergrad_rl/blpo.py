@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad_rl.agent import Agent, mean_stats
-from hypergrad_rl.compiled import Compiled
+from hypergrad_rl.agent import Agent
+from hypergrad_rl.compiled import Compiled, fold
 from hypergrad_rl.config import BLPOConfig
-from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
+from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, gradient, unflatten
 from hypergrad_rl.hypergradient import (
     combine,
     correction,
@@ -40,10 +40,10 @@ from hypergrad_rl.hypergradient import (
     direct_gradient,
     follower_gradient,
 )
-from hypergrad_rl.inverse import Sketch, draw_sketch
+from hypergrad_rl.inverse import draw_sketch, ritz_extremes
 from hypergrad_rl.networks import Params
 from hypergrad_rl.objectives import value_loss
-from hypergrad_rl.rollout import Batch, Rollout
+from hypergrad_rl.rollout import Batch
 
 
 class BLPO(Agent):
@@ -53,70 +53,91 @@ class BLPO(Agent):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        whole = self.config.compiles_whole
-        self._minibatch = Compiled(self._one_minibatch, self.backend if whole else None)
-        # Where the solver looks at values, it runs eagerly between two graphs.
-        self._fit = Compiled(self._fit_critic, None if whole else self.backend)
-        self._lead = Compiled(self._step_actor, None if whole else self.backend)
+        if not self.config.compiles_whole:
+            # The solver looks at values: it runs eagerly between two graphs.
+            self._minibatch = Compiled(self._one_minibatch, None)
+        parts = None if self.config.compiles_whole else self.backend
+        self._fit = Compiled(self._fit_critic, parts)
+        self._lead = Compiled(self._step_actor, parts)
 
-    def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
-        """Improve actor and critic on one rollout; statistics averaged over the minibatches.
+    @property
+    def folds(self) -> bool:
+        """Whether the minibatches of an update are alike, so that one graph serves for all."""
+        return self.config.compiles_whole and self.config.sketch_every == 1
 
-        Cost per minibatch: ``nested_steps`` critic gradients, two actor gradients, one gradient of
-        f_outer in the critic, the matrix J J' of the batch, 2 ``rank`` + 1 products with it. In the
-        published setting ``rank`` + 1 products with the Hessian, the first ``rank`` as one block.
+    def _draw(self, progress: float) -> tuple[Any, ...]:
+        """Every minibatch's trajectories, Adam scales, and random numbers for its sketch.
+
+        Those are None where the last sketch serves again, and not there if the solver takes none.
         """
         config = self.config
-        whole = self.make_batch(rollout)
-        tensors = whole.tensors()
-        rates = torch.tensor(
-            [config.learning_rate, config.critic_learning_rate], dtype=torch.float64
-        )
         num_params = self.critic_state.params.numel()
-        stats: list[dict[str, Tensor]] = []
-        sketch: Tensor | Sketch | None = None
+        minibatches: list[Tensor] = []
+        draws: list[Tensor | None] = []
         for _ in range(config.epochs):
             order = torch.randperm(config.num_envs, generator=self.generator)
             for envs in torch.split(order, config.envs_per_minibatch):
-                if len(stats) % config.sketch_every == 0:
+                draw = None
+                if len(minibatches) % config.sketch_every == 0:
                     system = order if config.curvature_batch == "rollout" else envs
                     num_samples = len(system) * config.num_steps
-                    sketch = draw_sketch(config, num_samples, num_params, self.generator)
-                self.actor_state, self.critic_state, sketch, entry = self._minibatch(
-                    self.actor_state, self.critic_state, tensors, envs, sketch, rates
-                )
-                stats.append(entry)
-        return mean_stats(stats, whole)
+                    draw = draw_sketch(config, num_samples, num_params, self.generator)
+                minibatches.append(envs)
+                draws.append(draw)
+        count, nested = len(minibatches), config.nested_steps
+        rows = (
+            torch.stack(minibatches),
+            adam_scales(self.actor_state.step, config.learning_rate, count),
+            adam_scales(self.critic_state.step, config.critic_learning_rate, count * nested).view(
+                count, nested, 2
+            ),
+        )
+        if draws[0] is None:
+            return rows
+        return *rows, torch.stack([d for d in draws if d is not None]) if self.folds else draws
+
+    def _look(self, seen: tuple[Tensor, ...]) -> dict[str, float]:
+        if not seen:
+            return {}
+        # Of the last minibatch alone: it takes as long as a step of the critic.
+        smallest, largest = ritz_extremes(*(blocks[-1] for blocks in seen))
+        return {"curvature_smallest": smallest.item(), "curvature_largest": largest.item()}
 
     # The parts of a minibatch update are pure functions, of flat states and tensors alone.
 
     def _one_minibatch(
         self,
-        actor: AdamState,
-        critic: AdamState,
+        carry: tuple[AdamState, AdamState, Any],
         tensors: tuple[Tensor, ...],
-        envs: Tensor,
-        sketch: Tensor | Sketch | None,
-        rates: Tensor,
-    ) -> tuple[AdamState, AdamState, Sketch | None, dict[str, Tensor]]:
-        """The states after one minibatch, which is the trajectories ``envs``, and statistics.
+        row: tuple[Any, ...],
+    ) -> tuple[tuple[AdamState, AdamState, Any], tuple[dict[str, Tensor], Any]]:
+        """The states after one minibatch, and the sketch where the next is to take it over.
 
-        Between them the sketch, if the next minibatch is to take it over.
+        Then statistics, and the vectors that the solver has multiplied, with their products.
+
+        Cost: ``nested_steps`` critic gradients, two actor gradients, one gradient of f_outer in
+        the critic, the matrix J J' of the batch, 2 ``rank`` + 1 products with it. In the published
+        setting ``rank`` + 1 products with the Hessian, the first ``rank`` as one block.
         """
-        config, c, kept = self.config, None, None
-        critic, d, v, stats = self._fit(actor, critic, tensors, envs, rates)
+        config, c = self.config, None
+        seen: tuple[Tensor, ...] = ()
+        actor, critic, kept = carry
+        envs, step, nested_steps, *draws = row
+        critic, d, v, stats = self._fit(actor, critic, tensors, envs, nested_steps)
         if config.solver != "none":
             theta = unflatten(actor.params, self.actor_shapes)
             w = unflatten(critic.params, self.critic_shapes)
             whole = config.curvature_batch == "rollout"
             batch = Batch(*tensors) if whole else Batch.of(tensors, envs)
             part = envs if whole else None
+            sketch = kept if draws and draws[0] is None else next(iter(draws), None)
             c, solved = correction(
                 self.policy, theta, w, v, batch, config, sketch, part, self.value_fn
             )
-            stats, kept = stats | solved.stats, solved.sketch
-        actor, comparison = self._lead(actor, d, c, rates)
-        return actor, critic, kept, stats | comparison
+            stats, kept = stats | solved.stats, solved.sketch or ()
+            seen = solved.vectors, solved.products
+        actor, comparison = self._lead(actor, d, c, step)
+        return (actor, critic, kept), (stats | comparison, seen)
 
     def _fit_critic(
         self,
@@ -124,7 +145,7 @@ class BLPO(Agent):
         critic: AdamState,
         tensors: tuple[Tensor, ...],
         envs: Tensor,
-        rates: Tensor,
+        nested_steps: Tensor,
     ) -> tuple[AdamState, Params, Params, dict[str, Tensor]]:
         """The nested critic steps, then d and v under the critic that they lead to."""
         config, batch = self.config, Batch.of(tensors, envs)
@@ -132,9 +153,13 @@ class BLPO(Agent):
         def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
             return value_loss(self.value_fn(w, batch.obs), batch.targets), {}
 
-        for _ in range(config.nested_steps):
+        def nested(state: Any, row: tuple[Tensor]) -> tuple[Any, Tensor]:
+            critic = AdamState(*state)
             grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
-            critic = adam(critic, flatten(grads), rates[1], config.adam_eps)
+            return tuple(adam_step(critic, flatten(grads), row[0], config.adam_eps)), loss
+
+        state, losses = fold(nested, tuple(critic), (nested_steps,))
+        critic, loss = AdamState(*state), losses[-1]
         theta = unflatten(actor.params, self.actor_shapes)
         w = unflatten(critic.params, self.critic_shapes)
         advantages, _ = critic_advantages(w, batch, config.gamma, self.value_fn)
@@ -149,11 +174,11 @@ class BLPO(Agent):
         return critic, d, v, {**stats, "value_loss": loss}
 
     def _step_actor(
-        self, actor: AdamState, d: Params, c: Params | None, rates: Tensor
+        self, actor: AdamState, d: Params, c: Params | None, step: Tensor
     ) -> tuple[AdamState, dict[str, Tensor]]:
         """One step of the actor along d - c, c within its bound."""
-        step = d
+        direction = d
         stats: dict[str, Tensor] = {}
         if c is not None:
-            step, stats = combine(d, c, self.config.correction_bound)
-        return adam(actor, flatten(step), rates[0], self.config.adam_eps), stats
+            direction, stats = combine(d, c, self.config.correction_bound)
+        return adam_step(actor, flatten(direction), step, self.config.adam_eps), stats

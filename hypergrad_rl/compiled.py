@@ -8,8 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from hypergrad_rl.config import AgentConfig
+
+try:
+    from torch._higher_order_ops.scan import scan
+
+    FOLDS = True
+except ImportError:  # a PyTorch without it: what would be one graph is a loop over smaller ones
+    FOLDS = False
 
 #: Gradients of a training from which on ``compile="auto"`` compiles: it saves 0.6 to 0.8 ms of each
 #: (docs/rl.md has the figures) and takes up to a minute, where the cache has nothing of it yet.
@@ -69,3 +77,25 @@ class Compiled:
                 )
                 self.run = self.function
                 return self.function(*inputs)
+
+
+def fold(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: tuple[Any, ...]) -> Any:
+    """``carry, result = body(carry, row)`` over ``rows``; the last carry, the results stacked.
+
+    In a compiled graph the body is there once (a scan), outside of one it is a loop. ``rows`` are
+    tensors, or outside of graphs lists, of one length; the row that the body gets is a tuple.
+    Carries and results are trees of tensors.
+    """
+    if torch.compiler.is_compiling():
+
+        def apart(carry: Any, row: Any) -> tuple[Any, Any]:
+            # A scan's outputs may share no memory with one another, nor with its inputs.
+            after: tuple[Any, Any] = tree_map(torch.clone, body(carry, row))
+            return after
+
+        return scan(apart, carry, rows)
+    results = []
+    for row in zip(*rows, strict=True):
+        carry, result = body(carry, row)
+        results.append(result)
+    return carry, tree_map(lambda *parts: torch.stack(parts), *results)

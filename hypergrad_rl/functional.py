@@ -72,13 +72,27 @@ class AdamState(NamedTuple):
         return cls(vector, zero, zero.clone(), torch.zeros((), dtype=torch.float64))
 
 
-def adam(state: AdamState, grad: Tensor, rate: Tensor, eps: float) -> AdamState:
-    """One step of Adam (Kingma and Ba 2015, algorithm 1) along a flat gradient."""
-    step = state.step + 1
+def adam_scales(step: Tensor, rate: Tensor | float, count: int) -> Tensor:
+    """What bias correction makes of a rate in the next ``count`` steps: (count, 2).
+
+    A row holds rate / (1 - beta1^k) and sqrt(1 - beta2^k) for the k-th step of all. Computed in
+    float64, for 1 - beta2^k is small at first; and before a graph, which would compute the powers
+    again for every few parameters.
+    """
+    k = step + torch.arange(1, count + 1, device=step.device)
+    return torch.stack([rate / (1 - BETA1**k), (1 - BETA2**k).sqrt()], -1)
+
+
+def adam_step(state: AdamState, grad: Tensor, scale: Tensor, eps: float) -> AdamState:
+    """One step of Adam along a flat gradient, with its row of :func:`adam_scales`."""
+    scale = scale.to(grad.dtype)
     mean = torch.lerp(state.mean, grad, 1 - BETA1)
     square = BETA2 * state.square + (1 - BETA2) * grad * grad
-    # In float64: 1 - BETA2^step is small at first.
-    root = (1 - BETA2**step).sqrt()
-    denominator = square.sqrt() / root + eps
-    params = state.params - rate / (1 - BETA1**step) * (mean / denominator)
-    return AdamState(params, mean, square, step)
+    denominator = square.sqrt() / scale[1] + eps
+    params = state.params - scale[0] * (mean / denominator)
+    return AdamState(params, mean, square, state.step + 1)
+
+
+def adam(state: AdamState, grad: Tensor, rate: Tensor | float, eps: float) -> AdamState:
+    """One step of Adam (Kingma and Ba 2015, algorithm 1) along a flat gradient."""
+    return adam_step(state, grad, adam_scales(state.step, rate, 1)[0], eps)

@@ -68,14 +68,18 @@ class Solved(NamedTuple):
     Args:
         value: shaped like the right-hand side.
         stats: ``ihvp_relative_residual``, |v - (H + damping I) x| / |v| by a product with H
-            itself; ``curvature_smallest`` and ``curvature_largest``, see :func:`ritz_extremes`;
-            ``damping`` where that is found automatically.
+            itself; ``damping`` where that is found automatically.
         sketch: the sketch that was used, if one is to be kept.
+        vectors: the last ``RITZ_VECTORS`` that the solve has multiplied, after zeros where they
+            were fewer.
+        products: theirs with H, for :func:`ritz_extremes`.
     """
 
     value: Tensor
     stats: dict[str, Tensor]
     sketch: Sketch | None
+    vectors: Tensor
+    products: Tensor
 
 
 def in_sample_space(config: BLPOConfig) -> bool:
@@ -227,16 +231,17 @@ def _solve(
         solution = hypergrad.solve(curvature, v, solver, damping=damping, on_failure="ignore")
         x, damping = solution.value, solution.info.damping
         relative = torch.as_tensor(solution.info.relative_residual, dtype=v.dtype)
-    smallest, largest = ritz_extremes(torch.cat(curvature.vectors), torch.cat(curvature.products))
-    stats = {
-        "ihvp_relative_residual": relative,
-        "curvature_smallest": smallest.to(v.dtype),
-        "curvature_largest": largest.to(v.dtype),
-    }
+    stats = {"ihvp_relative_residual": relative}
     if config.damping == "auto":
         stats["damping"] = torch.tensor(damping, dtype=v.dtype)
     kept = sketch if config.sketch_every > 1 and isinstance(sketch, Sketch) else None
-    return Solved(x, stats, kept)
+    return Solved(x, stats, kept, _last(curvature.vectors), _last(curvature.products))
+
+
+def _last(blocks: list[Tensor]) -> Tensor:
+    """The last ``RITZ_VECTORS`` rows, after zeros where there are fewer: always as many."""
+    rows = torch.cat(blocks)[-RITZ_VECTORS:]
+    return torch.nn.functional.pad(rows, (0, 0, RITZ_VECTORS - len(rows), 0))
 
 
 def _sketch(
@@ -277,14 +282,14 @@ def _solver(
 
 
 def ritz_extremes(vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest Ritz value of A on the span of the last few ``vectors``, rows (m, n).
+    """Smallest and largest Ritz value of A on the span of ``vectors``, rows (m, n).
 
     ``products`` are theirs with A. The eigenvalues of A reach at least as far down and up: a
     negative smallest one proves that A is indefinite, a positive one proves nothing. It costs no
-    product: a Gram matrix of at most ``RITZ_VECTORS`` vectors and its eigenvalues. Directions that
-    the vectors hardly span are left out.
+    product: a Gram matrix and its eigenvalues. Directions that the vectors hardly span are left
+    out.
     """
-    b, y = vectors[-RITZ_VECTORS:].double(), products[-RITZ_VECTORS:].double()
+    b, y = vectors.double(), products.double()
     size = b.norm(dim=1, keepdim=True).clamp_min(torch.finfo(b.dtype).tiny)
     b, y = b / size, y / size
     lengths, directions = torch.linalg.eigh(b @ b.T)

@@ -9,6 +9,7 @@ whole rollout (Gumbel-max, or mean + std * noise): one call to the generator ins
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -43,13 +44,22 @@ def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator)
     return params
 
 
+def tanh(x: Tensor) -> Tensor:
+    """The hyperbolic tangent; in a compiled graph as 2 sigmoid(2 x) - 1, to 2e-7 in float32.
+
+    PyTorch's compiler makes a third as quick code of the function itself, a sixth of the time of an
+    update.
+    """
+    return 2 * torch.sigmoid(2 * x) - 1 if torch.compiler.is_compiling() else torch.tanh(x)
+
+
 def mlp(params: Params, x: Tensor) -> Tensor:
     """Tanh layers and a linear head: (..., in) -> (..., out)."""
     depth = sum(name.startswith("weight") for name in params)
     for i in range(depth):
         x = torch.nn.functional.linear(x, params[f"weight{i}"], params[f"bias{i}"])
         if i < depth - 1:
-            x = torch.tanh(x)
+            x = tanh(x)
     return x
 
 
@@ -95,7 +105,7 @@ class ValueJacobian:
         depth = len(params) // 2
         for i in range(depth - 1):
             out = torch.nn.functional.linear(inputs[-1], params[f"weight{i}"], params[f"bias{i}"])
-            inputs.append(torch.tanh(out))
+            inputs.append(tanh(out))
         delta = torch.ones_like(obs[:, :1])  # the head is linear with one output
         deltas = [delta]
         for i in reversed(range(1, depth)):
@@ -105,7 +115,8 @@ class ValueJacobian:
 
     def kernel(self) -> Tensor:
         """J J', (N, N)."""
-        return torch.stack([(d @ d.T) * (a @ a.T + 1) for d, a in self.factors]).sum(0)
+        parts = [(d @ d.T) * (a @ a.T + 1) for d, a in self.factors]
+        return functools.reduce(torch.add, parts)
 
     def times(self, v: Params) -> Tensor:
         """J v, (N,), for v shaped like the parameters."""

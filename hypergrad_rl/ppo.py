@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad_rl.agent import Agent, mean_stats
-from hypergrad_rl.compiled import Compiled
+from hypergrad_rl.agent import Agent
 from hypergrad_rl.config import PPOConfig
-from hypergrad_rl.functional import AdamState, adam, flatten, gradient, unflatten
+from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, gradient, unflatten
 from hypergrad_rl.hypergradient import direct_gradient
 from hypergrad_rl.networks import Params
 from hypergrad_rl.objectives import value_loss
-from hypergrad_rl.rollout import Batch, Rollout
+from hypergrad_rl.rollout import Batch
 
 
 class PPO(Agent):
@@ -31,47 +30,35 @@ class PPO(Agent):
 
     config: PPOConfig
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._minibatch = Compiled(self._one_minibatch, self.backend)
+    @property
+    def folds(self) -> bool:
+        """Whether the minibatches of an update are alike, so that one graph serves for all."""
+        return self.config.num_envs * self.config.num_steps % self.config.num_minibatches == 0
 
-    def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
-        """Improve actor and critic on one rollout.
+    def _samples(self, batch: Batch) -> Batch:
+        """What minibatches are rows of: single samples."""
+        return batch.flatten()
 
-        Args:
-            rollout: of shape (num_envs, num_steps, ...).
-            progress: fraction of the training done, for the annealing.
-
-        Returns:
-            Statistics averaged over the minibatches.
-        """
+    def _draw(self, progress: float) -> tuple[Any, ...]:
+        """The samples of every minibatch, and the actor's and the critic's Adam scales."""
         config = self.config
-        batch = self.make_batch(rollout)
-        tensors = batch.flatten().tensors()
-        rates = torch.tensor(
-            [config.learning_rate, config.critic_learning_rate], dtype=torch.float64
+        size, left = config.num_envs * config.num_steps, 1 - progress if config.anneal else 1.0
+        orders = [torch.randperm(size, generator=self.generator) for _ in range(config.epochs)]
+        rows = [rows for order in orders for rows in order.tensor_split(config.num_minibatches)]
+        return (
+            torch.stack(rows) if self.folds else rows,
+            adam_scales(self.actor_state.step, left * config.learning_rate, len(rows)),
+            adam_scales(self.critic_state.step, left * config.critic_learning_rate, len(rows)),
         )
-        if config.anneal:
-            rates = rates * (1 - progress)
-        size, stats = rollout.rewards.numel(), []
-        for _ in range(config.epochs):
-            order = torch.randperm(size, generator=self.generator)
-            for rows in order.tensor_split(config.num_minibatches):
-                self.actor_state, self.critic_state, entry = self._minibatch(
-                    self.actor_state, self.critic_state, tensors, rows, rates
-                )
-                stats.append(entry)
-        return mean_stats(stats, batch)
 
     def _one_minibatch(
         self,
-        actor: AdamState,
-        critic: AdamState,
+        carry: tuple[AdamState, AdamState, Any],
         tensors: tuple[Tensor, ...],
-        rows: Tensor,
-        rates: Tensor,
-    ) -> tuple[AdamState, AdamState, dict[str, Tensor]]:
-        """The states after one minibatch, which is the samples ``rows``: a pure function."""
+        row: tuple[Tensor, ...],
+    ) -> tuple[tuple[AdamState, AdamState, Any], tuple[dict[str, Tensor], Any]]:
+        actor, critic, _ = carry
+        rows, actor_step, critic_step = row
         config, b = self.config, Batch.of(tensors, rows)
         adv = b.advantages
         if config.normalize_advantages:
@@ -86,9 +73,9 @@ class PPO(Agent):
         grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
         # Separately: clipped together, the critic's large gradients would shrink the actor's to
         # below Adam's epsilon while the values are still far off.
-        actor = adam(actor, self._clipped(flatten(d)), rates[0], config.adam_eps)
-        critic = adam(critic, self._clipped(flatten(grads)), rates[1], config.adam_eps)
-        return actor, critic, {**stats, "value_loss": loss}
+        actor = adam_step(actor, self._clipped(flatten(d)), actor_step, config.adam_eps)
+        critic = adam_step(critic, self._clipped(flatten(grads)), critic_step, config.adam_eps)
+        return (actor, critic, ()), ({**stats, "value_loss": loss}, ())
 
     def _clipped(self, grad: Tensor) -> Tensor:
         """The gradient, cut to the largest norm."""

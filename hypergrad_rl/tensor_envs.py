@@ -17,15 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypergrad_rl.compiled import Compiled
+from hypergrad_rl.compiled import FOLDS, Compiled, fold
 from hypergrad_rl.config import AgentConfig
 from hypergrad_rl.networks import CategoricalPolicy, Params
 from hypergrad_rl.rollout import Episodes, Rollout
-
-try:  # not public yet
-    from torch._higher_order_ops.scan import scan
-except ImportError:
-    scan = None  # type: ignore[assignment]
 
 #: NumPy or PyTorch: what both call by one name is all that the physics needs.
 Namespace = Any
@@ -165,7 +160,7 @@ class ArrayCollector:
         self.task, self.config, self.generator = task, config, generator
         self.obs_dim = task.obs_dim
         self.policy = CategoricalPolicy(task.num_actions)
-        self._graph = Compiled(self._scanned, backend if scan is not None else None)
+        self._graph = Compiled(self._scanned, backend if FOLDS else None)
         self.state = self._fresh(1)[0]
         self.age = torch.zeros(config.num_envs, dtype=torch.int64)
         self.returns = np.zeros(config.num_envs)
@@ -223,13 +218,11 @@ class ArrayCollector:
                 torch, *carried, action, drawn[1]
             )
             next_obs = self.task.observe(torch, after).float()
-            # A scan's outputs may not be views of one another.
-            out = obs, action, reward.float(), next_obs, terminated, done
-            return (state, age), tuple(x.clone() for x in out)
+            return (state, age), (obs, action, reward.float(), next_obs, terminated, done)
 
         # An agent's layers are views of one vector, and what a scan is over may share no memory.
         actor = {name: leaf.clone() for name, leaf in actor.items()}
-        (state, age), out = scan(step, (state, age), (noise, fresh))
+        (state, age), out = fold(step, (state, age), (noise, fresh))
         return state, age, tuple(x.transpose(0, 1).contiguous() for x in out)
 
     def _looped(

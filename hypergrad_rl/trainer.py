@@ -24,7 +24,7 @@ from hypergrad_rl.checkpoint import save_checkpoint
 from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.config import PPOConfig
 from hypergrad_rl.envs import VectorEnv, make_vector_env
-from hypergrad_rl.errors import EnvironmentUnsupported, RunDirectoryError
+from hypergrad_rl.errors import ConfigError, EnvironmentUnsupported, RunDirectoryError
 from hypergrad_rl.networks import DEFAULT_NETWORKS, Networks
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.rollout import Collector
@@ -138,7 +138,7 @@ def train(
         RunDirectoryError: ``run_dir`` already holds a run, is in use, holds none to resume, or
             cannot be written; ``config`` is not that of the run to resume; it was trained with
             networks of one's own and ``networks`` lacks them. What was completed is kept.
-        ConfigError: a module that cannot serve.
+        ConfigError: a module that cannot serve, or ``threads`` below 1.
         EnvironmentUnsupported, EnvironmentFault, CheckpointError: see ``hypergrad_rl.errors``.
 
     >>> from hypergrad_rl import make_config
@@ -162,6 +162,8 @@ def train(
         "wandb": wandb and {"project": wandb, "name": str(run_dir), "id": uuid.uuid4().hex},
     }
     before = torch.get_num_threads()
+    if threads is not None and (isinstance(threads, bool) or threads < 1):
+        raise ConfigError(f"threads={threads!r}: expected an integer >= 1, or None")
     if threads is None:
         threads = 1 if max(config.hidden) <= NARROW and not networks.own else before
     torch.set_num_threads(threads)

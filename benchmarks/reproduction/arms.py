@@ -42,6 +42,10 @@ ARMS = {
     "blpo": Arm("BLPO by default: Nyström, Gauss-Newton, return objective", "blpo"),
     "blpo_cg": Arm("the same by 20 steps of CG", "blpo", {"solver": "cg", "cg_rtol": 0.0}),
     "identity": Arm("the same with x = v / damping", "blpo", {"solver": "identity"}),
+    "fast": Arm(
+        "the same with half the nested steps, solved exactly in sample space", "blpo",
+        {"solver": "exact", "nested_steps": 5},
+    ),
     "paper_nystrom": Arm(
         "the published update: 5 columns of the Hessian", "blpo",
         {**PUBLISHED, **COLUMNS, "solver": "nystrom"}, presets=False,

@@ -15,19 +15,26 @@ parameters it can be written out, so that every figure is held against an indepe
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from common import (
+    BLUE,
+    GREY,
+    ORANGE,
+    begin,
+    csv_table,
+    parser_of,
+    save_picture,
+    shuffled_digits,
+    side_by_side,
+    write_json,
+)
 from matplotlib.figure import Figure
 from scipy.sparse.linalg import eigsh
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -100,12 +107,9 @@ class Data:
 
 def make_data(config: Config) -> Data:
     """Split the digits at random."""
-    digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16.0
-    y = torch.tensor(digits.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(config.seed))
-    train, test = order[: config.num_train], order[config.num_train :]
-    return Data(x[train], y[train], x[test], y[test])
+    parts = shuffled_digits([config.num_train], torch.Generator().manual_seed(config.seed))
+    train, test = ((x.float().reshape(-1, 1, 8, 8), y) for x, y in parts)
+    return Data(*train, *test)
 
 
 def make_network(config: Config) -> Network:
@@ -235,10 +239,7 @@ def print_table(report: dict[str, dict[str, Any]]) -> None:
 
 def draw(spectra: dict[str, Spectrum], config: Config) -> Figure:
     """The densities with the exact eigenvalues as ticks, and the top eigenvalues by index."""
-    blue, orange, grey = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 4.9), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(9, 5))[0]
+    figure, (left, right) = side_by_side(9, 5)
     left.suptitle("Density of the Hessian's eigenvalues")
     panels = left.subplots(len(spectra), 1, squeeze=False)[:, 0]
     for panel, (when, spectrum) in zip(panels, spectra.items(), strict=True):
@@ -246,18 +247,18 @@ def draw(spectra: dict[str, Spectrum], config: Config) -> Figure:
         row = spectrum.report
         panel.set_title(f"{when} (loss {row['loss']:.3f})", loc="left", fontsize=10)
         if spectrum.exact is not None:
-            panel.plot(spectrum.exact, np.full(len(spectrum.exact), 0.025), "|", color=grey,
+            panel.plot(spectrum.exact, np.full(len(spectrum.exact), 0.025), "|", color=GREY,
                        transform=panel.get_xaxis_transform(), markersize=8)  # fmt: skip
         if panel is not panels[-1]:
             panel.set_xlabel("")
     right.suptitle(f"The {config.num_top} largest")
     axes = right.subplots()
     index = range(1, config.num_top + 1)
-    for (when, spectrum), colour in zip(spectra.items(), (orange, blue), strict=True):
+    for (when, spectrum), colour in zip(spectra.items(), (ORANGE, BLUE), strict=True):
         axes.semilogy(index, spectrum.report["top"], "o", color=colour, label=f"{when}, Lanczos")
         axes.semilogy(index, spectrum.report["top_scipy"], "x", color="black", markersize=9,
-                      label="SciPy's eigsh" if colour == blue else None)  # fmt: skip
-    axes.axvline(9.5, color=grey, linewidth=0.8, linestyle=":")
+                      label="SciPy's eigsh" if colour == BLUE else None)  # fmt: skip
+    axes.axvline(9.5, color=GREY, linewidth=0.8, linestyle=":")
     axes.set(xlabel="eigenvalue, largest first", xticks=list(index))
     axes.legend(frameon=False)
     return figure
@@ -265,16 +266,14 @@ def draw(spectra: dict[str, Spectrum], config: Config) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Look at the Hessian, train, look again; print, write and draw what was seen."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/cnn_spectrum"))
+    parser = parser_of(__doc__, "cnn_spectrum")
     parser.add_argument("--num-train", type=int, default=Config.num_train)
     parser.add_argument("--channels", type=int, nargs=2, default=Config.channels)
     parser.add_argument("--epochs", type=int, default=Config.epochs)
     parser.add_argument("--num-probes", type=int, default=Config.num_probes)
     parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=Config.dense)
     parser.add_argument("--seed", type=int, default=Config.seed)
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    options = begin(parser, arguments)
     config = Config(
         num_train=options.num_train,
         channels=tuple(options.channels),
@@ -283,8 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         dense=options.dense,
         seed=options.seed,
     )
-    # The products are small: more threads in a process cost more than they bring.
-    torch.set_num_threads(1)
 
     data, network = make_data(config), make_network(config)
     spectra: dict[str, Spectrum] = {}
@@ -298,18 +295,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report = {when: spectrum.report for when, spectrum in spectra.items()}
     results = {"config": asdict(config), "spectra": report}
 
-    (options.run_dir / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
-    with (options.run_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["when", "index", "lanczos", "eigsh"])
+    write_json(options.run_dir, results)
+    with csv_table(options.run_dir, ["when", "index", "lanczos", "eigsh"]) as writer:
         for when, row in report.items():
             for index, pair in enumerate(zip(row["top"], row["top_scipy"], strict=True), start=1):
                 writer.writerow([when, index, *pair])
     print_table(report)
     figure = draw(spectra, config)
-    figure.savefig(options.run_dir / "cnn_spectrum.png", dpi=110)
-    plt.close(figure)
-    print(f"\nresults.json, results.csv and cnn_spectrum.png are in {options.run_dir}")
+    save_picture(figure, options.run_dir, "cnn_spectrum")
     return results
 
 

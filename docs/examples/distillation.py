@@ -20,19 +20,26 @@ The test images take part in neither.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from common import (
+    BLUE,
+    ORANGE,
+    begin,
+    csv_table,
+    draw_image,
+    parser_of,
+    save_picture,
+    shuffled_digits,
+    side_by_side,
+    write_json,
+)
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -110,12 +117,8 @@ class Data:
 
 def make_data(config: Config, generator: torch.Generator) -> Data:
     """Split the digits at random."""
-    digits = load_digits()
-    x, y = torch.tensor(digits.data, dtype=F64) / 16.0, torch.tensor(digits.target)
-    order = torch.randperm(len(x), generator=generator)
-    n, m = config.num_train, config.num_validation
-    train, validation, test = order[:n], order[n : n + m], order[n + m :]
-    return Data(x[train], y[train], x[validation], y[validation], x[test], y[test])
+    train, validation, test = shuffled_digits([config.num_train, config.num_validation], generator)
+    return Data(*train, *validation, *test)
 
 
 # ------------------------------------------------------------- softmax regression: the implicit way
@@ -392,18 +395,14 @@ def draw(
     images: dict[str, Tensor], reports: dict[int, dict[str, Any]], mean: dict[str, Any], seed: int
 ) -> Figure:
     """The sets of ten images, and the accuracy over the outer steps."""
-    colours = {"softmax": "#0072B2", "network": "#D55E00"}  # Okabe and Ito
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 4.9), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(8, 6))[0]
+    colours = {"softmax": BLUE, "network": ORANGE}
+    figure, (left, right) = side_by_side(8, 6)
     left.suptitle(f"Ten images that stand for a thousand (seed {seed})")
     parts = left.subfigures(4, 1, squeeze=False)[:, 0]
     for part, (source, ten) in zip(parts, images.items(), strict=True):
         part.suptitle(SOURCES[source], x=0.01, ha="left", fontsize=10)
         for cell, image in zip(part.subplots(1, 10), ten, strict=True):
-            cell.imshow(image.reshape(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
-            cell.set(xticks=[], yticks=[])
-            cell.spines[:].set_visible(False)
+            draw_image(cell, image, vmin=0, vmax=1)
     right.suptitle(
         f"Test accuracy while distilling (mean and range, seeds {', '.join(map(str, reports))})"
     )
@@ -430,22 +429,18 @@ def draw(
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the seeds, print the table, write the results and the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/distillation"))
+    parser = parser_of(__doc__, "distillation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--softmax-steps", type=int, default=Config.softmax_steps)
     parser.add_argument("--network-steps", type=int, default=Config.network_steps)
     parser.add_argument("--num-draws", type=int, default=Config.num_draws)
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    options = begin(parser, arguments)
     config = replace(
         Config(),
         softmax_steps=options.softmax_steps,
         network_steps=options.network_steps,
         num_draws=options.num_draws,
     )
-    # The products are small: more threads in a process cost more than they bring.
-    torch.set_num_threads(1)
 
     reports, images = {}, {}
     total = len(options.seeds) * (config.softmax_steps + config.network_steps)
@@ -454,24 +449,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             reports[seed], images[seed] = run_seed(seed, config, progress)
     mean = mean_over_seeds(list(reports.values()))
     results = {"config": asdict(config), "mean": mean, "seeds": reports}
-    (options.run_dir / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
+    write_json(options.run_dir, results)
     lists = {
         seed: {source: ten.tolist() for source, ten in sets.items()}
         for seed, sets in images.items()
     }
     (options.run_dir / "images.json").write_text(json.dumps(lists), "utf-8")
-    with (options.run_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["seed", "trained_on", "model", "test_accuracy"])
+    with csv_table(options.run_dir, ["seed", "trained_on", "model", "test_accuracy"]) as writer:
         for seed, report in reports.items():
             for source, models in report["test_accuracy"].items():
                 writer.writerows([seed, source, m, v] for m, vs in models.items() for v in vs)
     print_table(mean, reports)
     seed = options.seeds[0]
     figure = draw(images[seed], reports, mean, seed)
-    figure.savefig(options.run_dir / "distillation.png", dpi=110)
-    plt.close(figure)
-    print("\nresults.json, results.csv, images.json and distillation.png are in", options.run_dir)
+    save_picture(
+        figure, options.run_dir, "distillation", ("results.json", "results.csv", "images.json")
+    )
     return results
 
 

@@ -18,20 +18,29 @@ pixel, with a label that is replaced, or not, on its own.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from common import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    begin,
+    csv_table,
+    draw_image,
+    parser_of,
+    save_picture,
+    shuffled_digits,
+    side_by_side,
+    with_constant,
+    write_json,
+)
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -112,18 +121,12 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def make_data(seed: int, config: Config) -> Data:
     """Split the digits and corrupt the training labels, all drawn with the seed."""
-    digits = load_digits()
-    pixels = torch.tensor(digits.data, dtype=torch.float64) / 16.0
-    x, y = torch.cat([pixels, torch.ones(len(pixels), 1)], dim=1), torch.tensor(digits.target)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(x), generator=generator)
-    k, m = config.num_images, config.num_validation
-    train, validation, test = order[:k], order[k : k + m], order[k + m :]
+    parts = shuffled_digits([config.num_images, config.num_validation], generator)
+    (x, y), validation, test = ((with_constant(x), y) for x, y in parts)
     # The copies are made of training images only, after the split: no test image has a relative.
-    train_x = torch.cat(
-        [x[train], *(shifted(x[train], generator) for _ in range(1, config.copies))]
-    )
-    true = y[train].repeat(config.copies)
+    train_x = torch.cat([x, *(shifted(x, generator) for _ in range(1, config.copies))])
+    true = y.repeat(config.copies)
 
     n = config.num_train
     wrong = torch.randperm(n, generator=generator)[: round(config.corrupted_share * n)]
@@ -132,7 +135,7 @@ def make_data(seed: int, config: Config) -> Data:
     labels[wrong] = (labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=generator)) % 10
     corrupted = torch.zeros(n, dtype=torch.bool)
     corrupted[wrong] = True
-    return Data(train_x, labels, corrupted, true, x[validation], y[validation], x[test], y[test])
+    return Data(train_x, labels, corrupted, true, *validation, *test)
 
 
 # ---------------------------------------------------------------- inner problem: weighted training
@@ -416,27 +419,24 @@ def draw(
     mean: dict[str, Any],
 ) -> Figure:
     """Weights, accuracy by step, and the digits that are trusted least; weights of one seed."""
-    blue, orange, green, grey = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito
-    styles = {"nystrom": ("-", blue), "cg": ("--", orange)}
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 4.9), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=(6, 7, 7))[0]
+    styles = {"nystrom": ("-", BLUE), "cg": ("--", ORANGE)}
+    figure, (left, middle, right) = side_by_side(6, 7, 7)
 
     left.suptitle(f"What the weights became (seed {next(iter(reports))})")
     groups = (
-        (~data.corrupted, green, "right label", ""),
-        (data.corrupted, orange, "wrong label", "///"),
+        (~data.corrupted, GREEN, "right label", ""),
+        (data.corrupted, ORANGE, "wrong label", "///"),
     )
     panels = left.subplots(len(learned), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (name, run) in zip(panels, learned.items(), strict=True):
         for chosen, colour, label, hatch in groups:
             look = {"color": colour, "hatch": hatch, "label": label, "alpha": 0.65}
             panel.hist(run.weights[chosen].numpy(), bins=25, range=(0, 1), ec="white", **look)
-        panel.axvline(LOW_WEIGHT, color=grey, linestyle=":")
+        panel.axvline(LOW_WEIGHT, color=GREY, linestyle=":")
         panel.set_title(f"{name}_ihvp", loc="left", fontsize=10)
         panel.set_ylabel("training examples")
     panels[0].annotate("start", (LOW_WEIGHT, 0.85), (-4, 0), ("data", "axes fraction"),
-                       "offset points", color=grey, ha="right")  # fmt: skip
+                       "offset points", color=GREY, ha="right")  # fmt: skip
     panels[0].legend(frameon=False, loc="upper right", bbox_to_anchor=(0.9, 1))
     panels[-1].set_xlabel("weight")
 
@@ -449,9 +449,9 @@ def draw(
         ("everything", ":"),
     ):
         value = mean["test_accuracy"][name]
-        axes.axhline(value, color=grey, linestyle=line, linewidth=1.2)
+        axes.axhline(value, color=GREY, linestyle=line, linewidth=1.2)
         axes.annotate(name, (1.0, value), (0, 3), ("axes fraction", "data"), "offset points",
-                      ha="right", color=grey, fontsize=9)  # fmt: skip
+                      ha="right", color=GREY, fontsize=9)  # fmt: skip
     for name in learned:
         curves = [report["solvers"][name]["test_accuracy_by_step"] for report in reports.values()]
         points = list(zip(*curves, strict=True))
@@ -467,27 +467,21 @@ def draw(
     right.suptitle(f"The least trusted, as labelled and in truth ({name}_ihvp)")
     cells = right.subplots(4, 6).flat
     for cell, index in zip(cells, run.weights.argsort().tolist(), strict=False):
-        cell.imshow(data.train_x[index, :64].reshape(8, 8).numpy(), cmap="gray_r")
+        draw_image(cell, data.train_x[index])
         given, true = int(data.train_y[index]), int(data.true_y[index])
         cell.set_title(f"“{given}” is {true}", fontsize=10, pad=3)
-        cell.set(xticks=[], yticks=[])
-        cell.spines[:].set_visible(False)
     return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the seeds, print the table, write the results and the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/hyper_cleaning"))
+    parser = parser_of(__doc__, "hyper_cleaning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--outer-steps", type=int, default=Config.outer_steps)
     parser.add_argument("--copies", type=int, default=Config.copies, help="examples an image")
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    options = begin(parser, arguments)
     config = Config(outer_steps=options.outer_steps, copies=options.copies)
-    # The products are small: more threads in a process cost more than they bring.
-    torch.set_num_threads(1)
 
     reports: dict[int, dict[str, Any]] = {}
     losses = []
@@ -510,19 +504,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     mean["losses"] = {l2: statistics.mean(loss[l2] for loss in losses) for l2 in losses[0]}
 
     results = {"config": asdict(config), "mean": mean, "seeds": reports}
-    (options.run_dir / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
-    with (options.run_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["seed", "method", "test_accuracy"])
+    write_json(options.run_dir, results)
+    with csv_table(options.run_dir, ["seed", "method", "test_accuracy"]) as writer:
         for seed, report in reports.items():
             writer.writerows([seed, *row] for row in report["test_accuracy"].items())
             for name, row in report["solvers"].items():
                 writer.writerow([seed, f"{name}_ihvp", row["test_accuracy"]])
     print_table(mean, reports, config)
     figure = draw(*first, reports, mean)
-    figure.savefig(options.run_dir / "hyper_cleaning.png", dpi=110)
-    plt.close(figure)
-    print(f"\nresults.json, results.csv and hyper_cleaning.png are in {options.run_dir}")
+    save_picture(figure, options.run_dir, "hyper_cleaning")
     return results
 
 

@@ -20,17 +20,22 @@ loss: the implicit theorem (Rajeswaran, Finn, Kakade, Levine, arXiv 1909.04630, 
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from common import (
+    BLUE,
+    ORANGE,
+    begin,
+    csv_table,
+    parser_of,
+    save_picture,
+    side_by_side,
+    write_json,
+)
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from sklearn.datasets import load_digits
@@ -406,10 +411,8 @@ def draw_figure(
     test: Tasks, reports: dict[int, dict[str, Any]], summary: dict[str, Any], config: Config
 ) -> Figure:
     """A task, the accuracy over the meta-steps, and every method with its interval."""
-    looks = {IMAML: ("#0072B2", "-"), FIRST_ORDER: ("#D55E00", "--")}  # Okabe and Ito
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 4.6), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=(5, 6, 7))[0]
+    looks = {IMAML: (BLUE, "-"), FIRST_ORDER: (ORANGE, "--")}
+    figure, (left, middle, right) = side_by_side(5, 6, 7, height=4.6)
 
     left.suptitle("A task: one image a digit, then queries")
     columns = left.subplots(4, config.way)
@@ -454,16 +457,14 @@ def draw_figure(
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the seeds, print the table, write the results and the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/imaml"))
+    parser = parser_of(__doc__, "imaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--meta-steps", type=int, default=Config.meta_steps)
     parser.add_argument("--test-tasks", type=int, default=Config.test_tasks)
     parser.add_argument("--proximal", type=float, default=Config.proximal, help="lambda")
     parser.add_argument("--light", type=float, default=Config.light)
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    options = begin(parser, arguments)
     config = replace(
         Config(),
         meta_steps=options.meta_steps,
@@ -471,8 +472,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         proximal=options.proximal,
         light=options.light,
     )
-    # The products are small: more threads in a process cost more than they bring.
-    torch.set_num_threads(1)
 
     reports: dict[int, dict[str, Any]] = {}
     first: Tasks | None = None
@@ -484,17 +483,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     assert first is not None
     summary = summarise(reports)
     results = {"config": asdict(config), "summary": summary, "seeds": reports}
-    (options.run_dir / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
-    with (options.run_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["seed", "method", "test_accuracy"])
+    write_json(options.run_dir, results)
+    with csv_table(options.run_dir, ["seed", "method", "test_accuracy"]) as writer:
         for seed, report in reports.items():
             writer.writerows([seed, *row] for row in report["test_accuracy"].items())
     print_table(summary, reports)
     figure = draw_figure(first, reports, summary, config)
-    figure.savefig(options.run_dir / "imaml.png", dpi=110)
-    plt.close(figure)
-    print(f"\nresults.json, results.csv and imaml.png are in {options.run_dir}")
+    save_picture(figure, options.run_dir, "imaml")
     return results
 
 

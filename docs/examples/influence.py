@@ -17,18 +17,21 @@ training digit is in fact left out, and the model trained again until its gradie
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure, SubFigure
-from sklearn.datasets import load_digits
+from common import (
+    begin,
+    csv_table,
+    parser_of,
+    save_picture,
+    shuffled_digits,
+    with_constant,
+    write_json,
+)
+from influence_output import draw, print_table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -78,12 +81,10 @@ class Data:
 
 def make_data(config: Config) -> Data:
     """Split the digits at random."""
-    digits = load_digits()
-    pixels = torch.tensor(digits.data, dtype=torch.float64) / 16.0
-    x, y = torch.cat([pixels, torch.ones(len(pixels), 1)], dim=1), torch.tensor(digits.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(config.seed))
-    train, test = order[: config.num_train], order[config.num_train :][: config.num_test]
-    return Data(x[train], y[train], x[test], y[test])
+    generator = torch.Generator().manual_seed(config.seed)
+    parts = shuffled_digits([config.num_train, config.num_test], generator)
+    train, test, _ = ((with_constant(x), y) for x, y in parts)
+    return Data(*train, *test)
 
 
 def losses(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -296,134 +297,16 @@ def explain(
     return Explained(w, exact, scores, report)
 
 
-# ------------------------------------------------------------------------------------- the output
-
-
-def print_table(results: dict[str, Any], config: Config) -> None:
-    """Print the correlations, by solver and by strength."""
-    main = results["main"]
-    print(
-        f"\nChange of {config.num_test} test losses when one of {config.num_retrained} training "
-        f"digits is left out, l2 = {config.l2:g}:\npredicted by influence functions, against "
-        "training again without it; test digits one by one, then all pairs"
-    )
-    print("  solver        worst    median   all pairs  relative residual  HVPs")
-    for name, row in main["solvers"].items():
-        print(
-            f"  {name:<12}  {row['correlation_worst']:.5f}  {row['correlation_median']:.5f}  "
-            f"{row['correlation_all_pairs']:.5f}    {row['relative_residual_worst']:.1e}"
-            f"            {row['num_hvps']}"
-        )
-    print("\nBy strength: influence by the exact solver, and one Newton step of the retraining")
-    print("  l2       accuracy  test loss  influence: worst, median, all   Newton: worst, all")
-    for report in results["strengths"]:
-        row, step = report["solvers"]["exact"], report["newton_step"]
-        print(
-            f"  {report['l2']:<7g}  {report['test_accuracy']:.2f}      {report['test_loss']:.3f}"
-            f"      {row['correlation_worst']:.4f}  {row['correlation_median']:.4f}  "
-            f"{row['correlation_all_pairs']:.4f}          {step['correlation_worst']:.4f}  "
-            f"{step['correlation_all_pairs']:.4f}"
-        )
-
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito
-
-
-def draw_digit(axes: Any, x: Tensor, title: str, colour: str = "black") -> None:
-    """One image with its title."""
-    axes.imshow(x[:64].reshape(8, 8).numpy(), cmap="gray_r")
-    axes.set_title(title, fontsize=9, pad=3, color=colour)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-
-
-def draw_explanations(figure: SubFigure, data: Data, explained: Explained) -> None:
-    """The two test digits that are furthest from right, with what helped and harmed them most."""
-    figure.suptitle("Which training digits made this prediction?")
-    scores = explained.influence["cg"]
-    probabilities = torch.softmax(data.test_x @ explained.w, dim=1)
-    right = probabilities.gather(1, data.test_y[:, None])
-    others = probabilities.scatter(1, data.test_y[:, None], 0.0)
-    hardest = (right[:, 0] - others.max(dim=1).values).argsort()[:2].tolist()
-    # Two rows a test digit; the first two columns are its own.
-    grid = figure.add_gridspec(4, 7)
-    for place, test in enumerate(hardest):
-        share, best = probabilities[test].max(dim=0)
-        title = (
-            f"test digit: a {int(data.test_y[test])}\npredicted: {int(best)} ({float(share):.0%})"
-        )
-        cell = figure.add_subplot(grid[2 * place : 2 * place + 2, :2])
-        draw_digit(cell, data.test_x[test], title)
-        order = scores[test].argsort(descending=True).tolist()
-        rows = ((order[:5], "helps", GREEN), (order[::-1][:5], "harms", ORANGE))
-        for below, (chosen, verb, colour) in enumerate(rows):
-            for column, index in enumerate(chosen):
-                cell = figure.add_subplot(grid[2 * place + below, 2 + column])
-                change = float(scores[test, index])
-                title = f"{int(data.train_y[index])}: {change:+.3f}"
-                draw_digit(cell, data.train_x[index], title, colour)
-                if column == 0:
-                    cell.set_ylabel(verb, color=colour)
-
-
-def draw(data: Data, explained: Explained, results: dict[str, Any]) -> Figure:
-    """Predicted against exact changes, correlations by strength, and two explanations."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 4.9), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=(6, 6, 9))[0]
-
-    row = results["main"]["solvers"]["cg"]
-    left.suptitle(f"All pairs, l2 = {results['main']['l2']:g} (CG)")
-    axes = left.subplots()
-    predicted = explained.influence["cg"][:, : explained.exact.shape[1]]
-    axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
-    axes.plot(predicted.flatten(), explained.exact.flatten(), ".", color=BLUE, markersize=2,
-              alpha=0.4, rasterized=True)  # fmt: skip
-    text = (
-        f"correlation {row['correlation_all_pairs']:.4f};\n"
-        f"by test digit {row['correlation_worst']:.4f} or more"
-    )
-    axes.annotate(text, (0.04, 0.9), xycoords="axes fraction", color=GREY)
-    axes.set(xlabel="change of the test loss by influence", ylabel="the same by training again")
-
-    middle.suptitle("Correlation by strength of the L2 term")
-    axes = middle.subplots()
-    reports = sorted(results["strengths"], key=lambda report: report["l2"])
-    strengths = [report["l2"] for report in reports]
-    for rows, line, colour, label in (
-        ([r["solvers"]["exact"] for r in reports], "-", BLUE, "influence"),
-        ([r["newton_step"] for r in reports], "--", ORANGE, "one Newton step"),
-    ):
-        # Distance from 1, on a logarithmic scale: the interesting end of it.
-        median = [1 - r["correlation_median"] for r in rows]
-        worst = [1 - r["correlation_worst"] for r in rows]
-        axes.loglog(strengths, worst, line, color=colour, marker="o", markersize=4,
-                    label=f"{label}, worst test digit")  # fmt: skip
-        axes.loglog(strengths, median, line, color=colour, alpha=0.45, label=f"{label}, median")
-    axes.axhline(0.01, color=GREY, linewidth=0.8, linestyle=":")
-    axes.annotate("0.99", (1, 0.01), (0, 3), ("axes fraction", "data"), "offset points",
-                  color=GREY, ha="right")  # fmt: skip
-    axes.set(xlabel="l2", ylabel="1 - correlation with retraining")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
-
-    draw_explanations(right, data, explained)
-    return figure
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, explain, retrain, print the table, write the results and the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/influence"))
+    parser = parser_of(__doc__, "influence")
     parser.add_argument("--num-retrained", type=int, default=Config.num_retrained)
     parser.add_argument("--other-l2", type=float, nargs="*", default=Config.other_l2)
     parser.add_argument("--seed", type=int, default=Config.seed)
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    options = begin(parser, arguments)
     config = Config(
         num_retrained=options.num_retrained, other_l2=tuple(options.other_l2), seed=options.seed
     )
-    # The products are small: more threads in a process cost more than they bring.
-    torch.set_num_threads(1)
 
     data, solvers = make_data(config), make_solvers(config)
     with tqdm(total=config.num_retrained * (1 + len(config.other_l2)), unit="model") as progress:
@@ -433,19 +316,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     strengths = sorted([explained.report, *others], key=lambda report: -report["l2"])
     results = {"config": asdict(config), "main": explained.report, "strengths": strengths}
 
-    (options.run_dir / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
-    with (options.run_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["test_digit", "train_digit", *explained.influence, "retrained"])
+    write_json(options.run_dir, results)
+    with csv_table(
+        options.run_dir, ["test_digit", "train_digit", *explained.influence, "retrained"]
+    ) as writer:
         for test, row in enumerate(explained.exact.tolist()):
             for left_out, change in enumerate(row):
                 scores = [float(s[test, left_out]) for s in explained.influence.values()]
                 writer.writerow([test, left_out, *scores, change])
     print_table(results, config)
     figure = draw(data, explained, results)
-    figure.savefig(options.run_dir / "influence.png", dpi=110)
-    plt.close(figure)
-    print(f"\nresults.json, results.csv and influence.png are in {options.run_dir}")
+    save_picture(figure, options.run_dir, "influence")
     return results
 
 

@@ -21,27 +21,38 @@ from Jacobians and a Cholesky factorisation and says how right the rest is.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import SubFigure
+from common import (
+    begin,
+    csv_table,
+    parser_of,
+    save_picture,
+    shuffled_digits,
+    write_json,
+)
+from laplace_output import draw, print_table
+from laplace_posterior import (
+    Fit,
+    Problem,
+    covariances,
+    dense_covariances,
+    gauss_newton,
+    initial,
+    jacobians,
+    make_sketch,
+    network,
+    train,
+)
 from scipy.ndimage import rotate
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypergrad
-
-Params = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,76 +96,7 @@ class Config:
     seed: int = 0
 
 
-# -------------------------------------------------------------------------------- the probability
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Data and a likelihood; ``nll`` is the negative log-likelihood, a sum over the examples."""
-
-    x: Tensor
-    y: Tensor
-    nll: Callable[[Tensor, Tensor], Tensor]
-
-
-def network(params: Params, x: Tensor) -> Tensor:
-    """A multilayer perceptron with tanh units; x of shape (n, inputs)."""
-    depth = len(params) // 2
-    for layer in range(depth):
-        x = x @ params[f"weight{layer}"] + params[f"bias{layer}"]
-        x = torch.tanh(x) if layer < depth - 1 else x
-    return x
-
-
-def initial(sizes: Sequence[int], seed: int) -> Params:
-    """Random parameters."""
-    generator = torch.Generator().manual_seed(seed)
-    params = {}
-    for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        weight = torch.randn(fan_in, fan_out, generator=generator, dtype=torch.float64)
-        params[f"weight{layer}"] = weight / fan_in**0.5
-        params[f"bias{layer}"] = torch.zeros(fan_out, dtype=torch.float64)
-    return params
-
-
-def train(
-    params: Params, problem: Problem, precision: float, iterations: int
-) -> tuple[Params, float]:
-    """Minimise nll + precision/2 |params|^2; also returns its value at the end."""
-    leaves = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
-    optimiser = torch.optim.LBFGS(
-        list(leaves.values()),
-        max_iter=iterations,
-        tolerance_grad=1e-5,
-        tolerance_change=0.0,
-        history_size=30,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        squares = torch.stack([leaf.square().sum() for leaf in leaves.values()]).sum()
-        loss = problem.nll(network(leaves, problem.x), problem.y) + 0.5 * precision * squares
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
-    loss = float(closure().detach())
-    return {name: leaf.detach() for name, leaf in leaves.items()}, loss
-
-
-def gauss_newton(params: Params, problem: Problem) -> hypergrad.GaussNewtonOperator:
-    """G, the Gauss-Newton matrix of the whole negative log-likelihood: a sum, not a mean."""
-    return hypergrad.ggn(network, problem.nll, params, problem.x, problem.y)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A network at the mode, the prior precision of which it is the mode, and its evidence."""
-
-    params: Params
-    precision: float
-    report: dict[str, float]
+# ----------------------------------------------------------------------------------- the evidence
 
 
 def fit_each_precision(
@@ -197,63 +139,6 @@ def positive(eigenvalues: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------ the solves
-
-
-def jacobians(params: Params, x: Tensor) -> Params:
-    """J(x): a tree of derivatives for each input and output, stacked; leaves (n * outputs, ...)."""
-
-    def outputs(params: Params, row: Tensor) -> Tensor:
-        return network(params, row[None])[0]
-
-    found = torch.func.vmap(torch.func.jacrev(outputs), in_dims=(None, 0))(params, x)
-    return {name: leaf.flatten(0, 1) for name, leaf in found.items()}
-
-
-def flat(trees: Params) -> Tensor:
-    """Stacked trees as the rows of a matrix."""
-    return torch.cat([leaf.flatten(1) for leaf in trees.values()], dim=1)
-
-
-def covariances(rows: Params, solved: Params, outputs: int) -> Tensor:
-    """J P^-1 J' for each input, shape (n, outputs, outputs)."""
-    left, right = flat(rows), flat(solved)
-    shape = (-1, outputs, left.shape[1])
-    return left.reshape(shape) @ right.reshape(shape).mT
-
-
-def dense_covariances(fit: Fit, problem: Problem, x: Tensor) -> Tensor:
-    """The same without this library: Jacobians of all training data, and a Cholesky factor."""
-    output = network(fit.params, problem.x)
-    outputs = output.shape[1]
-    rows = flat(jacobians(fit.params, problem.x)).reshape(len(problem.x), outputs, -1)
-    # H_i, the Hessian of one example's negative log-likelihood in its outputs.
-    curvature = torch.func.hessian(lambda row, target: problem.nll(row[None], target[None]))
-    weights = torch.func.vmap(curvature)(output, problem.y)
-    weighted = (weights @ rows).flatten(0, 1)
-    gauss_newton = rows.flatten(0, 1).T @ weighted
-    eye = torch.eye(len(gauss_newton), dtype=x.dtype)
-    factor = torch.linalg.cholesky(gauss_newton + fit.precision * eye)
-    new = flat(jacobians(fit.params, x))
-    half = torch.linalg.solve_triangular(factor, new.T, upper=False).T
-    half = half.reshape(len(x), outputs, -1)
-    covariance: Tensor = half @ half.mT
-    return covariance
-
-
-def make_sketch(fit: Fit, problem: Problem, rank: int, seed: int) -> hypergrad.NystromSketch:
-    """One sketch of G that serves every input from then on, without another product.
-
-    It never exceeds G, and where it sees nothing G counts as zero ("zero"), so that the inverse and
-    with it every variance is too large, if anything.
-    """
-    operator = gauss_newton(fit.params, problem)
-    return hypergrad.nystrom_sketch(
-        operator,
-        min(rank, operator.shape[0]),
-        damping=fit.precision,
-        generator=torch.Generator().manual_seed(seed),
-        complement="zero",
-    )
 
 
 def compare_solvers(
@@ -304,6 +189,7 @@ class Curve:
 
     problem: Problem
     grid: Tensor
+    truth: Tensor
     mean: Tensor
     sd: Tensor  # of the noiseless curve, from the sketch
     dense_sd: Tensor
@@ -341,7 +227,8 @@ def fit_curve(config: Config, progress: Any) -> Curve:
     near = (grid - problem.x.T).abs().min(dim=1).values < 0.1
     gap = (grid[:, 0] > -0.5) & (grid[:, 0] < 0.3)
     inside, outside = grid[:, 0].abs() < 2.0, grid[:, 0].abs() > 2.5
-    miss = (mean - true_curve(grid)[:, 0]).abs()
+    truth = true_curve(grid[:, 0])
+    miss = (mean - truth).abs()
     report = {
         "num_params": size,
         "precision": fit.precision,
@@ -354,7 +241,7 @@ def fit_curve(config: Config, progress: Any) -> Curve:
         "within_two_sd": float((miss <= 2 * sd)[inside].double().mean()),
         "sd_relative_error": float(((sd - exact) / exact).abs().max()),
     }
-    return Curve(problem, grid[:, 0], mean, sd, exact, report)
+    return Curve(problem, grid[:, 0], truth, mean, sd, exact, report)
 
 
 # ------------------------------------------------------------------------------------- the digits
@@ -425,14 +312,9 @@ class Predictor:
 
 def classify_digits(config: Config, progress: Any) -> Digits:
     """Train on upright digits; predict turned ones, and images of noise."""
-    digits = load_digits()
-    images, labels = torch.tensor(digits.data) / 16.0, torch.tensor(digits.target)
     generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(images), generator=generator)
     sizes = [config.num_train, config.num_validation, config.num_test]
-    (x, y), (validation_x, validation_y), (test_x, test_y) = (
-        (images[chosen], labels[chosen]) for chosen in torch.split(order[: sum(sizes)], sizes)
-    )
+    (x, y), (validation_x, validation_y), (test_x, test_y), _ = shuffled_digits(sizes, generator)
     problem = Problem(x, y, lambda out, y: cross_entropy(out, y, reduction="sum"))
     progress.set_description("digits")
     layers = (64, *config.digits_hidden, 10)
@@ -489,120 +371,15 @@ def turn(x: Tensor, angle: float) -> Tensor:
     return torch.as_tensor(turned).reshape(-1, 64).clamp(0.0, 1.0)
 
 
-# ------------------------------------------------------------------------------------- the output
-
-
-def print_table(curve: dict[str, Any], digits: dict[str, Any]) -> None:
-    """Print how right the variances are, and what they are good for."""
-    for name, report in (("Curve", curve), ("Digits", digits)):
-        print(
-            f"\n{name}: {report['num_params']} parameters, prior precision "
-            f"{report['precision']:g}, standard deviations against the dense posterior's"
-        )
-        for solver, row in report["solvers"].items():
-            print(
-                f"  {solver:<18} off by at most {row['relative_error_largest']:.1e}, ratio "
-                f"{row['ratio_smallest']:.6f} or more, median {row['ratio_median']:.6f}; "
-                f"{row['num_hvps']} HVPs"
-            )
-        for row in report["fits"]:
-            validation = (
-                f"; validation -log p {row['validation_nll_plain']:.3f} plain, "
-                f"{row['validation_nll']:.3f} Laplace"
-                if "validation_nll" in row
-                else ""
-            )
-            print(
-                f"  precision {row['precision']:<5g} log evidence {row['log_evidence']:.1f} "
-                f"+- {row['standard_error']:.1f}, effective dimension "
-                f"{row['effective_dimension']:.1f}{validation}"
-            )
-    print(
-        f"\nStandard deviation of the curve: {curve['sd_near_data']:.3f} near data, "
-        f"{curve['sd_in_gap']:.3f} in the gap, {curve['sd_outside']:.3f} outside; the truth is "
-        f"within two of them on {curve['within_two_sd']:.0%} of [-2, 2]"
-    )
-    print(
-        "\nDigits turned by   accuracy   -log p: plain, Laplace   confidence: plain, Laplace   sd"
-    )
-    for row in digits["by_angle"]:
-        plain, laplace = row["plain"], row["laplace"]
-        print(
-            f"  {row['angle']:>3} degrees       {plain['accuracy']:.2f}       {plain['nll']:.3f}, "
-            f"{laplace['nll']:.3f}             {plain['confidence']:.3f}, "
-            f"{laplace['confidence']:.3f}                 {row['sd_of_logits']:.2f}"
-        )
-    noise = digits["noise"]
-    print(
-        f"Images of noise: confidence {noise['confidence_plain']:.2f} plain, "
-        f"{noise['confidence_laplace']:.2f} Laplace, sd {noise['sd_of_logits']:.2f}; told from "
-        f"digits (area under the ROC) by entropy {noise['detected_plain']:.3f} plain, "
-        f"{noise['detected_laplace']:.3f} Laplace, by sd {noise['detected_sd']:.3f}"
-    )
-
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito
-
-
-def draw_curve(figure: SubFigure, curve: Curve) -> None:
-    """The band of the posterior, with the dense one as dots on its edge."""
-    figure.suptitle("A curve with a gap in its data")
-    axes = figure.subplots()
-    x, mean, sd = (t.numpy() for t in (curve.grid, curve.mean, curve.sd))
-    axes.fill_between(x, mean - 2 * sd, mean + 2 * sd, color=BLUE, alpha=0.2, linewidth=0,
-                      label="two standard deviations")  # fmt: skip
-    axes.plot(x, mean, color=BLUE, linewidth=2, label="network")
-    axes.plot(x, true_curve(curve.grid).numpy(), "--", color=GREY, linewidth=1, label="truth")
-    for sign in (-1, 1):
-        edge = curve.mean + 2 * sign * curve.dense_sd
-        axes.plot(x[::8], edge.numpy()[::8], ".", color=ORANGE, markersize=4,
-                  label="dense posterior" if sign > 0 else None)  # fmt: skip
-    axes.plot(curve.problem.x, curve.problem.y, "x", color="black", markersize=4, label="data")
-    axes.set(xlabel="x", ylabel="y", ylim=(-3.2, 2.8))
-    axes.legend(frameon=False, fontsize=8, loc="lower center", ncols=2)
-
-
-def draw_digits(figure: SubFigure, digits: Digits) -> None:
-    """What turning the digits does to the two kinds of prediction."""
-    rows = digits.report["by_angle"]
-    angles = [row["angle"] for row in rows]
-    figure.suptitle("Trained on upright digits, shown turned ones")
-    grid = figure.add_gridspec(2, 2, height_ratios=(1, 7))
-    strip = grid[0, :].subgridspec(1, len(angles))
-    for column, (angle, image) in enumerate(zip(angles, digits.examples, strict=True)):
-        axes = figure.add_subplot(strip[column])
-        axes.imshow(image.reshape(8, 8).numpy(), cmap="gray_r")
-        axes.set_title(f"{angle}°", fontsize=8, pad=2)
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    axes = figure.add_subplot(grid[1, 0])
-    axes.plot(angles, [r["plain"]["confidence"] for r in rows], ":", color=ORANGE, marker="o",
-              markersize=4, label="confidence, plain")  # fmt: skip
-    axes.plot(angles, [r["laplace"]["confidence"] for r in rows], "-", color=BLUE, marker="o",
-              markersize=4, label="confidence, Laplace")  # fmt: skip
-    axes.plot(angles, [r["plain"]["accuracy"] for r in rows], "--", color=GREY, label="accuracy")
-    axes.set(xlabel="angle in degrees", ylim=(0, 1.02), xticks=angles[::2])
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
-    axes = figure.add_subplot(grid[1, 1])
-    axes.plot(angles, [r["plain"]["nll"] for r in rows], ":", color=ORANGE, marker="o",
-              markersize=4, label="plain")  # fmt: skip
-    axes.plot(angles, [r["laplace"]["nll"] for r in rows], "-", color=BLUE, marker="o",
-              markersize=4, label="Laplace")  # fmt: skip
-    axes.set(xlabel="angle in degrees", ylabel="-log p of the right class", xticks=angles[::2])
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run both problems, print the table, write the results and the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/laplace"))
+    parser = parser_of(__doc__, "laplace")
     parser.add_argument("--precisions", type=float, nargs="+", default=Config.precisions)
     parser.add_argument("--angles", type=int, nargs="+", default=Config.angles)
     parser.add_argument("--num-test", type=int, default=Config.num_test)
     parser.add_argument("--num-compared", type=int, default=Config.num_compared)
     parser.add_argument("--seed", type=int, default=Config.seed)
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    options = begin(parser, arguments)
     config = Config(
         precisions=tuple(options.precisions),
         angles=tuple(options.angles),
@@ -610,30 +387,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         num_compared=options.num_compared,
         seed=options.seed,
     )
-    # The products are small: more threads in a process cost more than they bring.
-    torch.set_num_threads(1)
 
     with tqdm(total=2 * len(config.precisions) + len(config.angles), unit="step") as progress:
         curve = fit_curve(config, progress)
         digits = classify_digits(config, progress)
     results = {"config": asdict(config), "curve": curve.report, "digits": digits.report}
-    (options.run_dir / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
-    with (options.run_dir / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["angle", "prediction", "accuracy", "nll", "confidence"])
+    write_json(options.run_dir, results)
+    with csv_table(
+        options.run_dir, ["angle", "prediction", "accuracy", "nll", "confidence"]
+    ) as writer:
         for row in digits.report["by_angle"]:
             for kind in ("plain", "laplace"):
                 writer.writerow([row["angle"], kind, *row[kind].values()])
     print_table(curve.report, digits.report)
 
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 4.9), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(6, 8))[0]
-    draw_curve(left, curve)
-    draw_digits(right, digits)
-    figure.savefig(options.run_dir / "laplace.png", dpi=110)
-    plt.close(figure)
-    print(f"\nresults.json, results.csv and laplace.png are in {options.run_dir}")
+    save_picture(draw(curve, digits), options.run_dir, "laplace")
     return results
 
 

@@ -16,20 +16,26 @@ best linear decay of a grid.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import torch
+from common import (
+    BLUE,
+    ORANGE,
+    begin,
+    csv_table,
+    parser_of,
+    save_picture,
+    set_style,
+    shuffled_digits,
+    write_json,
+)
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -91,12 +97,8 @@ class Data:
 
 def make_data(seed: int) -> Data:
     """1000 digits to train on, 400 for validation, 397 for the test, drawn with the seed."""
-    digits = load_digits()
-    x = torch.from_numpy(digits.data).float() / 16.0
-    y = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    train, validation, test = order[:1000], order[1000:1400], order[1400:]
-    return Data((x[train], y[train]), (x[validation], y[validation]), (x[test], y[test]))
+    parts = shuffled_digits([1000, 400], torch.Generator().manual_seed(seed))
+    return Data(*((x.float(), y) for x, y in parts))
 
 
 # -------------------------------------------------------------------------- inner problem: training
@@ -304,8 +306,8 @@ def print_table(results: dict[str, Any]) -> None:
 
 def draw(results: dict[str, Any]) -> Figure:
     """The schedules, and the validation loss on the way."""
-    styles = [("#0072B2", "-"), ("#D55E00", "--"), ("#CC79A7", "-.")]  # Okabe and Ito
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    styles = [(BLUE, "-"), (ORANGE, "--"), ("#CC79A7", "-.")]
+    set_style()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     learned = iter(styles)
     for name, rows in results["schedules"].items():
@@ -334,37 +336,29 @@ def draw(results: dict[str, Any]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Learn the schedules, print the table, write the results and the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/learning_rate_schedule"))
+    parser = parser_of(__doc__, "learning_rate_schedule")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Config.num_steps, help="of one training")
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
     parser.add_argument("--truncate", type=int, default=Config.truncate, help="to the last steps")
     parser.add_argument("--outer-steps", type=int, default=Config.outer_steps)
     parser.add_argument("--evaluations", type=int, default=Config.num_evaluations)
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    options = begin(parser, arguments)
     config = Config(
         num_steps=options.steps,
         truncate=options.truncate,
         outer_steps=options.outer_steps,
         num_evaluations=options.evaluations,
     )
-    # The network is small: more threads in a process cost more than they bring.
-    torch.set_num_threads(1)
 
     results = run_all(options.routes, options.seeds, config)
     print_table(results)
-    (options.run_dir / "results.json").write_text(json.dumps(results), "utf-8")
-    with (options.run_dir / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["schedule", "number", *KEYS])
+    write_json(options.run_dir, results, indent=None)
+    with csv_table(options.run_dir, ["schedule", "number", *KEYS]) as writer:
         for name, rows in results["schedules"].items():
             writer.writerows([name, k, *(row[key] for key in KEYS)] for k, row in enumerate(rows))
     figure = draw(results)
-    figure.savefig(options.run_dir / "learning_rate_schedule.png", dpi=110)
-    plt.close(figure)
-    print(f"\nresults.json, results.csv and the picture are in {options.run_dir}")
+    save_picture(figure, options.run_dir, "learning_rate_schedule")
     return results
 
 

@@ -14,21 +14,17 @@ with weights(z) = K softmax(z) for the K tasks, which are one on average.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import torch
+from common import begin, csv_table, parser_of, save_picture, set_style, shuffled_digits, write_json
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -92,23 +88,20 @@ class Data:
 
 def make_data(seed: int, config: Config) -> Data:
     """Split the digits, turn some and make up labels, all drawn with the seed."""
-    digits = load_digits()
-    x, y = torch.from_numpy(digits.data) / 16.0, torch.from_numpy(digits.target).long()
     draw = torch.Generator().manual_seed(seed)
     sizes = (config.num_labelled, config.num_validation, config.num_further)
-    rows = torch.randperm(len(x), generator=draw)
-    labelled, validation, further, test = torch.split(rows, [*sizes, len(x) - sum(sizes)])
-    turns = torch.randint(4, (len(further),), generator=draw)
-    images = x[further].reshape(-1, 8, 8)
+    labelled, validation, (x, y), test = shuffled_digits(sizes, draw)
+    turns = torch.randint(4, (len(x),), generator=draw)
+    images = x.reshape(-1, 8, 8)
     turned = torch.stack([image.rot90(int(k)) for image, k in zip(images, turns, strict=True)])
     tasks = {
-        MAIN: (x[labelled], y[labelled]),
-        "five or more": (x[further], (y[further] >= 5).long()),
-        "even or odd": (x[further], y[further] % 2),
+        MAIN: labelled,
+        "five or more": (x, (y >= 5).long()),
+        "even or odd": (x, y % 2),
         "quarter turns": (turned.reshape(-1, 64), turns),
-        HARMFUL: (x[further], torch.randint(10, (len(further),), generator=draw)),
+        HARMFUL: (x, torch.randint(10, (len(x),), generator=draw)),
     }
-    return Data(tasks, (x[validation], y[validation]), (x[test], y[test]))
+    return Data(tasks, validation, test)
 
 
 # ------------------------------------------------------------ inner problem: all tasks, one network
@@ -317,7 +310,7 @@ def draw(rows: dict[str, Any], seeds: dict[int, dict[str, Any]]) -> Figure:
         "quarter turns": ("#CC79A7", "--"),
         HARMFUL: ("#D55E00", "-."),
     }
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    set_style()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     paths = torch.tensor([seed["learned"]["weights"] for seed in seeds.values()])
     for k, (task, (colour, line)) in enumerate(looks.items()):
@@ -343,40 +336,32 @@ def draw(rows: dict[str, Any], seeds: dict[int, dict[str, Any]]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the seeds, print the table, write the results and the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/multi_task"))
+    parser = parser_of(__doc__, "multi_task")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--outer-steps", type=int, default=Config.outer_steps)
     parser.add_argument("--further", type=int, default=Config.num_further, help="images")
     parser.add_argument("--inner-steps", type=int, default=Config.inner_steps, help="of L-BFGS")
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    options = begin(parser, arguments)
     config = Config(
         outer_steps=options.outer_steps,
         num_further=options.further,
         inner_steps=options.inner_steps,
     )
-    # The network is small: more threads in a process cost more than they bring.
-    torch.set_num_threads(1)
 
     with tqdm(total=len(options.seeds) * config.outer_steps, unit="step") as progress:
         seeds = {seed: run_seed(seed, config, progress) for seed in options.seeds}
     rows = summary(seeds)
     print_table(rows, seeds, config)
     results = {"config": asdict(config), "mean": rows, "seeds": seeds}
-    (options.run_dir / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
-    with (options.run_dir / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        keys = ("validation_loss", "test_accuracy", "test_accuracy_both")
-        writer.writerow(["seed", "weights", *TASKS, *keys])
+    write_json(options.run_dir, results)
+    keys = ("validation_loss", "test_accuracy", "test_accuracy_both")
+    with csv_table(options.run_dir, ["seed", "weights", *TASKS, *keys]) as writer:
         for seed, of in seeds.items():
             for name, row in of["choices"].items():
                 figures = [*row["weights"].values(), *(row[key] for key in keys)]
                 writer.writerow([seed, name, *figures])
     figure = draw(rows, seeds)
-    figure.savefig(options.run_dir / "multi_task.png", dpi=110)
-    plt.close(figure)
-    print(f"\nresults.json, results.csv and multi_task.png are in {options.run_dir}")
+    save_picture(figure, options.run_dir, "multi_task")
     return results
 
 

@@ -15,19 +15,16 @@ hypergradient, all with the same inner solver, are timed in turns. The test set 
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from common import begin, csv_table, parser_of, save_picture, set_style, write_json
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
@@ -434,7 +431,7 @@ LOOKS = {  # Okabe and Ito
 
 def draw(results: dict[str, Any]) -> Figure:
     """Best validation loss so far against time, and the test loss of the same strengths."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    set_style()
     tasks = results["tasks"]
     figure, panels = plt.subplots(
         2, len(tasks), figsize=(4.6 * len(tasks), 6.4), sharex="col", layout="constrained",
@@ -461,16 +458,12 @@ def draw(results: dict[str, Any]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the data sets and seeds, print the table, write the results and the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/regularisation"))
+    parser = parser_of(__doc__, "regularisation")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rounds", type=int, default=Config.rounds)
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
+    options = begin(parser, arguments)
     config = Config(rounds=options.rounds)
-    # The matrices are small: more threads in a process cost more than they bring.
-    torch.set_num_threads(1)
 
     results: dict[str, Any] = {"config": asdict(config), "tasks": {}}
     total = len(options.tasks) * len(options.seeds) * config.rounds * len(METHODS)
@@ -484,19 +477,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 results["tasks"][name][seed] = report(problem, traces, config)
 
     print_table(results)
-    (options.run_dir / "results.json").write_text(json.dumps(results, indent=1), "utf-8")
-    with (options.run_dir / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "seed", "method", "evaluations", "seconds", *LOSSES])
+    write_json(options.run_dir, results)
+    with csv_table(
+        options.run_dir, ["task", "seed", "method", "evaluations", "seconds", *LOSSES]
+    ) as writer:
         for name, seeds in results["tasks"].items():
             for seed, row in seeds.items():
                 for method, of in row["methods"].items():
                     figures = [of[key] for key in ("evaluations", "seconds", *LOSSES)]
                     writer.writerow([name, seed, method, *figures])
     figure = draw(results)
-    figure.savefig(options.run_dir / "regularisation.png", dpi=110)
-    plt.close(figure)
-    print(f"\nresults.json, results.csv and regularisation.png are in {options.run_dir}")
+    save_picture(figure, options.run_dir, "regularisation")
     return results
 
 

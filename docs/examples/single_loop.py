@@ -14,17 +14,15 @@ means over all samples: the methods, which see 64 samples at a time, are judged 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from common import begin, parser_of, save_picture, set_style, write_json
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -248,7 +246,7 @@ def draw_curves(curves: dict[str, list[list[tuple[float, float]]]]) -> Figure:
         "stocBiO": ("#CC79A7", "-"),
         "F2SA": ("#555555", "-"),
     }
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    set_style()
     figure, (early, whole) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for name, seeds in curves.items():
         colour, line = looks[name]
@@ -271,14 +269,11 @@ def draw_curves(curves: dict[str, list[list[tuple[float, float]]]]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the methods, print the table, write the results and the picture."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/single_loop"))
+    parser = parser_of(__doc__, "single_loop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=80_000, help="gradients for each run")
     parser.add_argument("--samples", type=int, nargs=2, default=[32768, 1024])
-    options = parser.parse_args(arguments)
-    options.run_dir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    options = begin(parser, arguments)
 
     n, m = options.samples
     problem = make_problem(n=n, m=m)
@@ -296,14 +291,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "final_norm": {name: [curve[-1][1] for curve in c] for name, c in curves.items()},
         "curves": curves,
     }
-    (options.run_dir / "results.json").write_text(json.dumps(results), "utf-8")
+    write_json(options.run_dir, results, indent=None)
     print(f"norm of the hypergradient: {results['start']:.2f} at the start, and at the end")
     for name, finals in results["final_norm"].items():
         print(f"  {name:24s}", "  ".join(f"{norm:.1e}" for norm in finals))
     figure = draw_curves(curves)
-    figure.savefig(options.run_dir / "single_loop.png", dpi=110)
-    plt.close(figure)
-    print(f"\nresults.json and single_loop.png are in {options.run_dir}")
+    save_picture(figure, options.run_dir, "single_loop", ("results.json",))
     return results
 
 

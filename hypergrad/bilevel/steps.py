@@ -208,9 +208,23 @@ class Unrolling:
             return torch.stack(pieces).sum()
 
         identity = torch.eye(self.outer_layout.dim, dtype=self.outer_layout.dtype, device=device)
-        with forward_mode("a loss or the optimiser", remedy='mode="reverse"'):
+        random = random_state(device)
+
+        def in_reverse() -> None:
+            with replayed(random, device):
+                self._in_reverse(start, v)
+
+        with forward_mode("a loss or the optimiser", in_reverse, remedy='mode="reverse"'):
             slopes = torch.func.vmap(along, chunk_size=_FORWARD_CHUNK, randomness="same")(identity)
         return list(self.outer_layout.split(slopes.detach()))
+
+    def _in_reverse(self, start: Point, v: list[Tensor]) -> None:
+        """Every step once more, each with a graph and a pass back through it."""
+        point = start
+        for t in range(self.num_steps):
+            self.tape.append(self._with_graph(point, t, t + 1, []))
+            point = self.tape[-1].end
+            self.backward(v)
 
     def report_unused(self, start: Point, terms: list[Tensor | None], unused: list[bool]) -> None:
         """Warn of outer leaves that nothing uses, and of steps that do not use any."""

@@ -2,22 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..pytree import TreeLayout
+from ..transforms import forward_mode
+from .evaluation import Evaluation
 from .modes import Block
+from .point import check_loss, report_unused
 
 
 @dataclass(frozen=True, eq=False)
 class GradientGraph:
-    """The gradient at a point, with its graph."""
+    """The gradient at a point, with its graph, and the products that go back through it."""
 
     loss: Tensor
     leaves: list[Tensor]
     gradients: tuple[Tensor | None, ...]
+    evaluating: Evaluation
+
+    @classmethod
+    def of(
+        cls,
+        loss_fn: Callable[..., Tensor],
+        layout: TreeLayout,
+        params: Sequence[Tensor],
+        batch: tuple[Any, ...],
+        evaluating: Evaluation,
+    ) -> GradientGraph:
+        """Of ``loss_fn(params, *batch)`` in the leaves ``params``."""
+        # Fresh leaves that share storage: the caller's flags and .grad stay untouched.
+        leaves = [leaf.detach().requires_grad_() for leaf in params]
+        with torch.enable_grad(), evaluating():
+            loss = check_loss(loss_fn(layout.unflatten_leaves(leaves), *batch), "the loss")
+            evaluating.check(loss)
+            grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        report_unused(layout, [grad is None for grad in grads], "the loss")
+        return cls(loss.detach(), leaves, grads, evaluating)
+
+    def one_by_one(self, directions: Block, out: Block | None = None) -> Block:
+        """The products with a block, a backward pass each, written to ``out`` if there is one."""
+        if len(directions[0]) == 1 and out is None:
+            with self.evaluating.product():
+                products = pulled(self.gradients, self.leaves, [x[0] for x in directions])
+            return [x[None] for x in owned(products, directions)]
+        out = room_for(directions) if out is None else out
+        rows = zip(*(leaf.unbind() for leaf in directions), strict=True)
+        for row, into in zip(rows, zip(*(leaf.unbind() for leaf in out), strict=True), strict=True):
+            with self.evaluating.product():
+                products = pulled(self.gradients, self.leaves, row)
+            for leaf, product in zip(into, products, strict=True):
+                leaf.copy_(product)
+        return out
+
+    def together(self, directions: Block) -> Block:
+        """The products with a block in one backward pass, by ``vmap``."""
+        remedy = 'chunk_size=1, or mode="auto"'
+        first = [leaf[:1] for leaf in directions]
+        by_itself = forward_mode("the loss", lambda: self.one_by_one(first), remedy=remedy)
+        with by_itself, self.evaluating.product():
+            return pulled(self.gradients, self.leaves, directions, batched=True)
 
 
 def pulled(
@@ -67,3 +115,8 @@ def owned(products: Sequence[Tensor], directions: Block) -> Block:
         result.append(product.clone(memory_format=torch.contiguous_format) if copy else product)
         taken.add(place)
     return result
+
+
+def room_for(directions: Block) -> Block:
+    """Memory for the products with a block of directions."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in directions]

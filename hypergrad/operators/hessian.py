@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..transforms import (
 from .base import LinearOperator
 from .compilation import compiled_products, is_compiled
 from .evaluation import Evaluation
-from .gradient_graph import GradientGraph, owned, pulled
+from .gradient_graph import GradientGraph, owned, pulled, room_for
 from .modes import (
     MEMORY_CAP,
     Block,
@@ -32,12 +32,13 @@ from .modes import (
     Memory,
     Mode,
     Way,
+    check_modes,
     explore,
     identity,
     or_one_by_one,
     remembered,
 )
-from .point import Point, check_differentiable, check_loss, report_unused
+from .point import Point, check_differentiable, check_loss
 
 
 class HessianOperator(LinearOperator):
@@ -55,16 +56,7 @@ class HessianOperator(LinearOperator):
         compile: bool = False,
     ) -> None:
         super().__init__(TreeLayout.of(params, name="params"))
-        if mode not in get_args(Mode):
-            raise SolverOptionError(f"mode is {mode!r}, expected one of {get_args(Mode)}.")
-        if chunk_size not in (None, "auto") and not is_positive(chunk_size):
-            raise SolverOptionError(
-                f"chunk_size is {chunk_size!r}, expected None, 'auto' or an integer >= 1."
-            )
-        if not is_positive(memory_cap):
-            raise SolverOptionError(
-                f"memory_cap is {memory_cap!r}, expected a number of bytes, an integer >= 1."
-            )
+        check_modes(mode, chunk_size, memory_cap)
         if not isinstance(compile, bool):
             raise SolverOptionError(f"compile is {compile!r}, expected True or False.")
         self.loss_fn, self.batch, self.mode, self.compile = loss_fn, batch, mode, compile
@@ -98,16 +90,14 @@ class HessianOperator(LinearOperator):
     def _build(self) -> GradientGraph:
         """The graph of the gradient, once."""
         if self._built is None:
-            # Fresh leaves that share storage: the caller's flags and .grad stay untouched.
-            leaves = [leaf.detach().requires_grad_() for leaf in self._point.params]
-            params = self.layout.unflatten_leaves(leaves)
-            with torch.enable_grad(), self._evaluating():
-                loss = check_loss(self.loss_fn(params, *self.batch), "the loss")
-                self._evaluating.check(loss)
-                grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-            report_unused(self.layout, [grad is None for grad in grads], "the loss")
-            self._built = GradientGraph(loss.detach(), leaves, grads)
+            self._built = self._graph()
         return self._built
+
+    def _graph(self) -> GradientGraph:
+        """The graph of the gradient, made anew."""
+        return GradientGraph.of(
+            self.loss_fn, self.layout, self._point.params, self.batch, self._evaluating
+        )
 
     def _tensors(self) -> list[Tensor]:
         return self._point.tensors
@@ -248,21 +238,17 @@ class HessianOperator(LinearOperator):
     def _make(self, way: Way, directions: Block, out: Block | None) -> Block:
         count = len(directions[0])
         if way is Way.ONE_BY_ONE:
-            return self._reverse_one_by_one(directions, out)
+            return self._build().one_by_one(directions, out)
         size = min(self._chunk(way, count), count)
-        make = self._forward_over_reverse if way is Way.FORWARD else self._reverse_in_batches
+        make = self._forward_over_reverse if way is Way.FORWARD else self._build().together
         if size == count and out is None:
             return owned(make(directions), directions)
-        out = self._room(count) if out is None else out
+        out = room_for(directions) if out is None else out
         for start in range(0, count, size):
             part = slice(start, start + size)
             for leaf, product in zip(out, make([x[part] for x in directions]), strict=True):
                 leaf[part] = product
         return out
-
-    def _room(self, count: int) -> Block:
-        pairs = zip(self.layout.shapes, self.layout.dtypes, strict=True)
-        return [torch.empty(count, *s, dtype=d, device=self.device) for s, d in pairs]
 
     def _way(self, count: int) -> Way:
         """How a block of ``count`` vectors is multiplied."""
@@ -304,28 +290,6 @@ class HessianOperator(LinearOperator):
                 self._memory = remembered(key, lambda: Footprint.of(built.gradients, tensors))
         return self._memory
 
-    def _reverse_one_by_one(self, directions: Block, out: Block | None) -> Block:
-        built = self._build()
-        count = len(directions[0])
-        if count == 1 and out is None:
-            with self._evaluating.product():
-                products = pulled(built.gradients, built.leaves, [x[0] for x in directions])
-            return [x[None] for x in owned(products, directions)]
-        out = self._room(count) if out is None else out
-        rows = zip(*(leaf.unbind() for leaf in directions), strict=True)
-        for row, into in zip(rows, zip(*(leaf.unbind() for leaf in out), strict=True), strict=True):
-            with self._evaluating.product():
-                products = pulled(built.gradients, built.leaves, row)
-            for leaf, product in zip(into, products, strict=True):
-                leaf.copy_(product)
-        return out
-
-    def _reverse_in_batches(self, directions: Block) -> Block:
-        built = self._build()
-        words = forward_mode("the loss", remedy='chunk_size=1, or mode="auto"')
-        with words, self._evaluating.product():
-            return pulled(built.gradients, built.leaves, directions, batched=True)
-
     def _forward_over_reverse(self, directions: Block) -> Block:
         """Forward-mode products of the gradient, batched over the block by vmap."""
         point = self.layout.unflatten_leaves([leaf.detach() for leaf in self._point.params])
@@ -337,9 +301,18 @@ class HessianOperator(LinearOperator):
                 directional = torch.func.jvp(gradient, (point,), (tangent,))[1]
             return self.layout.leaves_unchecked(directional)
 
-        with forward_mode("the loss", remedy='mode="reverse_over_reverse"'):
+        remedy = 'mode="reverse_over_reverse"'
+        with forward_mode("the loss", lambda: self._in_reverse(directions), remedy=remedy):
             products: Block = torch.func.vmap(product, randomness="same")(*directions)
         return [leaf.detach() for leaf in products]
+
+    def _in_reverse(self, directions: Block) -> None:
+        """One of the products without forward mode and ``vmap``, by another evaluation."""
+        one = [leaf[:1] for leaf in directions]
+        if building_no_graph():
+            self._functional(self._flat(one))
+        else:
+            self._graph().one_by_one(one)
 
 
 def hessian(
@@ -419,8 +392,3 @@ def hessian(
         memory_cap=memory_cap,
         compile=compile,
     )
-
-
-def is_positive(value: object) -> bool:
-    """Whether ``value`` is an integer >= 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -7,12 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import LossError
+from ..errors import LossError, SolverOptionError
 
 Mode = Literal["auto", "reverse_over_reverse", "forward_over_reverse"]
 ChunkSize = int | Literal["auto"] | None
@@ -43,6 +43,24 @@ _FIRST_FORWARD = 2.0
 MOST_TRIED = 16
 #: As many kinds of operators are remembered.
 _REMEMBERED = 256
+
+
+def check_modes(mode: object, chunk_size: object, memory_cap: object) -> None:
+    """Raise :class:`SolverOptionError` for options that :func:`hypergrad.hessian` does not know."""
+    if mode not in get_args(Mode):
+        raise SolverOptionError(f"mode is {mode!r}, expected one of {get_args(Mode)}.")
+    if chunk_size not in (None, "auto") and not _is_positive(chunk_size):
+        raise SolverOptionError(
+            f"chunk_size is {chunk_size!r}, expected None, 'auto' or an integer >= 1."
+        )
+    if not _is_positive(memory_cap):
+        raise SolverOptionError(
+            f"memory_cap is {memory_cap!r}, expected a number of bytes, an integer >= 1."
+        )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class Way(Enum):

@@ -170,11 +170,17 @@ class OutputOperator(RootOperator):
         if building_no_graph():
             return self._attached(block).detach()
         product = self._build().product
-        with forward_mode("the output of model_fn", remedy=_REMEDY):
+        with forward_mode("the output of model_fn", self._in_reverse, remedy=_REMEDY):
             if block.shape[0] == 1:
                 return product(block[0]).detach()[None]
             products = torch.func.vmap(product, chunk_size=self.chunk_size, randomness="same")
             return products(block).detach()
+
+    def _in_reverse(self) -> None:
+        """Once more what a product is made of, without forward mode and ``vmap``."""
+        self._unused()
+        outputs = self._build().outputs
+        self._weight(outputs)(torch.ones_like(outputs))
 
     def _factor(self) -> Tensor:
         self._point.check_fresh(self.layout)

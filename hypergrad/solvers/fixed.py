@@ -66,20 +66,15 @@ class FixedWork:
                 "from a solve outside the compiled function: its info.damping."
             )
         damping = system.resolve_damping()
-        x, r, norms = torch.zeros_like(system.b), system.b, safe_norms(system.b)
-        if x0 is not None:
-            residual = _residual(system, x0, damping, traced)
-            better = safe_norms(residual) < norms
-            x, r = where_rows(better, x0, x), where_rows(better, residual, r)
-            norms = safe_norms(r)
+        x, norms = torch.zeros_like(system.b), safe_norms(system.b)
         none = torch.zeros_like(norms, dtype=torch.bool)
-        return cls(
+        work = cls(
             system=system,
             damping=damping,
             count=count,
             traced=traced,
             x=x,
-            r=r,
+            r=system.b,
             norms=norms,
             frozen=none,
             stuck=none,
@@ -90,6 +85,13 @@ class FixedWork:
             refused=none,
             refused_rz=torch.zeros_like(norms),
         )
+        if x0 is not None:
+            residual = work.residual(x0)
+            better = safe_norms(residual) < norms
+            work.x = work.start_x = where_rows(better, x0, x)
+            work.r = where_rows(better, residual, work.r)
+            work.norms = work.start = safe_norms(work.r)
+        return work
 
     @property
     def rows(self) -> Tensor:
@@ -127,9 +129,15 @@ class FixedWork:
         """Norms of the rows; without a branch on values where they are traced."""
         return safe_norms(block) if self.traced else row_norms(block)
 
+    def residual(self, x: Tensor) -> Tensor:
+        """The true residual of x; without a look at values where they are traced."""
+        if self.traced:
+            return residual_traced(self.system, x, self.damping)
+        return self.system.residual(x, self.damping)
+
     def refresh(self) -> Tensor:
         """Replace residuals that drifted by the true ones; which did, shape (m,)."""
-        residual = _residual(self.system, self.x, self.damping, self.traced)
+        residual = self.residual(self.x)
         norms = self.norms_of(residual)
         drifted = self.norms_of(residual - self.r) > 0.1 * norms
         self.r = where_rows(drifted, residual, self.r)
@@ -144,7 +152,7 @@ class FixedWork:
 
     def residual_norms(self, x: Tensor) -> Tensor:
         """True residual norms of x as it will be returned."""
-        return self.norms_of(_residual(self.system, x, self.damping, self.traced))
+        return self.norms_of(self.residual(x))
 
     def outcome(self) -> Outcome:
         """What an eager solve hands back."""
@@ -172,7 +180,3 @@ class FixedWork:
             damping=self.damping,
             directions={row: self.direction[row] for row, bad in enumerate(stuck) if bad},
         )
-
-
-def _residual(system: DampedSystem, x: Tensor, damping: float, traced: bool) -> Tensor:
-    return residual_traced(system, x, damping) if traced else system.residual(x, damping)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..pytree import safe_norms as safe_norms
 from .base import DampedSystem
 
 
@@ -14,14 +15,6 @@ def residual_traced(system: DampedSystem, x: Tensor, damping: float) -> Tensor:
     :meth:`DampedSystem.residual` looks at values, to refuse an answer that overflows.
     """
     return system.b - system.apply(system.rounded(x), damping)
-
-
-def safe_norms(block: Tensor) -> Tensor:
-    """:func:`hypergrad.pytree.row_norms` without a branch on values, at two passes more."""
-    largest = block.abs().amax(dim=1)
-    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-    norms: Tensor = torch.linalg.vector_norm(block / scale[:, None], dim=1)
-    return scale * norms
 
 
 def begin_traced(system: DampedSystem, x0: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 import torch
+from laplace_posterior import flat
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -72,8 +73,8 @@ def test_covariances_are_those_of_the_posterior(example: dict[str, Any], small: 
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     precision = posterior_precision(example, problem, fit)
     rows = example["jacobians"](fit.params, x)
-    flat = example["flat"](rows).reshape(6, 3, -1)
-    expected = flat @ torch.linalg.inv(precision) @ flat.mT
+    matrix = flat(rows).reshape(6, 3, -1)
+    expected = matrix @ torch.linalg.inv(precision) @ matrix.mT
 
     dense = example["dense_covariances"](fit, problem, x)
     operator = example["gauss_newton"](fit.params, problem)

@@ -125,6 +125,7 @@ def test_the_update_is_one_graph_with_the_eager_result(arm: str, actions: str) -
         ("blpo", "discrete"),
         ("cg", "continuous"),
         ("paper", "discrete"),  # whose mean over a single trajectory once crashed
+        ("exact", "discrete"),  # of whose scaling no code could be made
     ],
 )
 def test_eager_and_compiled_agree_after_100_updates(arm: str, actions: str) -> None:
@@ -249,6 +250,14 @@ def test_a_rollout_s_policy_is_the_one_that_is_trained(actions: str) -> None:
     noise = policy.noise(50, 1, generator)[:, 0]
     taken = torch.from_numpy(policy.numpy_step(actor)(obs.numpy(), noise.numpy()))
     torch.testing.assert_close(taken, policy.act(actor, obs, noise), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [0, -1, True])
+def test_a_number_of_threads_that_is_none_is_refused(threads: int) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ConfigError, match=f"threads={threads}: expected an integer >= 1"):
+        train(PPOConfig(total_steps=32), threads=threads)
+    assert torch.get_num_threads() == before
 
 
 def test_adam_is_torch_s() -> None:

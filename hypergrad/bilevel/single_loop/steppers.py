@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+
+from torch import Tensor
 
 from .base import SingleLoop, Vectors
 from .oracles import Batch, Oracle
 from .state import SingleLoopState
+
+#: A product with the inner Hessian, on the next batch.
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,50 @@ class SOBA(SingleLoop):
 
 
 @dataclass(frozen=True)
-class AmIGO(SingleLoop):
+class InnerLoops(SingleLoop):
+    """What AmIGO and stocBiO share: two inner loops before each outer step."""
+
+    _: KW_ONLY
+    linear_lr: float | Callable[[int], float] | None = None
+    inner_steps: int = 10
+    linear_steps: int = 10
+
+    @property
+    def num_inner_batches(self) -> int:
+        """Batches of the inner problem that a step takes, one for each of its derivatives."""
+        return self.inner_steps + self.linear_steps + 1
+
+    @abstractmethod
+    def _solved(self, product: Product, f_inner: Tensor, v: Tensor, rate: float) -> Tensor:
+        """About H^-1 f_inner, by ``linear_steps`` products, each on a batch of its own."""
+
+    def _update(
+        self, oracle: Oracle, now: SingleLoopState, inner: list[Batch], outer: list[Batch]
+    ) -> Vectors:
+        w, y, v = (now.vectors[name] for name in ("inner", "outer", "ihvp"))
+        batches = iter(inner)
+        rate = self._rate("inner_lr", now.step)
+        for _ in range(self.inner_steps):
+            w = w - rate * oracle.inner_gradient(w, y, next(batches))
+        # One outer batch serves the right-hand side of the system and the direct part.
+        f_inner, f_outer = oracle.outer_gradients(w, y, outer[0])
+
+        def product(x: Tensor) -> Tensor:
+            return oracle.inner_products(w, y, x, next(batches), hvp=True, cross=False).hvp
+
+        v = self._solved(product, f_inner, v, self._rate("linear_lr", now.step))
+        g = oracle.inner_products(w, y, v, next(batches), hvp=False, cross=True)
+        direction = f_outer - g.cross
+        return {
+            "inner": w,
+            "ihvp": v,
+            "outer": y - self._rate("outer_lr", now.step) * direction,
+            "outer_direction": direction,
+        }
+
+
+@dataclass(frozen=True)
+class AmIGO(InnerLoops):
     """AmIGO: some steps on the inner problem, some on the linear system, then one outer step.
 
     Both of the inner loops start where they last ended: that warm start amortises their cost over
@@ -95,42 +144,14 @@ class AmIGO(SingleLoop):
         tensor([1., 2.])
     """
 
-    _: KW_ONLY
-    linear_lr: float | Callable[[int], float] | None = None
-    inner_steps: int = 10
-    linear_steps: int = 10
-
-    @property
-    def num_inner_batches(self) -> int:
-        """Batches of the inner problem that a step takes, one for each of its derivatives."""
-        return self.inner_steps + self.linear_steps + 1
-
-    def _update(
-        self, oracle: Oracle, now: SingleLoopState, inner: list[Batch], outer: list[Batch]
-    ) -> Vectors:
-        w, y, v = (now.vectors[name] for name in ("inner", "outer", "ihvp"))
-        batches = iter(inner)
-        rate = self._rate("inner_lr", now.step)
-        for _ in range(self.inner_steps):
-            w = w - rate * oracle.inner_gradient(w, y, next(batches))
-        # One outer batch serves the right-hand side of the system and the direct part.
-        f_inner, f_outer = oracle.outer_gradients(w, y, outer[0])
-        rate = self._rate("linear_lr", now.step)
+    def _solved(self, product: Product, f_inner: Tensor, v: Tensor, rate: float) -> Tensor:
         for _ in range(self.linear_steps):
-            g = oracle.inner_products(w, y, v, next(batches), hvp=True, cross=False)
-            v = v - rate * (g.hvp - f_inner)
-        g = oracle.inner_products(w, y, v, next(batches), hvp=False, cross=True)
-        direction = f_outer - g.cross
-        return {
-            "inner": w,
-            "ihvp": v,
-            "outer": y - self._rate("outer_lr", now.step) * direction,
-            "outer_direction": direction,
-        }
+            v = v - rate * (product(v) - f_inner)
+        return v
 
 
 @dataclass(frozen=True)
-class StocBiO(SingleLoop):
+class StocBiO(InnerLoops):
     """stocBiO: some steps on the inner problem, a stochastic Neumann series, one outer step.
 
     The series starts anew from the outer gradient in every step, so that its bias,
@@ -164,37 +185,9 @@ class StocBiO(SingleLoop):
         tensor([1., 2.])
     """
 
-    _: KW_ONLY
-    linear_lr: float | Callable[[int], float] | None = None
-    inner_steps: int = 10
-    linear_steps: int = 10
-
-    @property
-    def num_inner_batches(self) -> int:
-        """Batches of the inner problem that a step takes, one for each of its derivatives."""
-        return self.inner_steps + self.linear_steps + 1
-
-    def _update(
-        self, oracle: Oracle, now: SingleLoopState, inner: list[Batch], outer: list[Batch]
-    ) -> Vectors:
-        w, y = now.vectors["inner"], now.vectors["outer"]
-        batches = iter(inner)
-        rate = self._rate("inner_lr", now.step)
-        for _ in range(self.inner_steps):
-            w = w - rate * oracle.inner_gradient(w, y, next(batches))
-        f_inner, f_outer = oracle.outer_gradients(w, y, outer[0])
-        rate = self._rate("linear_lr", now.step)
+    def _solved(self, product: Product, f_inner: Tensor, v: Tensor, rate: float) -> Tensor:
         term = total = f_inner
         for _ in range(self.linear_steps):
-            g = oracle.inner_products(w, y, term, next(batches), hvp=True, cross=False)
-            term = term - rate * g.hvp
+            term = term - rate * product(term)
             total = total + term
-        v = rate * total
-        g = oracle.inner_products(w, y, v, next(batches), hvp=False, cross=True)
-        direction = f_outer - g.cross
-        return {
-            "inner": w,
-            "ihvp": v,
-            "outer": y - self._rate("outer_lr", now.step) * direction,
-            "outer_direction": direction,
-        }
+        return rate * total
