@@ -190,6 +190,8 @@ class Compare:
     def _do(self, line: str) -> int:
         from hypergrad_rl.runs import train_all
 
+        if self.jobs < 1:
+            raise ConfigError(f"--jobs {self.jobs}: expected an integer >= 1")
         for flag, values in (("algos", self.algos), ("seeds", self.seeds), ("env", self.env)):
             # A run that counts twice would make the spread over seeds too small.
             if len(set(values)) < len(values):
@@ -341,9 +343,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         command = parse(words)
-        for name in ("threads", "jobs"):
-            if (value := getattr(command, name, None)) is not None and value < 1:
-                raise ConfigError(f"--{name} {value}: expected an integer >= 1")
         if getattr(command, "runs", None) == ():
             raise ConfigError("expected run directories, or directories of some")
         return command._do(shlex.join([*PROGRAM, *words])) or 0

@@ -26,7 +26,6 @@ from hypergrad_rl.errors import ConfigError
 Params = dict[str, Tensor]
 #: One step of a policy on NumPy arrays: (observations, noise) -> actions.
 Step = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.generic]]
-
 #: V_w: (parameters, states (..., obs_dim)) -> (...).
 ValueFn = Callable[[Params, Tensor], Tensor]
 
@@ -47,8 +46,7 @@ def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator)
 def tanh(x: Tensor) -> Tensor:
     """The hyperbolic tangent; in a compiled graph as 2 sigmoid(2 x) - 1, to 2e-7 in float32.
 
-    PyTorch's compiler makes a third as quick code of the function itself, a sixth of the time of an
-    update.
+    PyTorch's compiler makes a third as quick code of the function itself.
     """
     return 2 * torch.sigmoid(2 * x) - 1 if torch.compiler.is_compiling() else torch.tanh(x)
 
@@ -66,8 +64,7 @@ def mlp(params: Params, x: Tensor) -> Tensor:
 def numpy_mlp(params: Params) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """``mlp`` of these parameters on NumPy arrays.
 
-    For the handful of states that a rollout asks about at a time what counts is the cost of a call:
-    64-64 network, 4 states, one thread: 7 us, PyTorch 17 us, compiled by PyTorch 50 us.
+    Of the few states of a step the cost of a call counts: 7 us, by PyTorch 17, compiled 50.
     """
     arrays = [leaf.detach().numpy() for leaf in params.values()]
     layers = [(w.T.copy(), b) for w, b in zip(arrays[::2], arrays[1::2], strict=True)]
@@ -130,14 +127,12 @@ class ValueJacobian:
 class ModuleNetwork:
     """A ``torch.nn.Module`` as a function of explicit parameters: (..., obs_dim) -> (..., out_dim).
 
-    The module sees states as (N, obs_dim), N whatever is asked about at once. Parameters that
-    require no gradient, and buffers, stay as they are made.
+    The module sees states as (N, obs_dim). What requires no gradient stays as it is made.
 
     Raises:
         ConfigError: a module without parameters; one that keeps statistics of its inputs or draws
-            random numbers, so that its output is no function of its parameters; one whose frozen
-            parts are made from random numbers, which no checkpoint has; another shape of output
-            than (N, out_dim).
+            random numbers; one whose frozen parts are made from random numbers, which no checkpoint
+            has; another shape of output than (N, out_dim).
     """
 
     def __init__(
@@ -198,7 +193,7 @@ def directional(fn: Callable[[Params], Tensor], params: Params, along: Params) -
 class ModuleJacobian:
     """J = dV_w(s)/dw at N states, of any network: what :class:`ValueJacobian` is to the default.
 
-    By ``torch.func``: ``kernel`` forms J, N times the number of parameters, ``times`` does not.
+    ``kernel`` forms J, N times the number of parameters, ``times`` does not.
     """
 
     def __init__(self, network: ModuleNetwork, params: Params, obs: Tensor) -> None:
@@ -345,7 +340,7 @@ class Policy(ABC):
 
 
 class CategoricalPolicy(Policy):
-    """Softmax policy over discrete actions, int64 (...); the outputs are their logits."""
+    """Softmax policy over discrete actions; the outputs are logits."""
 
     def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
         """Standard Gumbel noise: argmax(logits + noise) is a sample of softmax(logits)."""
@@ -370,10 +365,7 @@ class CategoricalPolicy(Policy):
 
 
 class GaussianPolicy(Policy):
-    """Diagonal Gaussian over Box actions (..., action_dim), which it does not know the bounds of.
-
-    The outputs are the means; the log standard deviation depends on no state.
-    """
+    """Diagonal Gaussian; the outputs are means, and the standard deviation depends on no state."""
 
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
         """Parameters theta."""
@@ -386,12 +378,12 @@ class GaussianPolicy(Policy):
 
     def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
         """Drawn actions, or the most likely ones."""
-        mean = self.network.outputs(_without_log_std(params), obs)
+        mean = self.network.outputs(_layers(params), obs)
         return mean if noise is None else mean + params["log_std"].exp() * noise
 
     def numpy_step(self, params: Params) -> Step:
         """``act`` on NumPy arrays."""
-        mean = self.network.on_numpy(_without_log_std(params))
+        mean = self.network.on_numpy(_layers(params))
         std = params["log_std"].detach().exp().numpy()
         return lambda obs, noise: mean(obs) + std * noise
 
@@ -404,5 +396,5 @@ class GaussianPolicy(Policy):
         return log_prob, (log_norm + 0.5 * dim).expand_as(log_prob)
 
 
-def _without_log_std(params: Params) -> Params:
+def _layers(params: Params) -> Params:
     return {name: leaf for name, leaf in params.items() if name != "log_std"}
