@@ -7,21 +7,16 @@ import dataclasses
 import functools
 import io
 import itertools
-import multiprocessing
 import operator
 import re
 import shlex
 import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypedDict, get_type_hints
 
 import numpy as np
-import torch
 import tyro
-from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from hypergrad_rl import play
@@ -31,26 +26,32 @@ from hypergrad_rl.presets import preset
 from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_config
 from hypergrad_rl.trainer import train
 
+PROGRAM = ("python", "-m", "hypergrad_rl")
 Algo = Literal["ppo", "nested", "blpo"]
 Style = Literal["tuned", "paper"]
-_OWN = ("env", "seed")  # each command has these itself; the rest of the hyper-parameters are shared
-_HINT = "(default: the task's preset)"
-_FIELDS = {
-    name: (get_type_hints(kind)[name], field.default)
-    for kind in (PPOConfig, BLPOConfig)
-    for name, field in kind.__dataclass_fields__.items()
-    if name not in _OWN
+#: Words of the command line in the place of Python's.
+_WORDS: dict[str, tuple[Any, dict[Any, Any]]] = {
+    "compile": (Literal["auto", "true", "false"], {"true": True, "false": False}),
+    "correction_bound": (float | Literal["none"], {"none": None}),
 }
-#: Every hyper-parameter as a flag; those that are given override the preset.
-_Parameters: Any = dataclasses.make_dataclass(
+_KINDS = {**get_type_hints(PPOConfig), **get_type_hints(BLPOConfig)}
+_KINDS |= {name: kind for name, (kind, _) in _WORDS.items()}
+#: Every hyper-parameter as a flag; a command has those that were given, which override the preset.
+_Parameters: Any = TypedDict(  # type: ignore[misc]  # made from what the configurations have
     "_Parameters",
-    [
-        (name, Annotated[kind, arg(help_behavior_hint=_HINT)], dataclasses.field(default=default))
-        for name, (kind, default) in _FIELDS.items()
-    ],
-    namespace={"__doc__": "Hyper-parameters; those that are given override the task's preset."},
+    {
+        name: Annotated[kind, arg(help_behavior_hint="(default: the task's preset)")]
+        for name, kind in _KINDS.items()
+        if name not in ("env", "seed")  # each command has these itself
+    },
+    total=False,
 )
 HyperParameters: TypeAlias = OmitArgPrefixes[_Parameters]
+
+
+def _settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    words = {name: words for name, (_, words) in _WORDS.items()}
+    return {name: words.get(name, {}).get(x, x) for name, x in parameters.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +75,17 @@ class Train:
     tensorboard: bool = True
     wandb: str | None = None
     """a project of Weights & Biases to log to"""
-    threads: int = 1
-    """of PyTorch; 1 is fastest for small networks"""
+    threads: int | None = None
+    """of PyTorch; by default 1 for small networks, where it is fastest"""
 
-    def config(self, given: dict[str, Any]) -> Config:
+    def config(self) -> Config:
         """The preset with the hyper-parameters that were given."""
+        given = _settings(self.parameters)
         return preset(self.algo, self.env, self.style, seed=self.seed, **given)
 
-    def _do(self, given: dict[str, Any], line: str) -> None:
+    def _do(self, line: str) -> None:
         name = f"{self.env.replace('/', '-')}-{self.algo}-{self.seed}"
-        config, run_dir = self.config(given), self.run_dir or Path("runs") / name
+        config, run_dir = self.config(), self.run_dir or Path("runs") / name
         _run(run_dir, config, tensorboard=self.tensorboard, threads=self.threads,
              wandb=self.wandb, checkpoint_every=self.checkpoint_every,
              stop_at_return=self.stop_at_return)  # fmt: skip
@@ -97,9 +99,9 @@ class Resume:
     checkpoint_every: float = 10.0
     """seconds between checkpoints"""
     tensorboard: bool = True
-    threads: int = 1
+    threads: int | None = None
 
-    def _do(self, given: dict[str, Any], line: str) -> None:
+    def _do(self, line: str) -> None:
         _run(self.run_dir, load_config(self.run_dir), resume=True, tensorboard=self.tensorboard,
              threads=self.threads, checkpoint_every=self.checkpoint_every)  # fmt: skip
 
@@ -121,17 +123,19 @@ def _run(run_dir: Path, config: Config, **options: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """Play episodes with a trained policy."""
-
+class _Played:
     run_dir: Positional[Path]
     episodes: int = 20
     seed: int = 1_000_000
     stochastic: bool = False
     """sample actions, as in training"""
-    threads: int = 1
 
-    def _do(self, given: dict[str, Any], line: str) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(_Played):
+    """Play episodes with a trained policy."""
+
+    def _do(self, line: str) -> None:
         returns = play.evaluate(
             self.run_dir, self.episodes, seed=self.seed, deterministic=not self.stochastic
         )
@@ -142,18 +146,14 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch:
+class Watch(_Played):
     """Play episodes with a trained policy into a GIF or a video."""
 
-    run_dir: Positional[Path]
+    episodes: int = 1
     output: Path | None = None
     """a .gif, or a .mp4 where imageio-ffmpeg is installed; default: episode.gif in the run"""
-    episodes: int = 1
-    seed: int = 1_000_000
-    stochastic: bool = False
-    """sample actions, as in training"""
 
-    def _do(self, given: dict[str, Any], line: str) -> None:
+    def _do(self, line: str) -> None:
         output, returns = play.watch(self.run_dir, self.output, self.episodes, seed=self.seed,
                                      deterministic=not self.stochastic)  # fmt: skip
         print(f"{output}: return {', '.join(f'{value:.1f}' for value in returns)}")
@@ -167,7 +167,7 @@ class Export:
     output: Path | None = None
     """default: policy.pt2 in the run"""
 
-    def _do(self, given: dict[str, Any], line: str) -> None:
+    def _do(self, line: str) -> None:
         output = play.export(self.run_dir, self.output)
         print(f"{output}: torch.export.load(path).module() takes observations to actions")
 
@@ -186,15 +186,19 @@ class Compare:
     jobs: int = 2
     """runs at a time, one thread each"""
     tensorboard: bool = True
-    threads: int = 1
 
-    def _do(self, given: dict[str, Any], line: str) -> None:
+    def _do(self, line: str) -> int:
+        from hypergrad_rl.runs import train_all
+
+        if self.jobs < 1:
+            raise ConfigError(f"--jobs {self.jobs}: expected an integer >= 1")
         for flag, values in (("algos", self.algos), ("seeds", self.seeds), ("env", self.env)):
             # A run that counts twice would make the spread over seeds too small.
             if len(set(values)) < len(values):
                 words = " ".join(map(str, values))
                 raise ConfigError(f"--{flag} {words}: expected each of them once")
         runs: dict[Path, Config] = {}
+        given = _settings(self.parameters)
         taken: set[str] = set()
         for env in self.env:
             parent = self.run_dir / env.replace("/", "-") if len(self.env) > 1 else self.run_dir
@@ -217,8 +221,14 @@ class Compare:
                     f"{run_dir} already holds a run, which is left as it is; choose another "
                     f"--run-dir, or `report {self.run_dir}`"
                 )
-        train_all(runs, self.jobs, self.threads, self.tensorboard)
-        _write_report(list(runs), self.run_dir, line)
+        failed = train_all(runs, self.jobs, self.tensorboard)
+        if not any((run_dir / CONFIG).exists() for run_dir in runs):  # none has begun
+            raise next(iter(failed.values()))
+        if finished := [run_dir for run_dir in runs if run_dir not in failed]:
+            _write_report(finished, self.run_dir, line)
+        for run_dir, error in failed.items():
+            print(_how_to_go_on(run_dir, runs[run_dir], error), file=sys.stderr)
+        return int(bool(failed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +256,7 @@ class Report(_Finished):
     ] = ()
     """returns that count as 0 and 1 in figures over all tasks; once for each task"""
 
-    def _do(self, given: dict[str, Any], line: str) -> None:
+    def _do(self, line: str) -> None:
         try:
             ranges = {env: (float(low), float(high)) for env, low, high in self.range}
         except ValueError as error:
@@ -262,7 +272,7 @@ class Plot(_Finished):
     output: Path | None = None
     """a .png, .pdf or .svg; default: learning_curve.png in a run, else comparison.png"""
 
-    def _do(self, given: dict[str, Any], line: str) -> None:
+    def _do(self, line: str) -> None:
         from hypergrad_rl.comparison import compare_runs
         from hypergrad_rl.report import plot_comparison, plot_run
 
@@ -306,100 +316,51 @@ _COMMANDS: Any = functools.reduce(
 )
 
 
-def parse(words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The command, and the hyper-parameters that were given.
+def parse(words: Sequence[str]) -> Any:
+    """The command that the words are.
 
     Raises:
         ConfigError: words that are no command.
     """
-    flags = {f"--{prefix}{n.replace('_', '-')}": n for n in _FIELDS for prefix in ("", "no-")}
-    words, flag = list(words), None
-    names: dict[str, None] = {}
-    # "none" and "true" as they are elsewhere than in Python; "none" is also a solver.
-    python = {"none": "None", "true": "True", "false": "False"}
-    for i, word in enumerate(words):
-        start, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if start:
-            flag = flags.get(start.replace("_", "-"))
-            if flag is not None:
-                names[flag] = None
-        if flag is not None and _FIELDS[flag][0] is not str:
-            words[i] = start + equals + python.get(value, value)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            command = tyro.cli(_COMMANDS, args=words, prog="python -m hypergrad_rl")
+            return tyro.cli(_COMMANDS, args=words, prog=" ".join(PROGRAM))
     except SystemExit as ended:
         if not ended.code:
             raise  # --help
         text = told.getvalue().partition("\n")[2]  # without the box's title
         boxless = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─|+]|-{4,}", " ", text)
         raise ConfigError(" ".join(boxless.split())) from None
-    parameters = getattr(command, "parameters", None)
-    return command, {name: getattr(parameters, name) for name in names}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 2, with one line on stderr, for an error of the user's."""
+    """Run one command; the exit status.
+
+    It is 2, with one line on stderr, for an error of the user's, and 1 where runs of a comparison
+    failed, with a line for each.
+    """
     words = sys.argv[1:] if argv is None else argv
-    before = torch.get_num_threads()
     try:
-        command, given = parse(words)
-        for name, least in (("threads", 1), ("jobs", 1)):
-            if (value := getattr(command, name, least)) < least:
-                raise ConfigError(f"--{name} {value}: expected an integer >= {least}")
+        command = parse(words)
         if getattr(command, "runs", None) == ():
             raise ConfigError("expected run directories, or directories of some")
-        torch.set_num_threads(getattr(command, "threads", 1))
-        command._do(given, shlex.join(["python", "-m", "hypergrad_rl", *words]))
+        return command._do(shlex.join([*PROGRAM, *words])) or 0
     except HypergradRLError as error:
-        print(f"hypergrad_rl: {' '.join(str(error).split())}", file=sys.stderr)
+        print(_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    finally:
-        torch.set_num_threads(before)
-    return 0
 
 
-def train_all(runs: dict[Path, Config], jobs: int, threads: int, tensorboard: bool) -> None:
-    """Train every run in its own process, ``jobs`` at a time, with one progress bar for all."""
-    total = sum(c.num_updates * c.num_envs * c.num_steps for c in runs.values())
-    context = multiprocessing.get_context("spawn")
-    with (
-        tqdm(total=total, unit="step", unit_scale=True, desc=f"{len(runs)} runs") as bar,
-        ProcessPoolExecutor(jobs, mp_context=context) as pool,
-    ):
-        waiting: dict[Future[None], Path] = {
-            pool.submit(_train_quietly, config, run_dir, threads, tensorboard): run_dir
-            for run_dir, config in runs.items()
-        }
-        done = 0
-        try:
-            while done < len(waiting):
-                time.sleep(0.5)
-                done = sum(future.done() for future in waiting)
-                bar.update(sum(_steps_done(path) for path in runs) - bar.n)
-                bar.set_postfix(finished=f"{done}/{len(runs)}", refresh=False)
-                for future in waiting:
-                    if future.done():
-                        future.result()  # raises what the run raised
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _line(error: BaseException) -> str:
+    return f"hypergrad_rl: {' '.join(str(error).split())}"
 
 
-def _train_quietly(config: Config, run_dir: Path, threads: int, tensorboard: bool) -> None:
-    train(config, run_dir, tensorboard=tensorboard, threads=threads)
+def _how_to_go_on(run_dir: Path, config: Config, error: BaseException) -> str:
+    from hypergrad_rl.runs import train_command
 
-
-def _steps_done(run_dir: Path) -> int:
-    """env_steps of the last whole row of a run's metrics, read from the end of the file."""
-    path = run_dir / METRICS
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2000))
-        rows = file.read().split(b"\n")[:-1]
-    cells: list[Any] = rows[-1].split(b",") if rows else []
-    return int(cells[1]) if len(cells) > 1 and cells[1].isdigit() else 0
+    begun = (run_dir / CONFIG).exists()
+    settings = {"algo": config.algo, **dataclasses.asdict(config)}
+    command = [*PROGRAM, "resume", str(run_dir)] if begun else train_command(settings, run_dir)
+    return f"{_line(error)}; {run_dir} is not finished: {shlex.join(command)}"

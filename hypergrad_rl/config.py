@@ -1,14 +1,70 @@
-"""Hyper-parameters: one frozen dataclass per agent, validated when made."""
+"""Hyper-parameters: one frozen dataclass per agent, validated when made.
+
+The annotation of a hyper-parameter says what it may be: its type and, of a number, its range.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import types
+import typing
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from hypergrad_rl.errors import ConfigError
+
+#: The ranges of numbers, by the words of annotations and errors.
+RANGES: dict[str, Callable[[float], bool]] = {
+    ">= 0": lambda x: x >= 0,
+    ">= 1": lambda x: x >= 1,
+    "> 0": lambda x: x > 0,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    ">= 0 and below 2^63": lambda x: 0 <= x < 2**63,  # what PyTorch takes for a seed
+}
+_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}
+
+Count = Annotated[int, ">= 1"]
+Positive = Annotated[float, "> 0"]
+NotNegative = Annotated[float, ">= 0"]
+Fraction = Annotated[float, "in [0, 1]"]
+
+
+def _allowed(kind: Any, value: object) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _allowed(parts[0], value) and RANGES[parts[1]](typing.cast(float, value))
+    if origin is Literal:
+        return value in parts
+    if origin in (typing.Union, types.UnionType):
+        return any(_allowed(part, value) for part in parts)
+    if origin is tuple:
+        return isinstance(value, tuple) and value != () and all(
+            _allowed(parts[0], entry) for entry in value
+        )  # fmt: skip
+    if kind is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(typing.cast(float, value))
+    return type(value) is kind  # True is an int for isinstance
+
+
+def _words(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return f"{_words(parts[0])} {parts[1]}"
+    if origin is Literal:
+        return f"one of {', '.join(parts)}" if len(parts) > 1 else f'"{parts[0]}"'
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(part) for part in parts)
+    if origin is tuple:
+        return f"one or more widths, each {_words(parts[0])}"
+    return _NAMES.get(kind, "None")
+
+
+_hints = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))
 
 
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
@@ -21,19 +77,19 @@ class AgentConfig(ABC):
     """What PPO, Nested PPO and BLPO share; steps are summed over the environments."""
 
     env: str = "CartPole-v1"
-    seed: int = 0
-    total_steps: int = 500_000
-    num_envs: int = 4
-    num_steps: int = 128  # per environment and rollout
-    epochs: int = 4
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
-    clip: float = 0.2
-    entropy_bonus: float = 0.0  # c_H in f - c_H E[entropy], of which d is the gradient
-    learning_rate: float = 2.5e-4  # of the actor
-    critic_learning_rate: float = 1e-3
-    adam_eps: float = 1e-5
-    hidden: tuple[int, ...] = (64, 64)
+    seed: Annotated[int, ">= 0 and below 2^63"] = 0
+    total_steps: Count = 500_000
+    num_envs: Count = 4
+    num_steps: Count = 128  # per environment and rollout
+    epochs: Count = 4
+    gamma: Fraction = 0.99
+    gae_lambda: Fraction = 0.95
+    clip: Positive = 0.2
+    entropy_bonus: NotNegative = 0.0  # c_H in f - c_H E[entropy], of which d is the gradient
+    learning_rate: Positive = 2.5e-4  # of the actor
+    critic_learning_rate: Positive = 1e-3
+    adam_eps: Positive = 1e-5
+    hidden: tuple[Count, ...] = (64, 64)
     normalize_observations: bool = False
     normalize_rewards: bool = False
     # What follows an episode that a time limit cut counts by the critic's estimate; False: for
@@ -49,24 +105,10 @@ class AgentConfig(ABC):
     def __post_init__(self) -> None:
         if isinstance(self.hidden, list):  # JSON has no tuples
             object.__setattr__(self, "hidden", tuple(self.hidden))
-        for name in ("total_steps", "num_envs", "num_steps", "epochs"):
-            self._integer(name, 1)
-        self._integer("seed", 0)
-        _check(self.seed < 2**63, "seed", self.seed, "an integer below 2^63, as PyTorch takes")
-        _check(
-            isinstance(self.hidden, tuple) and len(self.hidden) > 0
-            and all(isinstance(h, int) and h >= 1 for h in self.hidden),
-            "hidden", self.hidden, "one or more widths >= 1",
-        )  # fmt: skip
-        for name in ("gamma", "gae_lambda"):
-            self._number(name, lambda v: 0 <= v <= 1, "a number in [0, 1]")
-        for name in ("clip", "learning_rate", "critic_learning_rate", "adam_eps"):
-            self._positive(name)
-        self._number("entropy_bonus", lambda v: v >= 0, "a number >= 0")
-        self._switch("bootstrap_truncated")
-        self._choice("env_backend", ("auto", "gymnasium", "tensor", "envpool"))
-        ok = isinstance(self.compile, bool) or self.compile == "auto"
-        _check(ok, "compile", self.compile, 'True, False or "auto"')
+        hints = _hints(type(self))
+        for field in dataclasses.fields(self):
+            kind, value = hints[field.name], getattr(self, field.name)
+            _check(_allowed(kind, value), field.name, value, _words(kind))
 
     @property
     @abstractmethod
@@ -83,27 +125,6 @@ class AgentConfig(ABC):
     def gradient_steps(self) -> int:
         """How many gradients, of the actor or the critic, the whole training computes."""
 
-    def _integer(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
-        _check(ok, name, value, f"an integer >= {low}")
-
-    def _number(self, name: str, domain: Any, expected: str) -> None:
-        value = getattr(self, name)
-        ok = isinstance(value, (int, float)) and math.isfinite(value) and domain(value)
-        _check(ok, name, value, expected)
-
-    def _positive(self, name: str) -> None:
-        self._number(name, lambda v: v > 0, "a number > 0")
-
-    def _switch(self, name: str) -> None:
-        value = getattr(self, name)
-        _check(isinstance(value, bool), name, value, "True or False")
-
-    def _choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        _check(value in choices, name, value, f"one of {', '.join(choices)}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(AgentConfig):
@@ -115,21 +136,19 @@ class PPOConfig(AgentConfig):
     actor's rate for both).
     """
 
-    num_minibatches: int = 4
+    num_minibatches: Count = 4
     normalize_advantages: bool = True
     anneal: bool = True
-    entropy_bonus: float = 0.01
-    max_grad_norm: float = 0.5
+    entropy_bonus: NotNegative = 0.01
+    max_grad_norm: Positive = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._integer("num_minibatches", 1)
         size = self.num_envs * self.num_steps
         _check(
             2 * self.num_minibatches <= size, "num_minibatches", self.num_minibatches,
             f"at least 2 samples per minibatch of the {size} in a rollout",
         )  # fmt: skip
-        self._positive("max_grad_norm")
 
     @property
     def algo(self) -> str:
@@ -149,54 +168,39 @@ class BLPOConfig(AgentConfig):
     No gradient clipping, no annealing, and by default no entropy bonus: the published setting.
     """
 
-    nested_steps: int = 10
-    envs_per_minibatch: int = 1  # a minibatch is this many whole trajectories
-    solver: str = "nystrom"
+    nested_steps: Count = 10
+    envs_per_minibatch: Count = 1  # a minibatch is this many whole trajectories
+    solver: Literal["nystrom", "nystrom_pcg", "cg", "exact", "identity", "none"] = "nystrom"
     # The residual alone does not tell a good rank: u is small where the curvature is large, so a
     # residual of 0.04 left an error of 3 |u| on Acrobot-v1 (damping 1, rank 32, largest eigenvalue
     # 4,000). Here, on CartPole-v1: residual below 1e-4, error in u below 1e-3.
-    damping: float | Literal["auto"] = 10.0
-    rank: int = 32
+    damping: Positive | Literal["auto"] = 10.0
+    rank: Count = 32
     sketch: Literal["gaussian", "columns", "diagonal"] = "gaussian"
-    sketch_every: int = 1  # minibatches of a rollout that share a sketch
+    sketch_every: Count = 1  # minibatches of a rollout that share a sketch
     redraw_sketch: bool = True  # False: the same random numbers for every sketch
-    sketch_shift: float = 0.0  # added to the diagonal of the core W of a sketch of columns
-    cg_iters: int = 20
-    cg_rtol: float = 1e-3  # 0 for exactly cg_iters iterations
-    curvature: str = "ggn"
-    curvature_batch: str = "minibatch"  # what H and v are of
-    outer_objective: str = "return"
-    cross_term: str = "suffix"
+    sketch_shift: NotNegative = 0.0  # added to the diagonal of the core W of a sketch of columns
+    cg_iters: Count = 20
+    cg_rtol: NotNegative = 1e-3  # 0 for exactly cg_iters iterations
+    curvature: Literal["ggn", "hessian"] = "ggn"
+    curvature_batch: Literal["minibatch", "rollout"] = "minibatch"  # what H and v are of
+    outer_objective: Literal["return", "advantage"] = "return"
+    cross_term: Literal["suffix", "full", "paper"] = "suffix"
     # |c| <= bound |d|; None for no bound. Unbounded, c is about 15 |d| and training drops out now
     # and then. CartPole-v1, 200k steps, seeds 0 and 1 (damping 1, rank 10), area under the curve:
     # 452 and 411 without a bound, 462 and 467 with 0.5 (Nested 464 and 472).
-    correction_bound: float | None = 0.5
+    correction_bound: Positive | None = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("nested_steps", "envs_per_minibatch", "rank", "sketch_every", "cg_iters"):
-            self._integer(name, 1)
         _check(
             self.num_envs % self.envs_per_minibatch == 0, "envs_per_minibatch",
             self.envs_per_minibatch, f"a divisor of num_envs={self.num_envs}",
         )  # fmt: skip
-        self._choice("solver", ("nystrom", "nystrom_pcg", "cg", "exact", "identity", "none"))
-        self._choice("sketch", ("gaussian", "columns", "diagonal"))
         _check(
             self.sketch_every == 1 or self.solver != "nystrom_pcg", "sketch_every",
             self.sketch_every, '1 with solver "nystrom_pcg", whose preconditioner is not kept',
         )  # fmt: skip
-        self._choice("curvature", ("ggn", "hessian"))
-        self._choice("curvature_batch", ("minibatch", "rollout"))
-        self._choice("outer_objective", ("return", "advantage"))
-        self._choice("cross_term", ("suffix", "full", "paper"))
-        if self.damping != "auto":
-            self._number("damping", lambda v: v > 0, 'a number > 0 or "auto"')
-        self._switch("redraw_sketch")
-        for name in ("cg_rtol", "sketch_shift"):
-            self._number(name, lambda v: v >= 0, "a number >= 0")
-        if self.correction_bound is not None:
-            self._positive("correction_bound")
 
     @property
     def algo(self) -> str:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from hypergrad_rl.errors import ConfigError
 Params = dict[str, Tensor]
 #: One step of a policy on NumPy arrays: (observations, noise) -> actions.
 Step = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.generic]]
-
 #: V_w: (parameters, states (..., obs_dim)) -> (...).
 ValueFn = Callable[[Params, Tensor], Tensor]
 
@@ -47,8 +46,7 @@ def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator)
 def tanh(x: Tensor) -> Tensor:
     """The hyperbolic tangent; in a compiled graph as 2 sigmoid(2 x) - 1, to 2e-7 in float32.
 
-    PyTorch's compiler makes a third as quick code of the function itself, a sixth of the time of an
-    update.
+    PyTorch's compiler makes a third as quick code of the function itself.
     """
     return 2 * torch.sigmoid(2 * x) - 1 if torch.compiler.is_compiling() else torch.tanh(x)
 
@@ -66,8 +64,7 @@ def mlp(params: Params, x: Tensor) -> Tensor:
 def numpy_mlp(params: Params) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """``mlp`` of these parameters on NumPy arrays.
 
-    For the handful of states that a rollout asks about at a time what counts is the cost of a call:
-    64-64 network, 4 states, one thread: 7 us, PyTorch 17 us, compiled by PyTorch 50 us.
+    Of the few states of a step the cost of a call counts: 7 us, by PyTorch 17, compiled 50.
     """
     arrays = [leaf.detach().numpy() for leaf in params.values()]
     layers = [(w.T.copy(), b) for w, b in zip(arrays[::2], arrays[1::2], strict=True)]
@@ -130,14 +127,12 @@ class ValueJacobian:
 class ModuleNetwork:
     """A ``torch.nn.Module`` as a function of explicit parameters: (..., obs_dim) -> (..., out_dim).
 
-    The module sees states as (N, obs_dim), N whatever is asked about at once. Parameters that
-    require no gradient, and buffers, stay as they are made.
+    The module sees states as (N, obs_dim). What requires no gradient stays as it is made.
 
     Raises:
         ConfigError: a module without parameters; one that keeps statistics of its inputs or draws
-            random numbers, so that its output is no function of its parameters; one whose frozen
-            parts are made from random numbers, which no checkpoint has; another shape of output
-            than (N, out_dim).
+            random numbers; one whose frozen parts are made from random numbers, which no checkpoint
+            has; another shape of output than (N, out_dim).
     """
 
     def __init__(
@@ -198,7 +193,7 @@ def directional(fn: Callable[[Params], Tensor], params: Params, along: Params) -
 class ModuleJacobian:
     """J = dV_w(s)/dw at N states, of any network: what :class:`ValueJacobian` is to the default.
 
-    By ``torch.func``: ``kernel`` forms J, N times the number of parameters, ``times`` does not.
+    ``kernel`` forms J, N times the number of parameters, ``times`` does not.
     """
 
     def __init__(self, network: ModuleNetwork, params: Params, obs: Tensor) -> None:
@@ -257,58 +252,52 @@ class Networks:
 DEFAULT_NETWORKS = Networks()
 
 
-class ActorNetwork:
-    """The policy's network: tanh layers, or a module of one's own from the first ``init`` on."""
+class Network:
+    """A function of explicit parameters: tanh layers, or what ``make_module`` makes.
 
-    def __init__(self, out_dim: int, make_module: ActorModule | None = None) -> None:
-        self.out_dim, self.make_module = out_dim, make_module
+    That is called by ``init``, with (obs_dim, out_dim).
+    """
+
+    def __init__(
+        self, out_dim: int, head_gain: float, make_module: ActorModule | None = None
+    ) -> None:
+        self.out_dim, self.head_gain, self.make_module = out_dim, head_gain, make_module
         self.module: ModuleNetwork | None = None
 
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
-        """Parameters; of tanh layers with head gain 0.01."""
+        """Parameters; ``hidden`` are the widths of tanh layers."""
         make = self.make_module
         if make is None:
-            return init_mlp([obs_dim, *hidden, self.out_dim], 0.01, generator)
+            return init_mlp([obs_dim, *hidden, self.out_dim], self.head_gain, generator)
         self.module = ModuleNetwork(lambda: make(obs_dim, self.out_dim), self.out_dim, generator)
         return self.module.params
 
-    def __call__(self, params: Params, x: Tensor) -> Tensor:
+    def outputs(self, params: Params, x: Tensor) -> Tensor:
         """(..., obs_dim) -> (..., out_dim)."""
         return mlp(params, x) if self.module is None else self.module(params, x)
 
     def on_numpy(self, params: Params) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-        """The same on NumPy arrays."""
+        """``outputs`` on NumPy arrays."""
         if self.module is None:
             return numpy_mlp(params)
 
         def forward(x: NDArray[np.float32]) -> NDArray[np.float32]:
             with torch.inference_mode():
-                result: NDArray[np.float32] = self(params, torch.from_numpy(x)).numpy()
+                result: NDArray[np.float32] = self.outputs(params, torch.from_numpy(x)).numpy()
             return result
 
         return forward
 
 
-class Critic:
-    """V_w: tanh layers, or a module of one's own from the first ``init`` on."""
+class Critic(Network):
+    """V_w: a network of one output, head gain 1."""
 
     def __init__(self, make_module: CriticModule | None = None) -> None:
-        self.make_module = make_module
-        self.module: ModuleNetwork | None = None
-
-    def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
-        """Parameters; of tanh layers with head gain 1."""
-        make = self.make_module
-        if make is None:
-            return init_critic(obs_dim, hidden, generator)
-        self.module = ModuleNetwork(lambda: make(obs_dim), 1, generator)
-        return self.module.params
+        super().__init__(1, 1.0, make_module and (lambda obs_dim, _: make_module(obs_dim)))
 
     def __call__(self, params: Params, obs: Tensor) -> Tensor:
         """V_w(s): (..., obs_dim) -> (...)."""
-        if self.module is None:
-            return critic_value(params, obs)
-        return self.module(params, obs).squeeze(-1)
+        return self.outputs(params, obs).squeeze(-1)
 
     def jacobian(self, params: Params, obs: Tensor) -> ValueJacobian | ModuleJacobian:
         """Of the values at states (N, obs_dim) in the parameters."""
@@ -320,96 +309,92 @@ class Critic:
 DEFAULT_CRITIC = Critic()
 
 
-class Policy(Protocol):
-    """pi_theta(a|s): how actions are drawn and how likely they are."""
+class Policy(ABC):
+    """pi_theta(a|s): how actions are drawn and how likely they are.
 
-    network: ActorNetwork
+    Head gain 0.01: the first policy hardly depends on the state.
+    """
+
+    def __init__(self, num_outputs: int, make_module: ActorModule | None = None) -> None:
+        self.network = Network(num_outputs, 0.01, make_module)
 
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
         """Parameters theta."""
+        return self.network.init(obs_dim, hidden, generator)
 
+    @abstractmethod
     def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
         """What ``act`` needs to draw num_steps x num_envs actions."""
 
+    @abstractmethod
     def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
         """Actions drawn with ``noise``; the most likely ones for None."""
 
+    @abstractmethod
     def numpy_step(self, params: Params) -> Step:
         """``act`` on NumPy arrays, for the rollouts under these parameters."""
 
+    @abstractmethod
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """The pair log pi(a|s) and entropy of pi(.|s), each (...)."""
 
 
-class CategoricalPolicy:
-    """Softmax policy over ``num_actions`` discrete actions."""
-
-    def __init__(self, num_actions: int, make_module: ActorModule | None = None) -> None:
-        self.num_actions, self.network = num_actions, ActorNetwork(num_actions, make_module)
-
-    def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
-        """Parameters; head gain 0.01: the first policy hardly depends on the state."""
-        return self.network.init(obs_dim, hidden, generator)
+class CategoricalPolicy(Policy):
+    """Softmax policy over discrete actions; the outputs are logits."""
 
     def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
         """Standard Gumbel noise: argmax(logits + noise) is a sample of softmax(logits)."""
-        shape = (num_steps, num_envs, self.num_actions)
+        shape = (num_steps, num_envs, self.network.out_dim)
         return torch.empty(shape).exponential_(generator=generator).log_().neg_()
 
     def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
-        """Sampled actions (...) int64; the most likely ones for ``noise=None``."""
-        logits = self.network(params, obs)
+        """Drawn actions, or the most likely ones."""
+        logits = self.network.outputs(params, obs)
         return (logits if noise is None else logits + noise).argmax(-1)
 
     def numpy_step(self, params: Params) -> Step:
-        """``act`` on NumPy arrays, for the rollouts under these parameters."""
+        """``act`` on NumPy arrays."""
         logits = self.network.on_numpy(params)
         return lambda obs, noise: (logits(obs) + noise).argmax(-1)
 
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair log pi(a|s) and entropy of pi(.|s), each (...)."""
-        log_probs = self.network(params, obs).log_softmax(-1)
+        """The pair log pi(a|s) and entropy."""
+        log_probs = self.network.outputs(params, obs).log_softmax(-1)
         taken = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         return taken, -(log_probs.exp() * log_probs).sum(-1)
 
 
-class GaussianPolicy:
-    """Diagonal Gaussian with a state-independent log standard deviation, for Box actions."""
-
-    def __init__(self, action_dim: int, make_module: ActorModule | None = None) -> None:
-        self.action_dim, self.network = action_dim, ActorNetwork(action_dim, make_module)
+class GaussianPolicy(Policy):
+    """Diagonal Gaussian; the outputs are means, and the standard deviation depends on no state."""
 
     def init(self, obs_dim: int, hidden: Sequence[int], generator: torch.Generator) -> Params:
-        """Parameters; head gain 0.01: the first policy hardly depends on the state."""
-        params = self.network.init(obs_dim, hidden, generator)
-        return {**params, "log_std": torch.zeros(self.action_dim)}
-
-    def _mean(self, params: Params, obs: Tensor) -> Tensor:
-        return self.network(_without_log_std(params), obs)
+        """Parameters theta."""
+        params = super().init(obs_dim, hidden, generator)
+        return {**params, "log_std": torch.zeros(self.network.out_dim)}
 
     def noise(self, num_steps: int, num_envs: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise."""
-        return torch.randn(num_steps, num_envs, self.action_dim, generator=generator)
+        return torch.randn(num_steps, num_envs, self.network.out_dim, generator=generator)
 
     def act(self, params: Params, obs: Tensor, noise: Tensor | None) -> Tensor:
-        """Sampled actions (..., action_dim); the means for ``noise=None``."""
-        mean = self._mean(params, obs)
+        """Drawn actions, or the most likely ones."""
+        mean = self.network.outputs(_layers(params), obs)
         return mean if noise is None else mean + params["log_std"].exp() * noise
 
     def numpy_step(self, params: Params) -> Step:
-        """``act`` on NumPy arrays, for the rollouts under these parameters."""
-        mean = self.network.on_numpy(_without_log_std(params))
+        """``act`` on NumPy arrays."""
+        mean = self.network.on_numpy(_layers(params))
         std = params["log_std"].detach().exp().numpy()
         return lambda obs, noise: mean(obs) + std * noise
 
     def log_prob(self, params: Params, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Log density of the (unclipped) actions and the entropy, each (...)."""
-        log_std = params["log_std"]
-        z = (actions - self._mean(params, obs)) * (-log_std).exp()
-        log_norm = log_std.sum() + 0.5 * self.action_dim * math.log(2 * math.pi)
+        """The pair log pi(a|s) and entropy."""
+        log_std, dim = params["log_std"], self.network.out_dim
+        z = (actions - self.act(params, obs, None)) * (-log_std).exp()
+        log_norm = log_std.sum() + 0.5 * dim * math.log(2 * math.pi)
         log_prob = -0.5 * z.square().sum(-1) - log_norm
-        return log_prob, (log_norm + 0.5 * self.action_dim).expand_as(log_prob)
+        return log_prob, (log_norm + 0.5 * dim).expand_as(log_prob)
 
 
-def _without_log_std(params: Params) -> Params:
+def _layers(params: Params) -> Params:
     return {name: leaf for name, leaf in params.items() if name != "log_std"}

@@ -167,7 +167,7 @@ def evaluate(
         ConfigError: ``episodes`` below 1 or a negative ``seed``.
         RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint.
     """
-    _at_least(episodes=(episodes, 1), seed=(seed, 0))
+    _check(episodes, seed)
     env, policy = _load(run_dir, env_fn, networks, min(8, episodes))
     per_env = -(-episodes // env.num_envs)
     finished: list[list[float]] = [[] for _ in range(env.num_envs)]
@@ -227,7 +227,7 @@ def watch(
         RunDirectoryError, CheckpointError: a directory without a run, or a damaged checkpoint; a
             file that cannot be written.
     """
-    _at_least(episodes=(episodes, 1), seed=(seed, 0))
+    _check(episodes, seed)
     path = Path(output or Path(run_dir) / "episode.gif")
     if path.suffix not in (".gif", ".mp4"):
         raise ConfigError(f"{path}: expected a name that ends in .gif or .mp4")
@@ -282,7 +282,7 @@ def _write_pictures(path: Path, pictures: list[Any], fps: float) -> None:
     images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
 
 
-def _at_least(**values: tuple[int, int]) -> None:
-    for name, (value, least) in values.items():
+def _check(episodes: int, seed: int) -> None:
+    for name, value, least in (("episodes", episodes, 1), ("seed", seed, 0)):
         if not least <= value < 2**63:
             raise ConfigError(f"{name}={value}: expected an integer >= {least} and below 2^63")

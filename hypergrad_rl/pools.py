@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from abc import ABC, abstractmethod
 from typing import Any
 
 import gymnasium as gym
@@ -12,77 +11,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hypergrad_rl.envs import Array, Transition, VectorEnv, episode_seed
-from hypergrad_rl.errors import (
-    EnvironmentFault,
-    EnvironmentNotReproducible,
-    EnvironmentUnsupported,
-)
+from hypergrad_rl.envs import Array, VectorEnv, episode_seed
+from hypergrad_rl.errors import EnvironmentNotReproducible, EnvironmentUnsupported
 
 
-class Pool(VectorEnv, ABC):
-    """A :class:`VectorEnv` over such a simulator: episodes that end begin anew in the same step."""
+class Pool(VectorEnv):
+    """A :class:`VectorEnv` over such a simulator."""
 
-    @abstractmethod
-    def _start(self) -> NDArray[Any]:
-        """Begin episode 0 everywhere by ``self.seed``; first observations."""
+    def _where(self) -> str:
+        return f"{self.env_id} (step {self.filled} of all environments)"
 
-    @abstractmethod
-    def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """One step: observations, rewards, terminated, truncated; nothing begins anew."""
+    def _remember(self, actions: NDArray[np.generic]) -> None:
+        self.filled += 1  # how a state is restored is the simulator's own affair
 
-    @abstractmethod
-    def _restart(self, envs: NDArray[np.intp]) -> NDArray[Any]:
-        """Begin the next episode in these environments; their first observations."""
-
-    def reset(self, seed: int) -> Array:
-        """Start episodes everywhere; first observations (num_envs, obs_dim)."""
-        self.seed, self.filled = seed, 0
-        self.episodes, self.start = [0] * self.num_envs, [0] * self.num_envs
-        self.returns = [0.0] * self.num_envs
-        self.obs = self._flat(self._start())
-        return self.obs
-
-    def step(self, actions: NDArray[np.generic]) -> Transition:
-        """One step of every environment.
-
-        Raises:
-            EnvironmentFault: the simulator raised; its own error is the cause.
-        """
-        self.filled += 1
-        try:
-            raw, rewards, terminated, truncated = self._advance(self._legal(actions))
-        except Exception as error:
-            raise EnvironmentFault(
-                f"{self.env_id} (step {self.filled} of all environments) raised "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        next_obs = self.obs = self._flat(raw)
-        self.returns = (np.asarray(self.returns) + rewards).tolist()
-        over = np.flatnonzero(terminated | truncated)
-        ended = [(int(i), self.returns[i], self.filled - self.start[i]) for i in over]
-        if len(over):
-            self.obs = next_obs.copy()
-            for i in over:
-                self.episodes[i], self.start[i], self.returns[i] = (
-                    self.episodes[i] + 1, self.filled, 0.0,
-                )  # fmt: skip
-            self.obs[over] = self._flat(self._restart(over))
-        return Transition(
-            self.obs, next_obs, rewards.astype(np.float64), terminated, truncated, ended
-        )
-
-    def _flat(self, raw: NDArray[Any]) -> Array:
+    def _flat(self, raw: Any) -> Array:
         return np.array(raw, np.float32).reshape(len(raw), self.obs_dim)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the episodes are; what else is needed is the simulator's to save."""
-        return {
-            "seed": self.seed,
-            "episodes": list(self.episodes),
-            "lengths": [self.filled - start for start in self.start],
-            "returns": list(self.returns),
-        }
+        """How far the episodes are."""
+        return self._progress()
 
 
 class EnvPoolEnv(Pool):
@@ -121,18 +68,20 @@ class EnvPoolEnv(Pool):
             pool = make(env_id, num_envs=num_envs, num_threads=1, seed=seed)
             return pool, pool.observation_space, pool.action_space
 
-    def _start(self) -> NDArray[Any]:
+    def reset(self, seed: int) -> Array:
+        """Start episodes everywhere; first observations (num_envs, obs_dim)."""
         self.pool.close()
         # Environment i gets this seed + i, and its episodes follow from one another.
-        self.pool = self._make(self.env_id, self.num_envs, episode_seed(self.seed, 0, 0))[0]
-        return _in_order(*self.pool.reset())
+        self.pool = self._make(self.env_id, self.num_envs, episode_seed(seed, 0, 0))[0]
+        return super().reset(seed)
+
+    def _begin(self, envs: NDArray[np.intp]) -> Array:
+        obs, info = self.pool.reset(envs.astype(np.int32))
+        return self._flat(obs[np.argsort(info["env_id"])])
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        result: tuple[NDArray[Any], ...] = self.pool.step(actions.astype(self.action_space.dtype))
-        return result[:4]
-
-    def _restart(self, envs: NDArray[np.intp]) -> NDArray[Any]:
-        return _in_order(*self.pool.reset(envs.astype(np.int32)))
+        obs, rewards, *ends = self.pool.step(actions.astype(self.action_space.dtype))[:4]
+        return self._flat(obs), rewards.astype(np.float64), *ends
 
     def load_state_dict(self, state: dict[str, Any]) -> list[int]:
         """New episodes everywhere, others than the former ones.
@@ -154,11 +103,6 @@ class EnvPoolEnv(Pool):
         self.pool.close()
 
 
-def _in_order(obs: NDArray[Any], info: dict[str, Any]) -> NDArray[Any]:
-    ordered: NDArray[Any] = obs[np.argsort(info["env_id"])]
-    return ordered
-
-
 class BraxEnv(Pool):
     """A task of Brax, the paper's simulator: the id is ``brax/`` and its name there.
 
@@ -170,6 +114,7 @@ class BraxEnv(Pool):
     """
 
     episode_length = 1000
+    state: Any  # of the simulator: arrays for all environments
 
     def __init__(self, env_id: str, num_envs: int) -> None:
         try:
@@ -202,24 +147,19 @@ class BraxEnv(Pool):
 
         self.choose = jax.jit(choose)
 
-    def _first(self) -> Any:
+    def _begin(self, envs: NDArray[np.intp]) -> Array:
         seeds = [episode_seed(self.seed, i, j) for i, j in enumerate(self.episodes)]
-        return self.begin(self.jax.vmap(self.jax.random.PRNGKey)(np.array(seeds, np.uint32)))
-
-    def _start(self) -> NDArray[Any]:
-        self.state = self._first()
-        return np.asarray(self.state.obs)
+        first = self.begin(self.jax.vmap(self.jax.random.PRNGKey)(np.array(seeds, np.uint32)))
+        mask = np.isin(np.arange(self.num_envs), envs)
+        self.state = first if mask.all() else self.choose(mask, first, self.state)
+        return self._flat(self.state.obs)[envs]
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         self.state = self.advance(self.state, actions)
-        obs, reward, done = (np.asarray(getattr(self.state, n)) for n in ("obs", "reward", "done"))
         truncated = np.asarray(self.state.info["truncation"]) > 0
-        return obs, reward, (done > 0) & ~truncated, truncated
-
-    def _restart(self, envs: NDArray[np.intp]) -> NDArray[Any]:
-        mask = np.isin(np.arange(self.num_envs), envs)
-        self.state = self.choose(mask, self._first(), self.state)
-        return np.asarray(self.state.obs)[envs]
+        terminated = (np.asarray(self.state.done) > 0) & ~truncated
+        rewards = np.asarray(self.state.reward, np.float64)
+        return self._flat(self.state.obs), rewards, terminated, truncated
 
     def state_dict(self) -> dict[str, Any]:
         """The simulator's arrays, and how far the episodes are."""
@@ -232,10 +172,8 @@ class BraxEnv(Pool):
         self.reset(state["seed"])
         leaves = [self.jax.numpy.asarray(leaf.numpy()) for leaf in state["arrays"].values()]
         self.state = self.jax.tree.unflatten(self.jax.tree.structure(self.state), leaves)
-        self.episodes, self.returns = list(state["episodes"]), list(state["returns"])
-        self.filled = max(state["lengths"])
-        self.start = [self.filled - length for length in state["lengths"]]
-        self.obs = self._flat(np.asarray(self.state.obs))
+        self._resume(state)
+        self.filled, self.obs = max(state["lengths"]), self._flat(self.state.obs)
         return []
 
     def close(self) -> None:

@@ -154,7 +154,7 @@ class Collector:
         terminated, done = np.empty((2, steps, env.num_envs), np.bool_)
         actions: NDArray[np.generic] | None = None
         raw = np.empty_like(obs) if self.obs_moments else obs
-        episodes, lengths = Episodes([], []), [env.filled - start for start in env.start]
+        episodes, lengths = Episodes([], []), env.lengths.copy()
         for t in range(steps):
             raw[t] = self.obs
             if self.obs_moments:
@@ -171,7 +171,15 @@ class Collector:
                 episodes.returns.append(value)
                 episodes.lengths.append(length)
         assert actions is not None
-        self._check_finite(raw, next_obs, rewards, done, lengths)
+        bad_obs = ~np.asarray((np.isfinite(raw) & np.isfinite(next_obs)).all(-1))
+        bad = bad_obs | ~np.isfinite(rewards)
+        if bad.any():
+            t, i = (int(index) for index in np.argwhere(bad)[0])
+            what = "observation" if bad_obs[t, i] else "reward"
+            raise EnvironmentFault(
+                f"{self._place(t, i, done, lengths[i])} returned a non-finite {what}; training "
+                "stopped at the last checkpoint"
+            )
         # Normalised by what was known before this rollout, as the states acted in.
         next_obs = normalize(self.obs_moments, next_obs)
         if self.obs_moments:
@@ -184,28 +192,11 @@ class Collector:
         # (T, N, ...) -> (N, T, ...)
         return Rollout(*(torch.from_numpy(a.swapaxes(0, 1).copy()) for a in arrays)), episodes
 
-    def _check_finite(
-        self,
-        raw: Array,
-        next_obs: Array,
-        rewards: NDArray[np.float64],
-        done: NDArray[np.bool_],
-        lengths: list[int],
-    ) -> None:
-        bad_obs = ~np.asarray((np.isfinite(raw) & np.isfinite(next_obs)).all(-1))
-        bad = bad_obs | ~np.isfinite(rewards)
-        if bad.any():
-            t, i = (int(index) for index in np.argwhere(bad)[0])
-            ends = np.flatnonzero(done[:t, i])
-            raise EnvironmentFault(
-                self.env.place(
-                    i,
-                    self.env.episodes[i] - int(done[t:, i].sum()),
-                    t - int(ends[-1]) if len(ends) else t + 1 + lengths[i],
-                )
-                + f" returned a non-finite {'observation' if bad_obs[t, i] else 'reward'}; "
-                "training stopped at the last checkpoint"
-            )
+    def _place(self, t: int, i: int, done: NDArray[np.bool_], length: int) -> str:
+        """How errors name step t of a rollout that began ``length`` steps into an episode."""
+        ends = np.flatnonzero(done[:t, i])
+        episode = self.env.episodes[i] - int(done[t:, i].sum())
+        return self.env.place(i, episode, t - int(ends[-1]) if len(ends) else t + 1 + length)
 
     def _discounted_returns(
         self, rewards: NDArray[np.float64], done: NDArray[np.bool_]
@@ -227,27 +218,22 @@ class Collector:
             "env": self.env.state_dict(),
             "discounted": torch.from_numpy(self.discounted.copy()),
         }
-        for name in ("obs_moments", "return_moments"):
-            if moments := getattr(self, name):
-                state[f"{name}.mean"] = torch.from_numpy(moments.mean.copy())
-                state[f"{name}.squares"] = torch.from_numpy(moments.squares.copy())
-                state[f"{name}.count"] = torch.tensor(moments.count)
+        for name, moments in self._moments():
+            state |= {f"{name}.{part}": torch.tensor(x) for part, x in vars(moments).items()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was called; see :meth:`VectorEnv.load_state_dict`."""
-        self.load_statistics(state)
+        for name, moments in self._moments():
+            for part in vars(moments):
+                setattr(moments, part, state[f"{name}.{part}"].numpy().copy())
         begun = self.env.load_state_dict(state["env"])
         self.obs, self.discounted = self.env.obs, state["discounted"].numpy().copy()
         self.discounted[begun] = 0
 
-    def load_statistics(self, state: dict[str, Any]) -> None:
-        """Take over the normalisers alone: to evaluate, on other environments."""
-        for name in ("obs_moments", "return_moments"):
-            if moments := getattr(self, name):
-                moments.mean = state[f"{name}.mean"].numpy().copy()
-                moments.squares = state[f"{name}.squares"].numpy().copy()
-                moments.count = int(state[f"{name}.count"])
+    def _moments(self) -> list[tuple[str, RunningMoments]]:
+        named = ("obs_moments", self.obs_moments), ("return_moments", self.return_moments)
+        return [(name, moments) for name, moments in named if moments is not None]
 
 
 def normalize(moments: RunningMoments | None, obs: Array) -> Array:

@@ -161,9 +161,30 @@ class RunLog:
         self.file: FileIO | None = None
         self.writer: Any = None
         self.wandb: Any = None
+        self.opened = contextlib.ExitStack()
         if directory is None:
             return
         self.path = directory / METRICS
+        self._keep_rows(first)
+        with self._writing(), contextlib.ExitStack() as opened:
+            # Unbuffered: what a full disk refused is not tried again when the file is closed.
+            self.file = opened.enter_context(self.path.open("ab", buffering=0))
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+                # Its thread hands an error over to the next call, and prints a traceback besides.
+                self.hook, threading.excepthook = threading.excepthook, self._quiet
+                opened.callback(setattr, threading, "excepthook", self.hook)
+                steps = first * config.num_envs * config.num_steps
+                self.writer = SummaryWriter(str(directory), purge_step=steps + 1 if first else None)
+                opened.callback(self.writer.close)
+            if wandb:
+                settings = dataclasses.asdict(config)
+                self.wandb = begin_wandb(directory, {**wandb, "config": settings})
+                opened.callback(self.wandb.finish)
+            self.opened = opened.pop_all()
+
+    def _keep_rows(self, first: int) -> None:
         rows = self.path.read_bytes() if first and self.path.exists() else b""
         kept = rows.splitlines(True)[: first + 1]
         if first and (len(kept) <= first or not kept[-1].endswith(b"\n")):
@@ -172,20 +193,6 @@ class RunLog:
             )
         write_atomically(self.path, b"".join(kept))
         self.write_header = not first
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # seconds to import
-
-            steps = first * config.num_envs * config.num_steps
-            with self._writing():
-                self.writer = SummaryWriter(str(directory), purge_step=steps + 1 if first else None)
-            # Its thread hands an error over to the next call, and prints a traceback besides.
-            self.hook, threading.excepthook = threading.excepthook, self._quiet
-        # Unbuffered: what a full disk refused is not tried again when the file is closed.
-        self.file = self.path.open("ab", buffering=0)
-        if wandb:
-            self.wandb = import_wandb().init(
-                **wandb, dir=str(directory), config=dataclasses.asdict(config), resume="allow"
-            )
 
     def write(self, row: dict[str, float]) -> None:
         """Add the metrics of one update.
@@ -222,16 +229,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close what is open."""
-        with self._writing(), contextlib.ExitStack() as stack:
-            if self.writer is not None:
-                stack.callback(setattr, threading, "excepthook", self.hook)
-            for close in (
-                self.file and self.file.close,
-                self.writer and self.writer.close,
-                self.wandb and self.wandb.finish,
-            ):
-                if close:
-                    stack.callback(close)
+        with self._writing():
+            self.opened.close()
 
     def _quiet(self, failed: threading.ExceptHookArgs) -> None:
         if not isinstance(failed.exc_value, OSError):
@@ -258,4 +257,22 @@ def import_wandb() -> Any:
     except ImportError as error:
         raise HypergradRLError(
             f"Weights & Biases cannot be imported ({error}): pip install wandb, or train without it"
+        ) from error
+
+
+def begin_wandb(directory: Path, options: dict[str, Any]) -> Any:
+    """A run of Weights & Biases, begun or continued.
+
+    Raises:
+        HypergradRLError: it does not begin.
+    """
+    try:
+        return import_wandb().init(**options, dir=str(directory), resume="allow")
+    except HypergradRLError:
+        raise
+    except Exception as error:  # theirs are of many kinds
+        raise HypergradRLError(
+            f"Weights & Biases does not begin a run ({type(error).__name__}: {error}): run `wandb "
+            f"login`, or set WANDB_MODE=offline; then `resume {directory}` continues, nothing is "
+            "lost"
         ) from error

@@ -1,4 +1,4 @@
-"""Finished runs: found below directories, read, and put together by task and algorithm.
+"""Many runs: trained at once, found below directories, and put together by task and algorithm.
 
 Runs of one algorithm on one task are samples of the same thing only if their settings are the same
 but for the seed; what differs is either named, and then sets variants apart, or refused.
@@ -9,27 +9,38 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypergrad_rl.config import BLPOConfig, PPOConfig
+from tqdm import tqdm
+
 from hypergrad_rl.errors import ConfigError, RunDirectoryError
 from hypergrad_rl.report import Metrics, read_metrics, summarize
-from hypergrad_rl.run_directory import load_info
+from hypergrad_rl.run_directory import METRICS, Config, load_info
+from hypergrad_rl.trainer import train
 
 _MISSING = "(not recorded)"
-_FIELD_TYPES = {f.name: str(f.type) for c in (PPOConfig, BLPOConfig) for f in dataclasses.fields(c)}
+#: What run_info.json knows that tells runs apart as a setting does; how train calls it.
+OWN = {"own_networks": "networks=", "own_environment": "env_fn="}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory, the settings in its config.json, its metrics and figures."""
+    """A finished run: its directory, metrics and figures, and what tells it from others.
+
+    ``settings`` are those of its config.json and whether networks or environments were the user's
+    own; ``stop_at_return`` is what it was to stop at.
+    """
 
     path: Path
     settings: dict[str, Any]
+    stop_at_return: float | None
     metrics: Metrics
     final_return: float
     area: float
@@ -38,19 +49,27 @@ class Run:
     @property
     def command(self) -> str:
         """The command that makes this run again, every setting given whatever the presets say."""
-        words = ["python", "-m", "hypergrad_rl", "train"]
-        for name, value in self.settings.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool) and _FIELD_TYPES.get(name, "bool") == "bool":
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            elif isinstance(value, list):
-                words += [f"--{flag}", *map(str, value)]
-            else:
-                plain = value is None or isinstance(value, bool)
-                words += [f"--{flag}", str(value).lower() if plain else str(value)]
-        goal = load_info(self.path).get("stop_at_return")
+        settings = {name: x for name, x in self.settings.items() if name not in OWN}
+        goal = self.stop_at_return
         stop = [] if goal is None else ["--stop-at-return", str(goal)]
-        return shlex.join([*words, *stop, "--run-dir", str(self.path)])
+        line = shlex.join([*train_command(settings, self.path), *stop])
+        own = [words for name, words in OWN.items() if self.settings[name]]
+        return f"{line} # and, from Python, {' and '.join(own)} of one's own" if own else line
+
+
+def train_command(settings: Mapping[str, Any], run_dir: Path) -> list[str]:
+    """The words of the command that trains with these settings."""
+    words = ["python", "-m", "hypergrad_rl", "train"]
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool) and name != "compile":  # which is no switch: it may be "auto"
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            plain = value is None or isinstance(value, bool)
+            words += [f"--{flag}", str(value).lower() if plain else str(value)]
+    return [*words, "--run-dir", str(run_dir)]
 
 
 Tasks = dict[str, dict[str, list[Run]]]  # of each environment, the runs of each algorithm
@@ -102,12 +121,14 @@ def _read_run(directory: Path, steps: int | None) -> Run | str:
     table = directory / "metrics.csv"
     if not table.is_file() or table.read_bytes().count(b"\n") < 2:  # a header, or not even that
         return f"{directory} has made no step of {needed:,}"
+    info = load_info(directory)
+    settings |= {name: info.get(name) or False for name in OWN}
     metrics = read_metrics(directory)
     unknown = {"env_steps", "seconds", "episodes", "episode_return"} - set(metrics)
     if unknown:
         raise RunDirectoryError(f"{directory / 'metrics.csv'} lacks {', '.join(sorted(unknown))}")
     done = int(metrics["env_steps"][-1])
-    stopped = steps is None and load_info(directory).get("ended")  # early, which is an end too
+    stopped = steps is None and info.get("ended")  # early, which is an end too
     if done < needed and not stopped:
         return f"{directory} has made {done:,} of {needed:,} steps"
     if steps is not None:
@@ -118,7 +139,8 @@ def _read_run(directory: Path, steps: int | None) -> Run | str:
                 f"--steps {steps}; give more"
             )
         metrics = {name: column[kept] for name, column in metrics.items()}
-    return Run(directory, settings, metrics, **dataclasses.asdict(summarize(metrics)))
+    goal, figures = info.get("stop_at_return"), dataclasses.asdict(summarize(metrics))
+    return Run(directory, settings, goal, metrics, **figures)
 
 
 def group_runs(
@@ -186,3 +208,50 @@ def _check_alike(label: str, env: str, runs: Sequence[Run], named: set[str]) -> 
                 "the same run twice would make the interval too short; leave one out"
             )
         seeds[seed] = run
+
+
+def train_all(
+    runs: Mapping[Path, Config], jobs: int, tensorboard: bool
+) -> dict[Path, BaseException]:
+    """Train every run in a process of its own on one thread, ``jobs`` at a time.
+
+    One progress bar is for all. A run that fails is no reason to stop the others.
+
+    Returns:
+        What the runs that failed raised.
+    """
+    total = sum(c.num_updates * c.num_envs * c.num_steps for c in runs.values())
+    with (
+        tqdm(total=total, unit="step", unit_scale=True, desc=f"{len(runs)} runs") as bar,
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+    ):
+        waiting = {
+            path: pool.submit(_train, config, path, tensorboard) for path, config in runs.items()
+        }
+        done = 0
+        try:
+            while done < len(waiting):
+                time.sleep(0.5)
+                done = sum(future.done() for future in waiting.values())
+                bar.update(sum(map(_steps_done, runs)) - bar.n)
+                bar.set_postfix(finished=f"{done}/{len(runs)}", refresh=False)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {path: e for path, future in waiting.items() if (e := future.exception()) is not None}
+
+
+def _train(config: Config, run_dir: Path, tensorboard: bool) -> None:
+    train(config, run_dir, tensorboard=tensorboard, threads=1)
+
+
+def _steps_done(run_dir: Path) -> int:
+    """env_steps of the last whole row of a run's metrics, read from the end of the file."""
+    path = run_dir / METRICS
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2000))
+        rows = file.read().split(b"\n")[:-1]
+    cells: list[Any] = rows[-1].split(b",") if rows else []
+    return int(cells[1]) if len(cells) > 1 and cells[1].isdigit() else 0

@@ -21,54 +21,34 @@ _BLPO: dict[str, Any] = {
     "cg_rtol": 0.0,
 }
 
-# Their environments do not tell a time limit from an end, and neither do these runs.
-_COMMON: dict[str, Any] = {"bootstrap_truncated": False}
-
-# A minibatch is one environment's trajectory, so there are as many as environments. Of PPO no more
-# is known than a critic rate below BLPO's, annealing and clipping: one rate for both networks, the
-# number of minibatches and the entropy bonus are the usual ones (Huang et al. 2022).
+# Their environments do not tell a time limit from an end, and neither do these runs. A minibatch is
+# one environment's trajectory, so there are as many as environments. Of PPO no more is known than a
+# critic rate below BLPO's, annealing and clipping: one rate for both networks, the number of
+# minibatches and the entropy bonus are the usual ones (Huang et al. 2022).
 _DISCRETE: dict[str, Any] = {
-    **_COMMON,
-    "num_envs": 4,
-    "num_steps": 128,
-    "learning_rate": 2.5e-4,
-}
+    "bootstrap_truncated": False, "num_envs": 4, "num_steps": 128, "learning_rate": 2.5e-4,
+}  # fmt: skip
 _DISCRETE_PPO = {"critic_learning_rate": 2.5e-4, "num_minibatches": 4, "entropy_bonus": 0.01}
 _CONTINUOUS: dict[str, Any] = {
-    **_COMMON,
-    "num_envs": 32,
-    "num_steps": 640,
-    "learning_rate": 3e-4,
-    "normalize_observations": True,
-    "normalize_rewards": True,
-}
+    "bootstrap_truncated": False, "num_envs": 32, "num_steps": 640, "learning_rate": 3e-4,
+    "normalize_observations": True, "normalize_rewards": True,
+}  # fmt: skip
 _CONTINUOUS_PPO = {"critic_learning_rate": 3e-4, "num_minibatches": 32, "entropy_bonus": 0.0}
 
 
+def _task(
+    common: dict[str, Any], ppo: dict[str, Any], steps: int, rate: float, nested: int, bound: float
+) -> Settings:
+    blpo = {"critic_learning_rate": rate, "nested_steps": nested, "correction_bound": bound}
+    return {"all": {**common, "total_steps": steps}, "ppo": ppo, "blpo": {**_BLPO, **blpo}}
+
+
 def _discrete(total_steps: int, nested_steps: int, bound: float) -> Settings:
-    return {
-        "all": {**_DISCRETE, "total_steps": total_steps},
-        "ppo": _DISCRETE_PPO,
-        "blpo": {
-            **_BLPO,
-            "critic_learning_rate": 1e-3,
-            "nested_steps": nested_steps,
-            "correction_bound": bound,
-        },
-    }
+    return _task(_DISCRETE, _DISCRETE_PPO, total_steps, 1e-3, nested_steps, bound)
 
 
 def _continuous(nested_steps: int, bound: float, total_steps: int = 8_000_000) -> Settings:
-    return {
-        "all": {**_CONTINUOUS, "total_steps": total_steps},
-        "ppo": _CONTINUOUS_PPO,
-        "blpo": {
-            **_BLPO,
-            "critic_learning_rate": 1.2e-3,
-            "nested_steps": nested_steps,
-            "correction_bound": bound,
-        },
-    }
+    return _task(_CONTINUOUS, _CONTINUOUS_PPO, total_steps, 1.2e-3, nested_steps, bound)
 
 
 PAPER: dict[str, Settings] = {

@@ -14,6 +14,11 @@ OBS, ACTIONS, STEPS = 3, 3, 12
 GAMMA, LAMBDA, CLIP = 0.99, 0.95, 0.2
 POLICY = CategoricalPolicy(ACTIONS)
 Problem = tuple[Params, Params, Batch]
+#: The options of the published update.
+PAPER: dict[str, Any] = {
+    "curvature": "hessian", "cross_term": "paper", "outer_objective": "advantage",
+    "sketch": "columns", "correction_bound": 1.4,
+}  # fmt: skip
 
 
 def double(params: Params) -> Params:
@@ -91,3 +96,14 @@ def outer_gradients(
     d, stats = direct_gradient(POLICY, actor, batch, advantages, settings)
     v = follower_gradient(critic, stats.pop("log_ratio"), batch, settings)
     return d, v, stats
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A checkpoint's state by paths, without the time that it took."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= leaves(value, f"{prefix}{key}/")
+        elif key != "seconds":
+            flat[prefix + key] = value.tolist() if isinstance(value, Tensor) else value
+    return flat

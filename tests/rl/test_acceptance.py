@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hypergrad_rl import preset
-from hypergrad_rl.cli import train_all
 from hypergrad_rl.report import read_metrics, summarize
+from hypergrad_rl.runs import train_all
 
 
 @pytest.mark.slow
@@ -18,6 +18,6 @@ def test_cartpole(algo: str, expected: int, tmp_path: Path) -> None:
         tmp_path / str(seed): preset(algo, "CartPole-v1", total_steps=500_000, seed=seed)
         for seed in range(3)
     }
-    train_all(runs, jobs=2, threads=1, tensorboard=False)
+    train_all(runs, jobs=2, tensorboard=False)
     returns = [summarize(read_metrics(run)).final_return for run in runs]
     assert np.mean(returns) >= expected, returns

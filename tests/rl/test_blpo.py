@@ -32,13 +32,7 @@ from tests.rl.small import (
     gradient,
     outer_gradients,
     shifted,
-    small_problem,
 )
-
-
-@pytest.fixture
-def problem() -> Problem:
-    return small_problem()
 
 
 def naive_advantages(critic: Params, batch: Batch) -> tuple[Tensor, Tensor]:

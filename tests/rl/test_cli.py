@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from hypergrad_rl import load_config, trainer
+from hypergrad_rl import load_config
 from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.cli import main
 from hypergrad_rl.run_directory import held
@@ -28,9 +28,7 @@ PPO = ["train", "--algo", "ppo", *QUICK]
 Refused = Callable[..., str]
 
 
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "_draw", lambda directory: None)  # a second of Matplotlib
+pytestmark = pytest.mark.usefixtures("no_curve")
 
 
 @pytest.fixture
@@ -278,6 +276,15 @@ def test_weights_and_biases_where_it_is_installed(
     os.remove(run / "checkpoint.safetensors")  # noqa: PTH107
     assert main(["resume", str(run), "--no-tensorboard"]) == 0
     assert begun[1]["id"] == begun[0]["id"]  # the same run of theirs
+
+    def fail(**options: Any) -> Any:
+        raise RuntimeError("no\nnetwork")
+
+    fake.init, other = fail, tmp_path / "other"
+    message = refused(*PPO, "--wandb", "p", "--run-dir", str(other))
+    assert "does not begin a run (RuntimeError: no network): run `wandb login`" in message
+    fake.init = init
+    assert main(["resume", str(other), "--no-tensorboard"]) == 0
     assert all(np.isfinite(list(row.values())).all() for _, row in rows)
 
 

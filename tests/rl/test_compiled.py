@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import gymnasium as gym
@@ -25,6 +24,7 @@ from hypergrad_rl.networks import (
     init_critic,
 )
 from hypergrad_rl.rollout import Rollout
+from tests.rl.small import PAPER
 
 # PyTorch's own, on the way into its compiler.
 INNER_DEPRECATIONS = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
@@ -33,10 +33,6 @@ POLICIES: dict[str, Policy] = {"discrete": CategoricalPolicy(3), "continuous": G
 #: Small enough to compile in seconds.
 SMALL: dict[str, Any] = {"num_envs": 2, "num_steps": 8, "hidden": (4,), "epochs": 1}
 BLPO = {**SMALL, "nested_steps": 1, "rank": 3, "damping": 1.0}
-PAPER = {
-    "curvature": "hessian", "cross_term": "paper", "outer_objective": "advantage",
-    "sketch": "columns", "correction_bound": 1.4,
-}  # fmt: skip
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("ppo", {**SMALL, "num_minibatches": 2}),
     "nested": ("nested", {**SMALL, "nested_steps": 2}),
@@ -51,14 +47,6 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "preconditioned": ("blpo", {**BLPO, "solver": "nystrom_pcg"}),
     "automatic damping": ("blpo", {**BLPO, **PAPER, "damping": "auto"}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def agent_of(arm: str, actions: str, backend: str | None, **settings: Any) -> Agent:

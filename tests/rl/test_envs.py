@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from hypergrad_rl.errors import (
 )
 from hypergrad_rl.presets import STYLES
 from hypergrad_rl.rollout import Collector
+from tests.rl.conftest import Register
 
 
 class Scripted(gym.Env[Any, Any]):
@@ -36,7 +36,6 @@ class Scripted(gym.Env[Any, Any]):
         raises: int = -1,
         bad_obs: int = -1,
         bad_reward: int = -1,
-        render_mode: str | None = None,
     ) -> None:
         self.end, self.hidden = end, hidden
         self.raises, self.bad_obs, self.bad_reward = raises, bad_obs, bad_reward
@@ -57,22 +56,6 @@ class Scripted(gym.Env[Any, Any]):
         obs = np.array([np.nan if self.steps == self.bad_obs else self.x, self.steps], np.float32)
         reward = float("inf") if self.steps == self.bad_reward else self.x
         return obs, reward, self.steps >= self.end, False, {}
-
-
-@pytest.fixture
-def scripted() -> Iterator[Callable[..., str]]:
-    """Ids of Scripted variants, registered for one test."""
-    ids: list[str] = []
-
-    def make(limit: int | None = None, **kwargs: Any) -> str:
-        name = f"Scripted{len(ids)}-v0"
-        gym.register(name, lambda **kw: Scripted(**kw), max_episode_steps=limit, kwargs=kwargs)
-        ids.append(name)
-        return name
-
-    yield make
-    for name in ids:
-        del gym.registry[name]
 
 
 def random_actions(env: VectorEnv, steps: int, rng: np.random.Generator) -> list[Any]:
@@ -236,19 +219,32 @@ def torch_copy(state: dict[str, Any]) -> dict[str, Any]:
     return {**json.loads(json.dumps(rest)), **tensors}
 
 
+def test_a_state_costs_no_copy_and_stays_as_it_was() -> None:
+    env = VectorEnv("Pendulum-v1", 2)
+    env.reset(seed=0)
+    rng, states = np.random.default_rng(0), []
+    for action in random_actions(env, 900, rng):  # more than the first buffer, and episodes end
+        state = env.state_dict()
+        states.append((state, torch_copy(state)))
+        assert np.shares_memory(state["actions"].numpy(), env.taken) or not state["actions"].numel()
+        env.step(action)
+    for state, then in states:
+        assert all(torch.equal(state[name], then[name]) for name in ("actions", "obs"))
+
+
 def test_hidden_randomness_is_reported_and_new_episodes_begin(
-    scripted: Callable[..., str],
+    registered: Register,
 ) -> None:
-    env_id = scripted(hidden=True)
+    env_id = registered(Scripted, hidden=True)
     env, again = VectorEnv(env_id, 2), VectorEnv(env_id, 2)
     env.reset(seed=0)
     for _ in range(12):
         env.step(np.zeros(2, np.int64))
     with pytest.warns(EnvironmentNotReproducible, match=r"Scripted0-v0: .* environments \[0, 1\]"):
         assert again.load_state_dict(env.state_dict()) == [0, 1]
-    assert again.episodes == [2, 2]
+    assert again.episodes.tolist() == [2, 2]
     assert again.obs[:, 1].tolist() == [0, 0]
-    assert again.returns == [0, 0]
+    assert again.returns.tolist() == [0, 0]
 
 
 def test_states_do_not_fit_other_numbers_of_environments() -> None:
@@ -258,8 +254,8 @@ def test_states_do_not_fit_other_numbers_of_environments() -> None:
         VectorEnv("CartPole-v1", 3).load_state_dict(env.state_dict())
 
 
-def test_every_episode_has_a_seed_of_its_own(scripted: Callable[..., str]) -> None:
-    env = VectorEnv(scripted(end=1), 2)
+def test_every_episode_has_a_seed_of_its_own(registered: Register) -> None:
+    env = VectorEnv(registered(Scripted, end=1), 2)
     firsts = [env.reset(seed=3).copy()]
     firsts += [env.step(np.zeros(2, np.int64)).obs.copy() for _ in range(4)]
     assert len(np.unique(np.array(firsts)[..., 0])) == 10
@@ -269,10 +265,10 @@ def test_every_episode_has_a_seed_of_its_own(scripted: Callable[..., str]) -> No
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_restored_collector_goes_on_as_if_nothing_had_been(
-    normalize: bool, scripted: Callable[..., str]
+    normalize: bool, registered: Register
 ) -> None:
     config = PPOConfig(
-        env=scripted(end=11, limit=8), num_envs=3, num_steps=20, num_minibatches=1,
+        env=registered(Scripted, end=11, limit=8), num_envs=3, num_steps=20, num_minibatches=1,
         normalize_observations=normalize, normalize_rewards=normalize,
     )  # fmt: skip
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
@@ -297,9 +293,9 @@ def collect(env_id: str) -> None:
         collector.collect(actor)
 
 
-def test_an_environment_that_raises_is_named(scripted: Callable[..., str]) -> None:
+def test_an_environment_that_raises_is_named(registered: Register) -> None:
     with pytest.raises(EnvironmentFault) as caught:
-        collect(scripted(raises=7))
+        collect(registered(Scripted, raises=7))
     message = "Scripted0-v0 (environment 0, episode 0, step 7) raised ValueError: out of fuel"
     assert str(caught.value) == message
     assert isinstance(caught.value.__cause__, ValueError)
@@ -315,9 +311,9 @@ def test_an_environment_that_raises_is_named(scripted: Callable[..., str]) -> No
     ],
 )
 def test_what_is_not_finite_is_named(
-    settings: dict[str, Any], message: str, scripted: Callable[..., str]
+    settings: dict[str, Any], message: str, registered: Register
 ) -> None:
-    env_id = scripted(**settings)
+    env_id = registered(Scripted, **settings)
     if not message:  # the fault lies behind the episode's end
         return collect(env_id)
     with pytest.raises(EnvironmentFault, match=message):

@@ -31,7 +31,6 @@ from tests.rl.small import (
     dense_curvature,
     flat,
     outer_gradients,
-    small_problem,
 )
 
 SINGLE_PASS: list[dict[str, Any]] = [
@@ -40,11 +39,6 @@ SINGLE_PASS: list[dict[str, Any]] = [
     {"sketch": "gaussian", "sketch_every": 2},
     {"sketch": "columns", "sketch_every": 2},
 ]
-
-
-@pytest.fixture
-def problem() -> Problem:
-    return small_problem()
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,6 +1,6 @@
 """Networks of one's own: any module as a function of its parameters, and its Jacobian."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,9 @@ from hypergrad_rl.networks import (
     init_mlp,
 )
 from hypergrad_rl.trainer import make_agent, make_collector
-from tests.rl.small import small_problem
+from tests.rl import small
 
 OBS = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -180,18 +172,15 @@ SMALL: dict[str, Any] = {
     "num_envs": 2, "num_steps": 16, "total_steps": 64, "epochs": 1, "compile": False,
 }  # fmt: skip
 BLPO: dict[str, Any] = {**SMALL, "nested_steps": 2, "rank": 6, "damping": 10.0}
-PAPER: dict[str, Any] = {
-    "curvature": "hessian", "cross_term": "paper", "outer_objective": "advantage",
-    "sketch": "columns", "correction_bound": 1.4,
-    "damping": 200.0,  # above the Hessian's negative curvature, at which CG stops with nothing
-}  # fmt: skip
+# Damped above the Hessian's negative curvature, at which CG stops with nothing.
+PAPER = {**small.PAPER, "damping": 200.0}
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 def test_the_response_of_any_critic_is_that_of_dense_matrices(curvature: str) -> None:
     value_fn = Critic(lambda obs_dim: layer_norm(obs_dim).double())
     w = value_fn.init(OBS, (), seeded(0))
-    _, _, batch = small_problem()
+    _, _, batch = small.small_problem()
     obs = torch.randn(*batch.targets.shape, OBS, generator=seeded(1), dtype=torch.float64)
     batch.obs = obs
     shapes, point = shapes_of(w), flatten(w)

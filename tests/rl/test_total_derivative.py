@@ -69,7 +69,7 @@ def sampled(mdp: TabularMDP, response: Tensor, config: BLPOConfig) -> tuple[Tens
     return all_steps.mean(0), all_steps.std(0) / groups**0.5
 
 
-def settings(cross_term: str, objective: str) -> BLPOConfig:
+def settings(cross_term: Any, objective: Any) -> BLPOConfig:
     # The bias makes the critic's Hessian singular, on directions that change no value.
     return BLPOConfig(
         gamma=GAMMA, gae_lambda=LAMBDA, solver="exact", curvature="hessian", damping=1e-9,

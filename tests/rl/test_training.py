@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,9 @@ from hypergrad_rl.errors import (
 from hypergrad_rl.report import read_metrics, summarize, to_metrics
 from hypergrad_rl.rollout import Collector
 from hypergrad_rl.trainer import make_agent
+from tests.rl.conftest import Register
 
 ALGOS = ("ppo", "nested", "blpo")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Countdown(gym.Env[Any, Any]):
@@ -43,9 +35,7 @@ class Countdown(gym.Env[Any, Any]):
     observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
     action_space: gym.Space[Any] = gym.spaces.Discrete(2, start=3)
 
-    def __init__(
-        self, end: int = 10**9, fault: int | None = None, render_mode: str | None = None
-    ) -> None:
+    def __init__(self, end: int = 10**9, fault: int | None = None) -> None:
         self.end, self.fault = end, fault
 
     def reset(
@@ -63,30 +53,14 @@ class Countdown(gym.Env[Any, Any]):
         return obs, reward, self.steps >= self.end, False, {}
 
 
-@pytest.fixture
-def countdown(request: Any) -> Iterator[Callable[..., str]]:
-    """Ids of Countdown variants, registered for one test."""
-    ids: list[str] = []
-
-    def make(limit: int | None = None, **kwargs: Any) -> str:
-        name = f"Countdown{len(ids)}-v0"
-        gym.register(name, lambda **kw: Countdown(**kw), max_episode_steps=limit, kwargs=kwargs)
-        ids.append(name)
-        return name
-
-    yield make
-    for name in ids:
-        del gym.registry[name]
-
-
 def collector_of(env_id: str, **settings: Any) -> tuple[Collector, VectorEnv]:
     config = PPOConfig(env=env_id, num_envs=2, num_steps=7, **settings)
     env = VectorEnv(env_id, 2)
     return Collector(env, config, torch.Generator().manual_seed(0)), env
 
 
-def test_rollout_keeps_final_observations_and_true_returns(countdown: Callable[..., str]) -> None:
-    collector, env = collector_of(countdown(limit=3))
+def test_rollout_keeps_final_observations_and_true_returns(registered: Register) -> None:
+    collector, env = collector_of(registered(Countdown, limit=3))
     actor = env.policy.init(1, (4,), torch.Generator())
     rollout, episodes = collector.collect(actor)
     assert rollout.obs[0, :, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
@@ -99,19 +73,17 @@ def test_rollout_keeps_final_observations_and_true_returns(countdown: Callable[.
     assert episodes.returns == [3.0] * 4
 
 
-def test_terminations_are_told_from_time_limits(countdown: Callable[..., str]) -> None:
-    collector, env = collector_of(countdown(limit=5, end=2))
+def test_terminations_are_told_from_time_limits(registered: Register) -> None:
+    collector, env = collector_of(registered(Countdown, limit=5, end=2))
     rollout, _ = collector.collect(env.policy.init(1, (4,), torch.Generator()))
     assert torch.equal(rollout.terminated, rollout.done)
     assert rollout.terminated[0].tolist() == [False, True] * 3 + [False]
 
 
 @pytest.mark.parametrize("bootstrap", [True, False])
-def test_time_limits_are_bootstrapped_unless_refused(
-    bootstrap: bool, countdown: Callable[..., str]
-) -> None:
+def test_time_limits_are_bootstrapped_unless_refused(bootstrap: bool, registered: Register) -> None:
     settings = {"num_minibatches": 2, "bootstrap_truncated": bootstrap}
-    collector, _ = collector_of(countdown(limit=3), **settings)
+    collector, _ = collector_of(registered(Countdown, limit=3), **settings)
     config = collector.config
     assert isinstance(config, PPOConfig)
     agent = make_agent(config, collector, collector.generator)
@@ -128,11 +100,13 @@ def test_time_limits_are_bootstrapped_unless_refused(
     torch.testing.assert_close(batch.targets[:, -1], goes_on)
 
 
-def test_a_nan_reward_stops_training_with_a_message(
-    countdown: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_nan_reward_stops_training_with_a_message(registered: Register, tmp_path: Path) -> None:
     config = PPOConfig(
-        env=countdown(fault=3), num_envs=1, num_steps=8, num_minibatches=1, total_steps=8
+        env=registered(Countdown, fault=3),
+        num_envs=1,
+        num_steps=8,
+        num_minibatches=1,
+        total_steps=8,
     )
     with pytest.raises(EnvironmentFault, match=r"step 3.* non-finite reward"):
         train(config, tmp_path)
@@ -251,7 +225,7 @@ def test_a_used_run_directory_is_refused_and_keeps_its_content(
 
 
 def test_unknown_and_unsupported_environments(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    registered: Register, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     command = ["train", "--env", "CartPol-v1", "--run-dir", str(tmp_path / "run")]
     assert main(command) == 2
@@ -263,16 +237,13 @@ def test_unknown_and_unsupported_environments(
     class Odd(Countdown):
         pass
 
-    gym.register("Odd-v0", lambda **kw: Odd(**kw))
-    try:
-        Odd.action_space = gym.spaces.MultiDiscrete([2, 2])
-        with pytest.raises(EnvironmentUnsupported, match="action space MultiDiscrete"):
-            VectorEnv("Odd-v0", 1)
-        Odd.observation_space = gym.spaces.Discrete(3)
-        with pytest.raises(EnvironmentUnsupported, match="observation space Discrete"):
-            VectorEnv("Odd-v0", 1)
-    finally:
-        del gym.registry["Odd-v0"]
+    odd = registered(Odd)
+    Odd.action_space = gym.spaces.MultiDiscrete([2, 2])
+    with pytest.raises(EnvironmentUnsupported, match="action space MultiDiscrete"):
+        VectorEnv(odd, 1)
+    Odd.observation_space = gym.spaces.Discrete(3)
+    with pytest.raises(EnvironmentUnsupported, match="observation space Discrete"):
+        VectorEnv(odd, 1)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +255,12 @@ def test_unknown_and_unsupported_environments(
         ("ppo", {"num_minibatches": 512}, "at least 2 samples per minibatch of the 512"),
         ("ppo", {"hidden": ()}, "one or more widths"),
         ("ppo", {"hidden": 5}, "hidden=5: expected one or more widths"),
-        ("ppo", {"seed": 2**64}, "seed=18446744073709551616: expected an integer below 2"),
+        ("ppo", {"hidden": (True,)}, r"hidden=\(True,\): expected one or more widths"),
+        ("ppo", {"env": 5}, "env=5: expected a text"),
+        ("ppo", {"compile": 1}, 'compile=1: expected True or False or "auto"'),
+        ("blpo", {"damping": True}, 'damping=True: expected a number > 0 or "auto"'),
+        ("blpo", {"rank": True}, "rank=True: expected an integer >= 1"),
+        ("ppo", {"seed": 2**64}, "seed=18446744073709551616: expected an integer >= 0 and below 2"),
         ("ppo", {"rank": 5}, "rank=5: expected a hyper-parameter of ppo"),
         ("blpo", {"rank": 0}, "rank=0: expected an integer >= 1"),
         ("blpo", {"damping": 0.0}, "damping=0.0: expected a number > 0"),
@@ -340,10 +316,14 @@ def test_compare_reports_every_algorithm(
         "compare", "--algos", "ppo", "nested", "--seeds", "0", "1", "--total-steps", "1024",
         "--run-dir", str(tmp_path), "--jobs", "2", "--nested-steps", "2", "--no-tensorboard",
     ]  # fmt: skip
-    assert main(command) == 0
-    table = capsys.readouterr().out
+    (tmp_path / "ppo-1").write_text("")  # no directory: this run fails
+    assert main(command) == 1
+    table, errors = capsys.readouterr()
     assert "return, last tenth" in table
     assert "nested" in table
+    (line,) = [text for text in errors.split("\n") if text.startswith("hypergrad_rl: ")]
+    assert f"cannot write into {tmp_path / 'ppo-1'}" in line
+    assert f"{tmp_path / 'ppo-1'} is not finished: python -m hypergrad_rl train --algo ppo" in line
     assert (tmp_path / "comparison.png").stat().st_size > 0
     assert dataclasses.asdict(load_config(tmp_path / "nested-1"))["nested_steps"] == 2
     assert main(command) == 2
