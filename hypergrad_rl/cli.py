@@ -28,7 +28,7 @@ from hypergrad_rl.trainer import train
 
 PROGRAM = ("python", "-m", "hypergrad_rl")
 Algo = Literal["ppo", "nested", "blpo"]
-Style = Literal["tuned", "paper"]
+Style = Literal["tuned", "paper", "fast"]
 #: Words of the command line in the place of Python's.
 _WORDS: dict[str, tuple[Any, dict[Any, Any]]] = {
     "compile": (Literal["auto", "true", "false"], {"true": True, "false": False}),
@@ -65,7 +65,7 @@ class Train:
     """a Gymnasium id"""
     seed: int = 0
     style: Style = "tuned"
-    """the task's preset: ours, or the published one"""
+    """the preset of the task: ours, the published one, or the quickest of equal returns"""
     run_dir: Path | None = None
     """default: runs/ENV-ALGO-SEED"""
     stop_at_return: float | None = None

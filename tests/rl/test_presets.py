@@ -15,7 +15,7 @@ def test_the_tasks_are_those_of_the_paper() -> None:
     assert set(TASKS) <= set(STYLES["tuned"])
 
 
-@pytest.mark.parametrize("style", ["tuned", "paper"])
+@pytest.mark.parametrize("style", list(STYLES))
 @pytest.mark.parametrize("algo", ["ppo", "nested", "blpo"])
 def test_every_preset_is_valid(style: str, algo: str) -> None:
     for env in STYLES[style]:
@@ -49,9 +49,20 @@ def test_the_published_settings() -> None:
 
 
 def test_unknown_styles_and_tasks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="style='published': expected one of tuned, paper"):
+    with pytest.raises(ConfigError, match="style='published': expected one of tuned, paper, fast"):
         preset("ppo", "CartPole-v1", style="published")
-    with pytest.raises(ConfigError, match="no published settings for 'Pendulum-v1'"):
+    with pytest.raises(ConfigError, match="no paper settings for 'Pendulum-v1'"):
         preset("ppo", "Pendulum-v1", style="paper")
     assert preset("ppo", "Pendulum-v1").gamma == 0.9
     assert preset("ppo", "Other-v0").total_steps == 500_000
+
+
+def test_fast_settings_are_the_tuned_ones_solved_exactly_with_fewer_nested_steps() -> None:
+    for env in STYLES["fast"]:
+        fast, tuned = (preset("blpo", env, style=style) for style in ("fast", "tuned"))
+        assert isinstance(fast, BLPOConfig)
+        assert isinstance(tuned, BLPOConfig)
+        assert dataclasses.replace(fast, solver="nystrom", nested_steps=10) == tuned
+        assert preset("ppo", env, style="fast") == preset("ppo", env)
+        nested = preset("nested", env, style="fast")
+        assert (nested.algo, nested.gradient_steps < fast.gradient_steps) == ("nested", True)
