@@ -91,7 +91,7 @@ def test_commands_that_are_none(refused: Refused, tmp_path: Path) -> None:
         (("train", "--damping", "much"), "--damping"),
         (("train", "--gamma", "2"), r"gamma=2.0: expected a number in [0, 1]"),
         (("train", "--algo", "ppo", "--rank", "3"), "rank=3: expected a hyper-parameter of ppo"),
-        (("train", "--style", "paper", "--env", "Pendulum-v1"), "no published settings"),
+        (("train", "--style", "paper", "--env", "Pendulum-v1"), "no paper settings"),
         (("resume",), "Missing"),
         (("resume", run), "holds no run"),
         (("evaluate", run), "holds no run"),
