@@ -72,11 +72,11 @@ def test_a_residual_as_large_as_v_is_found_by_a_product_and_warned_of() -> None:
 
 def test_an_estimate_is_near_the_residual() -> None:
     # Where one row more or less makes little difference.  The square is a mean of ten squares of
-    # nearly normal numbers: a fifteenth or three times as large once in ten thousand draws.
+    # nearly normal numbers: below a 25th of the mean, or nine times it, in none of ten thousand.
     a = matrix(1.0 / torch.arange(1.0, N + 1, dtype=F64))
     ratios = []
     for seed in range(40):
-        v = right_hand_side(seed)
+        v = right_hand_side(1000 + seed)  # not a row of the test matrix
         estimate, true = (
             solved(a, v, generator=generator(seed), check=check).info
             for check in ("estimate", True)
@@ -85,7 +85,7 @@ def test_an_estimate_is_near_the_residual() -> None:
             ratios.append(estimate.residual_norm / true.residual_norm)
     assert len(ratios) > 20
     assert 0.6 < sorted(ratios)[len(ratios) // 2] < 1.6
-    assert min(ratios) > 15**-0.5
+    assert min(ratios) > 0.2
     assert max(ratios) < 3
 
 
@@ -97,7 +97,7 @@ def test_what_passes_the_estimate_is_smaller_than_v(seed: int) -> None:
         a = matrix(name.to(F64))
         for trial in range(60):
             source = 1000 * seed + trial
-            v = right_hand_side(source)
+            v = right_hand_side(10**6 + source)
             v = a @ v if trial % 2 else v
             for damping in ("auto", 0.1, 0.03):
                 options = {"damping": damping, "complement": "zero"}
