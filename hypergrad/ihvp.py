@@ -204,12 +204,9 @@ def nystrom_ihvp(
         DampingError: damping is not positive.
         HypergradError: see :func:`hypergrad.solve`.
 
-    Cost: ``rank`` HVPs of a float32 operator where estimates from those products alone show a
-    residual well below v; else, and always with ``return_info``, up to one to check the sketch and
-    one to check the answer (which is the same, unless the first of them finds negative curvature
-    that the estimates cannot see; see ``check`` of :class:`hypergrad.Nystrom`).  ``rank`` more
-    where there is negative curvature or rounding asks for a second pass, five where the last
-    eigenvalue of the sketch exceeds half the damping, ten to estimate the diagonal.  See
+    Cost: ``rank`` HVPs, one to check the sketch and one to check the answer; ``rank`` more where
+    there is negative curvature or rounding asks for a second pass, five where the sketch's last
+    eigenvalue exceeds half the damping, ten to estimate the diagonal.  See
     :class:`hypergrad.Nystrom`, also for what :func:`hypergrad.solve` takes besides: a policy for
     negative curvature, no complement, no checks, a known diagonal, tolerance and cap of an
     automatic rank; to reuse a sketch, :func:`hypergrad.nystrom_sketch`.
@@ -221,8 +218,7 @@ def nystrom_ihvp(
         >>> hypergrad.nystrom_ihvp(lambda v: a @ v, v, rank=2, damping=1.0)
         tensor([1., 1., 0., 1.])
     """
-    # Who asks for no report is told of a failure by the warning alone.
-    solver = Nystrom(rank, sketch, generator, check=True if return_info else "estimate")
+    solver = Nystrom(rank=rank, sketch=sketch, generator=generator)
     return _one_call(hvp_fn, v, solver, damping, None, return_info)
 
 

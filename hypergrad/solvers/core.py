@@ -204,7 +204,7 @@ class Core:
         limit = 3.0 * self.eps * largest + self.eps**_WORTH_A_PASS * damping
         if rounding * root(float(squared.trace())) <= limit:  # the Frobenius norm is no smaller
             return False
-        return rounding * root(float(np.linalg.eigvalsh(squared)[-1])) > limit  # |Y W^+|
+        return bool(rounding * root(float(np.linalg.eigvalsh(squared)[-1])) > limit)  # |Y W^+|
 
     def blurred(self, damping: float) -> bool:
         """Whether the rounding of the core's eigenvalues could be felt at this damping.

@@ -233,7 +233,7 @@ class FactoredSketch:
         """
         part = 2.0 / (9.0 * len(self.drawn.omega))
         quantile = max(0.0, 1.0 - part - _ONE_PERCENT * part**0.5) ** 3
-        return min(0.5, quantile**0.5)
+        return float(min(0.5, quantile**0.5))
 
 
 def combined_wide(coefficients: Numbers, rows: Tensor, wide: torch.dtype) -> Tensor:

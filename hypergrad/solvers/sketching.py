@@ -86,14 +86,14 @@ def make_sketch(
             f"1 <= rank <= {n}."
         )
     before = system.num_hvps
-    gaussian = options.rank != "auto" and options.sketch == "gaussian"
-    large = gaussian and worth_streaming(options.rank, n)
-    narrow_products = gaussian and is_narrow(system, options.rank)
-    if large and not (once and narrow_products and held_twice(options.rank, n)):
-        found = streamed_approximation(system, options.rank, options.generator, options.check)
+    fixed = options.rank if options.rank != "auto" and options.sketch == "gaussian" else None
+    large = fixed is not None and worth_streaming(fixed, n)
+    narrow_products = fixed is not None and is_narrow(system, fixed)
+    if fixed and large and not (once and narrow_products and held_twice(fixed, n)):
+        found = streamed_approximation(system, fixed, options.generator, options.check)
         return _finish(system, found, options, before, None, streamed=True)
-    if narrow_products:
-        drawn = NarrowSketch.draw(system, options.rank, options.generator)
+    if fixed and narrow_products:
+        drawn = NarrowSketch.draw(system, fixed, options.generator)
         narrow = _narrow_approximation(system, drawn, options, large)
         if isinstance(narrow, FactoredSketch):
             least = TAIL_THAT_MATTERS * _damping_of(narrow, system)
@@ -266,8 +266,10 @@ def _damping_of(sketch: FactoredSketch, system: DampedSystem) -> float:
 def _with_basis(sketch: FactoredSketch, system: DampedSystem, large: bool) -> Approximation:
     wide, drawn = system.b.dtype, sketch.drawn
     if large:
-        values, trace = sketch.eigenvalues, drawn.core.trace(float(sketch.eigenvalues.sum()))
-        return streamed_basis(system, drawn.core.products, values, sketch.combination, trace)
+        trace = drawn.core.trace(float(sketch.eigenvalues.sum()))
+        return streamed_basis(
+            system, drawn.core.products, sketch.eigenvalues, sketch.combination, trace
+        )
     basis = sketch.drawn.basis(sketch.combination, sketch.eigenvalues, wide)
     values = torch.from_numpy(sketch.eigenvalues.copy()).to(basis.device)
     trace = sketch.drawn.core.trace(float(sketch.eigenvalues.sum()))
