@@ -216,7 +216,7 @@ class Core:
         sizes, values = self.sizes[heard], self.values[heard]
         w = np.maximum(values, self.noise)
         b = sizes * (sizes / w)
-        change = self.noise / w * b * damping / (b + damping) ** 2
+        change = self.noise / w * (b / (b + damping)) * (damping / (b + damping))
         # A direction that would be dropped changes the answer by all that it would contribute.
         change = np.where(values <= _CORE_NOISE * self.noise, b / (b + damping), change)
         return bool((change > self.eps**_WORTH_A_PASS).any())

@@ -188,7 +188,9 @@ def test_products_too_many_to_be_widened_are_held_twice(
     if definite:
         assert torch.equal(small.value, large.value)
     assert large.info.relative_residual < 1
-    assert (large.info.smallest_eigenvalue < -0.4) == (not definite)
+    smallest = large.info.smallest_eigenvalue
+    assert smallest is not None
+    assert (smallest < -0.4) == (not definite)
 
 
 def test_an_eigenvalue_out_of_all_proportion_is_looked_at() -> None:
