@@ -55,6 +55,8 @@ nitpick_ignore_regex = [
     (r"py:.*", rf"({FOREIGN})\..*"),
     # What a sketch knows of what it left out is its own affair.
     (r"py:class", r"hypergrad\.solvers\.complement\.Complement"),
+    # The two loops that AmIGO and stocBiO share are described with each of them.
+    (r"py:class", r"hypergrad\.bilevel\.single_loop\.steppers\.InnerLoops"),
     # An implicitly differentiated solver is made by its decorator, from what the caller gave.
     (r"py:class", r"hypergrad\.bilevel\.implicit_rules\.Configuration"),
     # Annotations of the agents name internal classes; public names are resolved below.

@@ -104,9 +104,9 @@ class Agent(ABC):
         rollout: tuple[Tensor, ...],
         rows: tuple[Any, ...],
     ) -> tuple[AdamState, AdamState, dict[str, Tensor], Any, Tensor]:
-        # What a scan reads may share no memory, as states and next states may.
-        batch = self._batch(actor, critic, Rollout(*(field.clone() for field in rollout)))
-        tensors = self._samples(batch).tensors()
+        batch = self._batch(actor, critic, Rollout(*rollout))
+        # What a scan reads may share no memory, as states and next states, or ends, may.
+        tensors = tuple(field.clone() for field in self._samples(batch).tensors())
 
         def step(carry: tuple[Any, Any, Any], row: Any) -> tuple[tuple[Any, Any, Any], Any]:
             states = AdamState(*carry[0]), AdamState(*carry[1])

@@ -35,18 +35,25 @@ SMALL: dict[str, Any] = {"num_envs": 2, "num_steps": 8, "hidden": (4,), "epochs"
 BLPO = {**SMALL, "nested_steps": 1, "rank": 3, "damping": 1.0}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("ppo", {**SMALL, "num_minibatches": 2}),
+    "ppo, time limits as ends": (
+        "ppo",
+        {**SMALL, "num_minibatches": 2, "bootstrap_truncated": False},
+    ),
+    "uneven minibatches": ("ppo", {**SMALL, "num_minibatches": 3}),
     "nested": ("nested", {**SMALL, "nested_steps": 2}),
     "blpo": ("blpo", {**BLPO, "outer_objective": "advantage", "cross_term": "full"}),
     "cg": ("blpo", {**BLPO, "solver": "cg", "cg_rtol": 0.0, "cg_iters": 3}),
     "cg, which looks at values": ("blpo", {**BLPO, "solver": "cg"}),
     "exact": ("blpo", {**BLPO, "solver": "exact"}),
     "identity": ("blpo", {**BLPO, "solver": "identity"}),
-    "paper": ("blpo", {**BLPO, **PAPER}),
+    "paper": ("blpo", {**BLPO, **PAPER, "bootstrap_truncated": False}),
     "kept sketch": ("blpo", {**BLPO, "sketch_every": 2, "sketch": "diagonal"}),
     "rollout": ("blpo", {**BLPO, "curvature_batch": "rollout", "entropy_bonus": 0.01}),
     "preconditioned": ("blpo", {**BLPO, "solver": "nystrom_pcg"}),
     "automatic damping": ("blpo", {**BLPO, **PAPER, "damping": "auto"}),
 }
+#: Compared by default.
+QUICK = (("ppo", "discrete"), ("ppo, time limits as ends", "discrete"), ("blpo", "continuous"))
 
 
 def agent_of(arm: str, actions: str, backend: str | None, **settings: Any) -> Agent:
@@ -93,13 +100,12 @@ def assert_equal_after(eager: Agent, compiled: Agent, updates: int) -> None:
 @pytest.mark.parametrize(
     ("arm", "actions"),
     [
-        ("ppo", "discrete"),
-        ("blpo", "continuous"),
+        *QUICK,
         *(
             pytest.param(arm, actions, marks=pytest.mark.slow)
             for arm in ARMS
             for actions in POLICIES
-            if (arm, actions) not in (("ppo", "discrete"), ("blpo", "continuous"))
+            if (arm, actions) not in QUICK
         ),
     ],
 )
