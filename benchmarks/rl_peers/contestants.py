@@ -168,6 +168,7 @@ PROGRAMS: Sequence[Program] = (
           algorithm="BLPO-Nyström"),
     _ours(BLPO, "BLPO, published, CG", "paper_cg", "CartPole-v1", 20_480, algorithm="BLPO-CG"),
     _ours(BLPO, "BLPO, default", "blpo", "CartPole-v1", 30_720, algorithm="BLPO, default"),
+    _ours(BLPO, "BLPO, fast", "fast", "CartPole-v1", 51_200, algorithm="BLPO, fast"),
     _authors("PPO", 204_800, "--algo=ppo"),
     _authors("Nested", 102_400, "--algo=nested", *_NESTED),
     _authors("BLPO-Nyström", 51_200, "--algo=nystrom", *_NESTED),
