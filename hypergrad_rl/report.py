@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,6 +31,7 @@ from hypergrad_rl.errors import RunDirectoryError
 Metrics = dict[str, NDArray[np.float64]]
 FIGURES = {"final_return": "return, last tenth", "area": "area under curve"}
 ALL_TASKS = "all tasks"
+MANY = 6  # algorithms whose legend would hide their curves: the names beside are in their colours
 
 
 def read_metrics(run_dir: str | Path) -> Metrics:
@@ -130,7 +132,8 @@ def plot_comparison(results: Mapping[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(11, max(3.8, height)), layout="constrained")
     panels = figure.subplots(len(tasks), 3, squeeze=False, width_ratios=[2, 1, 1])
     labels = list(dict.fromkeys(label for task in tasks.values() for label in task["algorithms"]))
-    colours = {label: f"C{i % 10}" for i, label in enumerate(labels)}
+    pairs = matplotlib.colormaps["tab20"]  # ten colours, each dark and light: the dark ones first
+    colours = {label: pairs((2 * i + i // 10) % 20) for i, label in enumerate(labels)}
     for (env, task), row in zip(tasks.items(), panels, strict=True):
         _draw_curves(row[0], task["algorithms"], colours)
         row[0].set(xlabel="environment steps", ylabel="episode return", title=env)
@@ -143,7 +146,7 @@ def plot_comparison(results: Mapping[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw_curves(axes: Axes, algorithms: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+def _draw_curves(axes: Axes, algorithms: Mapping[str, Any], colours: Mapping[str, Any]) -> None:
     for label, entry in algorithms.items():
         curve, seeds = entry["curve"], len(entry["runs"])
         steps, iqm = curve["env_steps"], np.array(curve["iqm"], float)  # None, unknown, is nan
@@ -152,12 +155,13 @@ def _draw_curves(axes: Axes, algorithms: Mapping[str, Any], colours: Mapping[str
         if curve["low"] is not None:
             low, high = np.array(curve["low"], float), np.array(curve["high"], float)
             axes.fill_between(steps, low, high, color=colours[label], alpha=0.2, lw=0)
-    axes.legend(fontsize="small")
+    if len(algorithms) <= MANY:
+        axes.legend(fontsize="small")
     axes.grid(alpha=0.2)
 
 
 def _draw_intervals(
-    axes: Axes, algorithms: Mapping[str, Any], name: str, colours: Mapping[str, str]
+    axes: Axes, algorithms: Mapping[str, Any], name: str, colours: Mapping[str, Any]
 ) -> None:
     for place, (label, entry) in enumerate(algorithms.items()):
         figure, values = entry[name], np.array([run[name] for run in entry["runs"]], float)
@@ -167,7 +171,11 @@ def _draw_intervals(
                       color=colours[label], solid_capstyle="butt")  # fmt: skip
         if figure["iqm"] is not None:
             axes.plot(figure["iqm"], place, "|", ms=14, mew=2, color=colours[label])
-    axes.set_yticks(range(len(algorithms)), list(algorithms), fontsize="small")
+    seeds = [f"{label} ({len(entry['runs'])})" for label, entry in algorithms.items()]
+    names = seeds if len(algorithms) > MANY else list(algorithms)
+    axes.set_yticks(range(len(algorithms)), names, fontsize="small")
+    for text, label in zip(axes.get_yticklabels(), algorithms, strict=True):
+        text.set_color(colours[label])
     axes.set_ylim(len(algorithms) - 0.5, -0.5)  # in the order of the table
     axes.grid(alpha=0.2, axis="x")
 
