@@ -22,6 +22,7 @@ ARMS: dict[str, tuple[str, str, dict[str, object]]] = {
     "PPO": ("ppo", "tuned", {}),
     "Nested PPO": ("nested", "tuned", {}),
     "BLPO, default": ("blpo", "tuned", {}),
+    "BLPO, fast": ("blpo", "fast", {}),
     "BLPO, published": ("blpo", "paper", {}),
 }
 
