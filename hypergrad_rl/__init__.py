@@ -9,6 +9,7 @@ from hypergrad_rl.errors import (
     EnvironmentUnsupported,
     HypergradRLError,
     RunDirectoryError,
+    TrainingDiverged,
 )
 from hypergrad_rl.networks import Networks
 from hypergrad_rl.play import TrainedPolicy, evaluate, export, load_policy, watch
@@ -31,6 +32,7 @@ __all__ = [
     "RunDirectoryError",
     "TrainResult",
     "TrainedPolicy",
+    "TrainingDiverged",
     "evaluate",
     "export",
     "load_config",

@@ -94,7 +94,7 @@ def policy_for(env_id: str, obs: gym.Space[Any], action: gym.Space[Any]) -> Poli
     Raises:
         EnvironmentUnsupported: there is none, with what to do.
     """
-    if not isinstance(obs, gym.spaces.Box):
+    if not isinstance(obs, gym.spaces.Box) or not obs.shape or 0 in obs.shape:
         raise EnvironmentUnsupported(
             f"{env_id}: observation space {obs} is not supported; expected a Box (wrap the "
             "environment in gymnasium.wrappers.FlattenObservation)"
@@ -162,13 +162,7 @@ class VectorEnv:
         for row, i in zip(first.reshape(-1, *self.obs_shape), envs, strict=True):
             self.current = i
             seed = episode_seed(self.seed, i, self.episodes[i])
-            obs = self.envs[i].reset(seed=seed)[0]
-            if np.shape(obs) != self.obs_shape:  # NumPy would spread a smaller one
-                raise ValueError(
-                    f"reset gave an observation of shape {np.shape(obs)}; the observation space "
-                    f"has {self.obs_shape}"
-                )
-            row[...] = obs
+            row[...] = self._fitting("reset", self.envs[i].reset(seed=seed)[0])
         return first
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[Any], ...]:
@@ -178,8 +172,17 @@ class VectorEnv:
         rewards, ends = np.empty(self.num_envs), np.empty((2, self.num_envs), np.bool_)
         for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             self.current = i
-            shaped[i], rewards[i], ends[0, i], ends[1, i], _ = env.step(action)
+            seen, rewards[i], ends[0, i], ends[1, i], _ = env.step(action)
+            shaped[i] = self._fitting("step", seen)
         return obs, rewards, ends[0], ends[1]
+
+    def _fitting(self, call: str, obs: Any) -> Any:
+        if np.shape(obs) != self.obs_shape:  # NumPy would spread a smaller one
+            raise ValueError(
+                f"{call} gave an observation of shape {np.shape(obs)}; the observation space has "
+                f"{self.obs_shape}"
+            )
+        return obs
 
     def _where(self) -> str:
         """What was being stepped, for errors."""

@@ -27,3 +27,7 @@ class RunDirectoryError(HypergradRLError, OSError):
 
 class CheckpointError(HypergradRLError, ValueError):
     """A checkpoint is missing, damaged, or of another agent."""
+
+
+class TrainingDiverged(HypergradRLError, ArithmeticError):
+    """An update met or made numbers that are not finite."""

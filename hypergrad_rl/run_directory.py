@@ -18,7 +18,12 @@ from filelock import FileLock, Timeout
 
 from hypergrad_rl.checkpoint import load_checkpoint, write_atomically
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
-from hypergrad_rl.errors import ConfigError, HypergradRLError, RunDirectoryError
+from hypergrad_rl.errors import (
+    CheckpointError,
+    ConfigError,
+    HypergradRLError,
+    RunDirectoryError,
+)
 from hypergrad_rl.networks import Networks
 
 Config = PPOConfig | BLPOConfig
@@ -46,6 +51,12 @@ def load_config(run_dir: str | Path) -> Config:
             f"{path} is damaged or no run's: expected the settings of a run "
             f"({type(error).__name__}: {error})"
         ) from error
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The algorithm and every hyper-parameter, as JSON has them: lists for tuples."""
+    settings = {"algo": config.algo, **dataclasses.asdict(config)}
+    return {**settings, "hidden": list(config.hidden)}
 
 
 def check_config(run_dir: Path, config: Config) -> None:
@@ -127,8 +138,7 @@ def begin(directory: Path, config: Config, info: dict[str, Any]) -> None:
             f"or continue it with `resume {directory}`"
         )
     write_info(directory, info)
-    settings = {"algo": config.algo, **dataclasses.asdict(config)}
-    write_atomically(directory / CONFIG, json.dumps(settings, indent=2).encode())
+    write_atomically(directory / CONFIG, json.dumps(settings_of(config), indent=2).encode())
 
 
 def write_info(directory: Path, info: dict[str, Any]) -> None:
@@ -136,16 +146,28 @@ def write_info(directory: Path, info: dict[str, Any]) -> None:
     write_atomically(directory / INFO, json.dumps(info, indent=2).encode())
 
 
-def last_state(directory: Path) -> dict[str, Any] | None:
+def last_state(directory: Path, config: Config) -> dict[str, Any] | None:
     """The checkpoint of a run; None for a run that was killed before its first one.
 
     Raises:
-        CheckpointError: it cannot be used.
+        CheckpointError: it cannot be used, or is that of a run with other settings.
     """
     # A checkpoint of another format is not taken for none: its run is not begun anew.
     if not (directory / CHECKPOINT).exists() and not (directory / "checkpoint.pt").exists():
         return None
-    return load_checkpoint(directory / CHECKPOINT)
+    state = load_checkpoint(directory / CHECKPOINT)
+    # Parameters of the right shapes do not tell: of other environments or another seed, the
+    # states would be taken for those of this run.
+    own = settings_of(config)
+    saved = state.get("settings", own)  # those of before have none
+    for name in dict.fromkeys([*saved, *own]):
+        if saved.get(name) != own.get(name):
+            raise CheckpointError(
+                f"{directory / CHECKPOINT} is of another run: its {name} is {saved.get(name)!r}, "
+                f"that of {CONFIG} {own.get(name)!r}; expected the {CONFIG} and the checkpoint of "
+                "one run"
+            )
+    return state
 
 
 class RunLog:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import hypergrad
 from hypergrad_rl import run_directory as runs
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.blpo import BLPO
@@ -24,10 +25,15 @@ from hypergrad_rl.checkpoint import save_checkpoint
 from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.config import PPOConfig
 from hypergrad_rl.envs import VectorEnv, make_vector_env
-from hypergrad_rl.errors import ConfigError, EnvironmentUnsupported, RunDirectoryError
+from hypergrad_rl.errors import (
+    ConfigError,
+    EnvironmentUnsupported,
+    RunDirectoryError,
+    TrainingDiverged,
+)
 from hypergrad_rl.networks import DEFAULT_NETWORKS, Networks
 from hypergrad_rl.ppo import PPO
-from hypergrad_rl.rollout import Collector
+from hypergrad_rl.rollout import Collector, Rollout
 from hypergrad_rl.run_directory import CHECKPOINT, Config, RunLog
 from hypergrad_rl.tensor_envs import TASKS, ArrayCollector
 
@@ -139,7 +145,8 @@ def train(
             cannot be written; ``config`` is not that of the run to resume; it was trained with
             networks of one's own and ``networks`` lacks them. What was completed is kept.
         ConfigError: a module that cannot serve, or ``threads`` below 1.
-        EnvironmentUnsupported, EnvironmentFault, CheckpointError: see ``hypergrad_rl.errors``.
+        EnvironmentUnsupported, EnvironmentFault, TrainingDiverged, CheckpointError: see
+            ``hypergrad_rl.errors``.
 
     >>> from hypergrad_rl import make_config
     >>> config = make_config("ppo", env="CartPole-v1", total_steps=1024)
@@ -207,8 +214,9 @@ def _train(
 ) -> TrainResult:
     agent = make_agent(config, collector, collector.generator, backend, networks)
     first, elapsed, ended, goal = 0, 0.0, None, info["stop_at_return"]
+    settings = runs.settings_of(config)
     recent: deque[float] = deque(maxlen=RECENT)
-    state = runs.last_state(directory) if resume and directory is not None else None
+    state = runs.last_state(directory, config) if resume and directory is not None else None
     if state is not None:
         agent.load_state_dict(state["agent"])
         collector.load_state_dict(state["collector"])
@@ -240,7 +248,7 @@ def _train(
             began = time.perf_counter()
             update = first + len(metrics)
             rollout, episodes = collector.collect(agent.actor)
-            stats = agent.update(rollout, progress=update / config.num_updates)
+            stats = _improve(agent, rollout, update, config.num_updates)
             now = time.perf_counter()
             row = {
                 "update": update + 1,
@@ -266,7 +274,7 @@ def _train(
             state = {
                 "agent": agent.state_dict(), "collector": collector.state_dict(),
                 "update": update + 1, "seconds": now - start, "ended": ended,
-                "recent_returns": list(recent),
+                "recent_returns": list(recent), "settings": settings,
             }  # fmt: skip
             if ended or now >= due:
                 save()
@@ -281,6 +289,22 @@ def _train(
         bar.close()
         log.close()
     return TrainResult(agent, metrics, compile_seconds, ended)
+
+
+def _improve(agent: Agent, rollout: Rollout, update: int, num_updates: int) -> dict[str, float]:
+    reason = "its parameters are not finite"
+    cause: Exception | None = None
+    try:
+        stats = agent.update(rollout, progress=update / num_updates)
+        states = agent.actor_state, agent.critic_state
+        if all(bool(state.params.isfinite().all()) for state in states):
+            return stats
+    except (hypergrad.NonFiniteError, torch.linalg.LinAlgError) as error:
+        reason, cause = str(error), error
+    raise TrainingDiverged(
+        f"update {update + 1} diverged ({reason}), so training stopped at the last one before; "
+        "smaller learning rates, or normalised observations and rewards, may help"
+    ) from cause
 
 
 def _draw(directory: Path) -> None:

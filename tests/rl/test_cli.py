@@ -194,11 +194,33 @@ def test_checkpoints_that_cannot_be_used(command: str, refused: Refused, tmp_pat
     assert "is damaged or no run's" in refused(command, str(tmp_path))
 
 
-def test_a_checkpoint_of_other_networks(refused: Refused, tmp_path: Path) -> None:
-    for name, flags in (("a", []), ("b", ["--hidden", "4"])):
-        assert main([*PPO, *flags, "--run-dir", str(tmp_path / name)]) == 0
+@pytest.mark.parametrize(
+    ("flags", "setting"),
+    [
+        (["--hidden", "4"], "hidden"),
+        # What follows was taken for this run's, where it raised no KeyError or ValueError.
+        (["--seed", "7"], "seed"),
+        (["--num-envs", "1"], "num_envs"),
+        (["--env-backend", "gymnasium"], "env_backend"),
+        (["--normalize-observations"], "normalize_observations"),
+    ],
+)
+def test_a_checkpoint_of_another_run(
+    flags: list[str], setting: str, refused: Refused, tmp_path: Path
+) -> None:
+    for name, more in (("a", []), ("b", flags)):
+        assert main([*PPO, *more, "--run-dir", str(tmp_path / name)]) == 0
     (tmp_path / "a" / "checkpoint.safetensors").replace(tmp_path / "b" / "checkpoint.safetensors")
-    assert "expected the config.json and the networks" in refused("resume", str(tmp_path / "b"))
+    assert f"is of another run: its {setting} is " in refused("resume", str(tmp_path / "b"))
+
+
+def test_a_training_that_diverges(refused: Refused, tmp_path: Path) -> None:
+    """It ended as a finished run whose last checkpoint, not a number in it, replaced the others."""
+    flags = ["--learning-rate", "1e38", "--critic-learning-rate", "1e38", "--num-steps", "8"]
+    line = refused(*PPO, *flags, "--run-dir", str(tmp_path))
+    assert "diverged" in line
+    assert json.loads((tmp_path / "run_info.json").read_text())["ended"] is None
+    assert "nan" not in (tmp_path / "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from hypergrad_rl.errors import (
     ConfigError,
     EnvironmentFault,
     EnvironmentUnsupported,
+    TrainingDiverged,
 )
 from hypergrad_rl.report import read_metrics, summarize, to_metrics
 from hypergrad_rl.rollout import Collector
@@ -110,6 +111,27 @@ def test_a_nan_reward_stops_training_with_a_message(registered: Register, tmp_pa
     )
     with pytest.raises(EnvironmentFault, match=r"step 3.* non-finite reward"):
         train(config, tmp_path)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algo", ["ppo", "blpo"])
+def test_a_divergence_is_said_and_loses_nothing(
+    algo: str, compiled: bool, registered: Register, tmp_path: Path
+) -> None:
+    class Explodes(Countdown):
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            obs, reward, *rest = super().step(action)
+            return obs, 1e38 if self.steps == 40 else reward, *rest  # type: ignore[return-value]
+
+    config = make_config(
+        algo, env=registered(Explodes), num_envs=2, num_steps=16, total_steps=320,
+        hidden=(8,), compile=compiled,
+    )  # fmt: skip
+    with pytest.raises(TrainingDiverged, match="update 3 diverged"):
+        train(config, tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.safetensors")
+    assert (state["update"], state["ended"]) == (2, None)
+    assert all(leaf.isfinite().all() for leaf in state["agent"]["actor"].values())
 
 
 def test_observation_statistics_are_those_of_the_samples() -> None:
@@ -224,6 +246,17 @@ def test_a_used_run_directory_is_refused_and_keeps_its_content(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_an_observation_of_another_shape_is_no_observation() -> None:
+    class Shrinks(Countdown):
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            return self.steps, *super().step(action)[1:]  # type: ignore[return-value]
+
+    env = VectorEnv("Shrinks", 2, env_fn=Shrinks)  # unregistered: Gymnasium checks nothing
+    env.reset(0)
+    with pytest.raises(EnvironmentFault, match=r"step gave an observation of shape \(\)"):
+        env.step(np.zeros(2, np.int64))
+
+
 def test_unknown_and_unsupported_environments(
     registered: Register, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -241,6 +274,10 @@ def test_unknown_and_unsupported_environments(
     Odd.action_space = gym.spaces.MultiDiscrete([2, 2])
     with pytest.raises(EnvironmentUnsupported, match="action space MultiDiscrete"):
         VectorEnv(odd, 1)
+    for shape in ((), (0,)):
+        Odd.observation_space = gym.spaces.Box(-1, 1, shape)
+        with pytest.raises(EnvironmentUnsupported, match="observation space Box"):
+            VectorEnv(odd, 1)
     Odd.observation_space = gym.spaces.Discrete(3)
     with pytest.raises(EnvironmentUnsupported, match="observation space Discrete"):
         VectorEnv(odd, 1)
