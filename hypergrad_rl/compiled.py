@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,11 @@ def backend_of(config: AgentConfig) -> str | None:
     return "inductor" if wanted else None
 
 
+def _not_of_shims(record: logging.LogRecord) -> bool:
+    """Drops what PyTorch logs of decompositions that graphs call through Python: no news here."""
+    return "missing a c-shim" not in record.getMessage()
+
+
 class Compiled:
     """``function`` as one compiled graph; eagerly, after one warning, where no compiler works.
 
@@ -49,6 +55,7 @@ class Compiled:
             if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
                 options["isolate_recompiles"] = True
             self.run = torch.compile(function, **options)
+            logging.getLogger("torch._inductor.ir").addFilter(_not_of_shims)
             from torch._dynamo.exc import TorchDynamoException
             from torch._inductor.exc import InductorError  # half a second to import
 

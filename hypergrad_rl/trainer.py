@@ -299,7 +299,10 @@ def _improve(agent: Agent, rollout: Rollout, update: int, num_updates: int) -> d
         states = agent.actor_state, agent.critic_state
         if all(bool(state.params.isfinite().all()) for state in states):
             return stats
-    except (hypergrad.NonFiniteError, torch.linalg.LinAlgError) as error:
+    except (
+        hypergrad.NonFiniteError,
+        torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+    ) as error:
         reason, cause = str(error), error
     raise TrainingDiverged(
         f"update {update + 1} diverged ({reason}), so training stopped at the last one before; "

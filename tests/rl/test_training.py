@@ -121,7 +121,7 @@ def test_a_divergence_is_said_and_loses_nothing(
     class Explodes(Countdown):
         def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
             obs, reward, *rest = super().step(action)
-            return obs, 1e38 if self.steps == 40 else reward, *rest  # type: ignore[return-value]
+            return obs, 1e38 if self.steps == 40 else reward, *rest
 
     config = make_config(
         algo, env=registered(Explodes), num_envs=2, num_steps=16, total_steps=320,
@@ -249,7 +249,7 @@ def test_a_used_run_directory_is_refused_and_keeps_its_content(
 def test_an_observation_of_another_shape_is_no_observation() -> None:
     class Shrinks(Countdown):
         def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-            return self.steps, *super().step(action)[1:]  # type: ignore[return-value]
+            return self.steps, *super().step(action)[1:]
 
     env = VectorEnv("Shrinks", 2, env_fn=Shrinks)  # unregistered: Gymnasium checks nothing
     env.reset(0)
