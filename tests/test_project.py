@@ -19,7 +19,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("hypergrad", "hypergrad_rl")
 
 # A module may import those of its own layer and of the layers before it.
-LAYERS = ("errors", "transforms", "pytree", "operators", "spectrum", "solvers", "ihvp", "bilevel")
+LAYERS = (
+    "errors",
+    "transforms",
+    "norms",
+    "pytree",
+    "operators",
+    "spectrum",
+    "solvers",
+    "ihvp",
+    "bilevel",
+)
 
 
 def modules(package: str) -> list[Path]:

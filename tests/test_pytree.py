@@ -9,7 +9,8 @@ import torch.utils._pytree as torch_pytree
 from hypothesis import given
 
 import hypergrad
-from hypergrad.pytree import TreeLayout, row_norms, tree_leaves, working_dtype
+from hypergrad.norms import row_norms
+from hypergrad.pytree import TreeLayout, tree_leaves, working_dtype
 from tests.strategies import F32, F64, flat, gaussian, quick_and_thorough, tree_like, trees
 
 Point = namedtuple("Point", "x y")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..pytree import Tree, row_norms, working_dtype
+from ..norms import row_norms
+from ..pytree import Tree, working_dtype
 from ..solvers import CG, Solution, Status, solve
 from ..spectrum import lanczos_extremes
 from .hypergradient import BilevelPoint, Loss, filled

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UnusedParameterWarning, warn
+from ..norms import row_norms
 from ..operators.point import check_loss, report_unused
-from ..pytree import Tree, row_norms, working_dtype
+from ..pytree import Tree, working_dtype
 from ..solvers.base import check_option, is_tolerance
 from .hypergradient import (
     Loss,

@@ -16,7 +16,8 @@ from ..errors import (
     InnerProblemWarning,
     warn,
 )
-from ..pytree import Tree, TreeLayout, row_norms
+from ..norms import row_norms
+from ..pytree import Tree, TreeLayout
 from ..solvers import SolveInfo, Solver, solve
 from ..solvers.base import Damping
 from ..solvers.run import OnFailure

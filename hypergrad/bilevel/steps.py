@@ -13,8 +13,9 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import LossError, SolverOptionError, UnusedParameterWarning, warn
+from ..norms import row_norms
 from ..operators.point import check_differentiable, check_loss, report_unused
-from ..pytree import Tree, row_norms
+from ..pytree import Tree
 from ..transforms import forward_mode
 from .hypergradient import fresh_leaves, layouts, report_unused_outer
 from .optimizers import InnerOptimizer

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, NotSymmetricError, SolverOptionError
-from ..pytree import Tree, powers_of_two, working_dtype
+from ..norms import powers_of_two
+from ..pytree import Tree, working_dtype
 from .interop import as_operator
 
 

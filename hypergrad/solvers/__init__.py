@@ -1,5 +1,6 @@
 """How (A + damping I) x = v is solved: one file a solver."""
 
+from .alone import nystrom_sketch
 from .base import Solution, SolveInfo, Solver, Status
 from .cg import CG
 from .choice import Auto
@@ -9,7 +10,7 @@ from .gram import Gram
 from .identity import Identity
 from .minres import MINRES
 from .neumann import Neumann
-from .nystrom import Nystrom, nystrom_sketch
+from .nystrom import Nystrom
 from .nystrom_pcg import NystromPCG
 from .reused import ReusedSketch
 from .sketch import NystromSketch

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DampingError, NonFiniteError, NotSymmetricError, SolverOptionError
+from ..norms import powers_of_two, row_norms
 from ..operators import LinearOperator
-from ..pytree import Tree, powers_of_two, row_norms
+from ..pytree import Tree
 from ..spectrum import damping_from_extremes, lanczos_extremes
 
 Damping = float | Literal["auto"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pytree import powers_of_two, row_norms
+from ..norms import powers_of_two, row_norms
 from .base import DampedSystem, Outcome, Solver, Status
 from .fixed import FixedWork
 from .krylov import (

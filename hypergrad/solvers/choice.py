@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NotSymmetricError
-from ..pytree import row_norms
+from ..norms import row_norms
 from ..spectrum import damping_from_extremes
 from .base import (
     DampedSystem,

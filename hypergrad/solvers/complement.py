@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..pytree import row_norms
+from ..norms import row_norms
 
 ComplementKind = Literal["quadrature", "zero"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pytree import row_norms
+from ..norms import row_norms
 from ..spectrum import damping_from_extremes
 from .base import DampedSystem, check_skew
 

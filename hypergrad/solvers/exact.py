@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..pytree import row_norms
+from ..norms import row_norms
 from .base import (
     DampedSystem,
     Outcome,

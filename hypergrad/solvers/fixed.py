@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverOptionError
-from ..pytree import row_norms
+from ..norms import row_norms
 from .base import DampedSystem, Outcome, Status
 from .krylov import indefinite_preconditioner, where_rows
 from .traced import residual_traced, safe_norms

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NotSymmetricError
-from ..pytree import row_norms
+from ..norms import row_norms
 from .base import DampedSystem, Outcome, Solver, Status, check_option, check_skew, is_count
 from .krylov import (
     DEFAULT_MAX_ITERS,

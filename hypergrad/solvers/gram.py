@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DampingError
+from ..norms import powers_of_two, row_norms
 from ..operators.root import Root, root_of
-from ..pytree import powers_of_two, row_norms
 from ..spectrum import damping_from_extremes
 from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count, is_tolerance
 from .memory import refuse_if_too_large

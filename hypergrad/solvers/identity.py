@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pytree import row_norms
+from ..norms import row_norms
 from .base import DampedSystem, Outcome, Solver, Status, check_option, is_tolerance
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PreconditionerError
+from ..norms import powers_of_two, row_norms
 from ..operators import as_operator
-from ..pytree import powers_of_two, row_norms
 from .base import (
     DampedSystem,
     Outcome,

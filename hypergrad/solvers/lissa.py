@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DampingError
+from ..norms import row_norms
 from ..operators import SampledOperator
-from ..pytree import row_norms
 from .base import DampedSystem, Outcome, Status
 
 #: Fresh products that look for the largest growth, for step_size="auto".

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pytree import row_norms
+from ..norms import row_norms
 from .base import DampedSystem, Outcome, Solver, Status
 from .fixed import FixedWork
 from .krylov import (

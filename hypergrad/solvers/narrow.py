@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pytree import row_norms
+from ..norms import row_norms
 from ..spectrum import damping_from_extremes
 from .base import DampedSystem
 from .core import ABOVE, Check, Core, Numbers

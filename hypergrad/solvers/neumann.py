@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..norms import row_norms
 from ..operators import SampledOperator
-from ..pytree import row_norms
 from ..spectrum import lanczos_extremes
 from .base import (
     DampedSystem,

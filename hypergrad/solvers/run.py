@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvergenceError, ConvergenceWarning, DifferentiationError, warn
+from ..norms import powers_of_two
 from ..operators import LinearOperator
-from ..pytree import powers_of_two, working_dtype
+from ..pytree import working_dtype
 from ..transforms import repeating
 from .base import (
     DampedSystem,
@@ -145,7 +146,7 @@ class BlockSolve:
 
 
 def _power_of_two(size: float, dtype: torch.dtype) -> float:
-    """:func:`hypergrad.pytree.powers_of_two` of a number on the host, which a kernel costs more."""
+    """:func:`hypergrad.norms.powers_of_two` of a number on the host, which a kernel costs more."""
     if size == 0.0:
         return 1.0
     limit = 1000 if dtype == torch.float64 else 120

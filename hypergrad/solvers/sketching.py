@@ -16,6 +16,7 @@ from .complement import TAIL_THAT_MATTERS, Complement, ComplementKind, measure_c
 from .core import ABOVE, Approximation, Check, Core
 from .embedding import DIAGONAL_PROBES, Embedding, SketchKind, extension
 from .narrow import FactoredSketch, NarrowSketch, is_narrow
+from .ritz import rayleigh_ritz, ritz_pairs
 from .sketch import NegativeCurvature, NystromSketch
 from .streamed import (
     held_twice,
@@ -26,8 +27,6 @@ from .streamed import (
     worth_streaming,
 )
 
-#: Below this, relatively, what Ritz pairs miss is taken for amplified rounding.
-_NEARLY_COMPLETE = 1e-3
 #: Test matrices whose rows have, with probability one, a part along every eigenvector.
 _GENERIC = ("gaussian", "structured")
 #: Where an automatic rank starts, and its cap when none is given.
@@ -225,7 +224,7 @@ def _approximate(
     core = Core.of(omega, y, system.operator.dtype)
     eigenvalues, basis = core.decompose()
     if core.indefinite or not _vouched(system, core, eigenvalues, basis, check):
-        return _rayleigh_ritz(system, omega, y)
+        return rayleigh_ritz(system, omega, y)
     # Drawn uniformly, each row is a random one given the others; columns of zeros tell no more.
     uniform = kind in _GENERIC or (kind == "columns" and bool(core.kept.all()))
     trace = core.trace(float(eigenvalues.sum())) if uniform else None
@@ -245,7 +244,7 @@ def _narrow_approximation(
     if core.indefinite or not drawn.vouched(system, eigenvalues, combination, options.check):
         if large:
             return streamed_again(system, core.products, None, positive=False)
-        return _rayleigh_ritz(system, *drawn.wide_blocks(wide))
+        return rayleigh_ritz(system, *drawn.wide_blocks(wide))
     complete = len(eigenvalues) < len(core.values)
     tail = 0.0 if complete else float(eigenvalues[-1])
     found = FactoredSketch(drawn, eigenvalues, combination, tail, complete)
@@ -341,7 +340,7 @@ def _vouched(
 def _second_pass(
     system: DampedSystem, y: Tensor, trace: float | None, generic: bool
 ) -> Approximation:
-    """Sketch once more, with the range Q of Y as test matrix; see :func:`_rayleigh_ritz`.
+    """Sketch once more, with the range Q of Y as test matrix; see :func:`rayleigh_ritz`.
 
     Q leans towards the eigenvectors that matter, so its core is as well conditioned as A there.
     """
@@ -351,51 +350,8 @@ def _second_pass(
     core = Core.of(q, image, system.operator.dtype)
     eigenvalues, basis = core.decompose()
     if core.indefinite or not _vouched(system, core, eigenvalues, basis):
-        return _ritz_pairs(q, image, len(q))
+        return ritz_pairs(q, image, len(q))
     return Approximation.truncated(eigenvalues, basis, len(y), trace, generic)
-
-
-def _rayleigh_ritz(system: DampedSystem, omega: Tensor, y: Tensor) -> Approximation:
-    """Ritz pairs on the span of Omega and A Omega.
-
-    Ritz values never leave the spectrum.  Omega belongs to the space because the range of A Omega
-    alone may show nothing: of [[0, B], [B', 0]] and columns of one block its Ritz values are zero.
-    """
-    k = len(omega)
-    columns, r = torch.linalg.qr(torch.cat([omega, y]).T)
-    q = columns.T.contiguous()
-    # The products with the first k are known: q1 = R11^-T Omega', hence A q1 = R11^-T Y'.
-    image = torch.linalg.solve_triangular(r[:k, :k].T, y, upper=False)
-    if len(q) > k:
-        image = torch.cat([image, system.product(q[k:])])
-    found = _ritz_pairs(q, image, k)
-    largest = float(found.eigenvalues.abs().max())
-    rounding = torch.finfo(system.operator.dtype).eps * largest
-    if 3.0 * rounding < found.tail < _NEARLY_COMPLETE * largest:
-        # All but complete: what is missed is rounding that an unlucky Omega amplified, and the
-        # span leans away from the range of A by it.  The image of the span does not.
-        kept = torch.linalg.svd(image, full_matrices=False)[2][:k]
-        kept = torch.linalg.qr(system.rounded(kept).T)[0].T.contiguous()
-        found = _ritz_pairs(kept, system.product(kept), k)
-    return found
-
-
-def _ritz_pairs(q: Tensor, image: Tensor, rank: int) -> Approximation:
-    """The ``rank`` pairs of largest size on the span of q, given its image under A.
-
-    The tail is the size of what is left out: Ritz values not kept, and the coupling (I - QQ')AQ
-    to what is outside the span, which is 0 when that is invariant.
-    """
-    small = q @ image.T
-    small = 0.5 * (small + small.T)
-    values, vectors = torch.linalg.eigh(small)
-    by_size = values.abs().argsort(descending=True)
-    missed = float(torch.linalg.matrix_norm(image - small @ q, ord=2))
-    if len(by_size) > rank:
-        missed = max(missed, float(values[by_size[rank]].abs()))
-    kept = by_size[:rank]
-    kept = kept[values[kept].argsort(descending=True)]
-    return Approximation(values[kept], vectors[:, kept].T @ q, missed, float(values[0]))
 
 
 def _smallest(found: Approximation, eps: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..pytree import row_norms
+from ..norms import row_norms
 from .base import DampedSystem, check_skew
 from .complement import STEPS, Complement
 from .core import ABOVE, Approximation, Check, Core, Numbers

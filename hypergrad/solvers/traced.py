@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..pytree import safe_norms as safe_norms
+from ..norms import safe_norms as safe_norms
 from .base import DampedSystem
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, SolverOptionError
-from ..pytree import Tree, row_norms
+from ..norms import row_norms
+from ..pytree import Tree
 from .lanczos import tridiagonalise
 from .products import Products, check_count
 from .traces import TraceEstimate, estimate_from
