@@ -192,6 +192,10 @@ class _Growth:
     timer = staticmethod(clock)
     timeout = 300
 
+    def __init_subclass__(cls) -> None:
+        # Every second size: asv makes each point anew, in a process of its own.
+        cls.params = [list(CURVES[cls.curve].theory), list(CURVES[cls.curve].sizes[::2])]
+
     def setup(self, work: str, size: int) -> None:
         single_threaded()
         self.run = CURVES[self.curve].works(size)[work]
@@ -204,36 +208,25 @@ class _Growth:
         return peak_bytes(self.run)
 
 
-def _params(curve: str) -> list[list[Any]]:
-    """Every second size: asv makes each point anew, in a process of its own."""
-    return [list(CURVES[curve].theory), list(CURVES[curve].sizes[::2])]
-
-
 class Parameters(_Growth):
     curve = "parameters"
-    params = _params(curve)
 
 
 class Rank(_Growth):
     curve = "rank"
-    params = _params(curve)
 
 
 class RightHandSides(_Growth):
     curve = "right-hand sides"
-    params = _params(curve)
 
 
 class Batch(_Growth):
     curve = "batch"
-    params = _params(curve)
 
 
 class NestedSteps(_Growth):
     curve = "nested steps"
-    params = _params(curve)
 
 
 class Environments(_Growth):
     curve = "environments"
-    params = _params(curve)
