@@ -204,9 +204,10 @@ def nystrom_ihvp(
         DampingError: damping is not positive.
         HypergradError: see :func:`hypergrad.solve`.
 
-    Cost: ``rank`` HVPs, one to check the sketch and one to check the answer; ``rank`` more where
-    there is negative curvature or rounding asks for a second pass, five where the sketch's last
-    eigenvalue exceeds half the damping, ten to estimate the diagonal.  See
+    Cost: ``rank`` HVPs and one to check the answer; one to check the sketch, unless in float32 a
+    residual below a fifth of v does that; ``rank`` more where there is negative curvature or
+    rounding asks for a second pass, five where the sketch's last eigenvalue exceeds half the
+    damping, ten to estimate the diagonal.  See
     :class:`hypergrad.Nystrom`, also for what :func:`hypergrad.solve` takes besides: a policy for
     negative curvature, no complement, no checks, a known diagonal, tolerance and cap of an
     automatic rank; to reuse a sketch, :func:`hypergrad.nystrom_sketch`.

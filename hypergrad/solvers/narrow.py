@@ -155,6 +155,7 @@ class FactoredSketch:
         combination: C, shape (r, k).
         tail: see :class:`hypergrad.NystromSketch`.
         complete: whether A had no more to show.
+        vouched: whether no product is left to be spent on the largest eigenvalue.
     """
 
     drawn: NarrowSketch
@@ -162,6 +163,7 @@ class FactoredSketch:
     combination: Numbers
     tail: float
     complete: bool
+    vouched: bool
 
     @property
     def rank(self) -> int:

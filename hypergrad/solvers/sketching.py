@@ -93,12 +93,9 @@ def make_sketch(
         return _finish(system, found, options, before, None, streamed=True)
     if fixed and narrow_products:
         drawn = NarrowSketch.draw(system, fixed, options.generator)
-        narrow = _narrow_approximation(system, drawn, options, large)
+        narrow = _narrow_approximation(system, drawn, options, large, once)
         if isinstance(narrow, FactoredSketch):
-            least = TAIL_THAT_MATTERS * _damping_of(narrow, system)
-            if once and (options.complement == "zero" or narrow.tail <= least):
-                return narrow
-            narrow = _with_basis(narrow, system, large)
+            return narrow
         return _finish(system, narrow, options, before, None, streamed=large)
     source = Embedding(
         options.sketch,
@@ -236,26 +233,59 @@ def _approximate(
 
 
 def _narrow_approximation(
-    system: DampedSystem, drawn: NarrowSketch, options: SketchOptions, large: bool
+    system: DampedSystem, drawn: NarrowSketch, options: SketchOptions, large: bool, once: bool
 ) -> Approximation | FactoredSketch:
     """:func:`_approximate` from inner products; wide blocks are formed where they are needed."""
-    core, wide = drawn.core, system.b.dtype
+    core = drawn.core
     eigenvalues, combination = drawn.eigenpairs()
-    if core.indefinite or not drawn.vouched(system, eigenvalues, combination, options.check):
-        if large:
-            return streamed_again(system, core.products, None, positive=False)
-        return rayleigh_ritz(system, *drawn.wide_blocks(wide))
+    # The residual of the one answer will tell more of it than a product with an eigenvector.
+    later = once and options.check is True and options.negative_curvature == "keep"
+    check: Check = "estimate" if later else options.check
+    if core.indefinite:
+        return _not_positive(system, drawn, large)
+    asked = system.num_hvps
+    if not drawn.vouched(system, eigenvalues, combination, check):
+        return _not_positive(system, drawn, large)
+    later = later and system.num_hvps == asked
     complete = len(eigenvalues) < len(core.values)
     tail = 0.0 if complete else float(eigenvalues[-1])
-    found = FactoredSketch(drawn, eigenvalues, combination, tail, complete)
+    found = FactoredSketch(drawn, eigenvalues, combination, tail, complete, not later)
     damping = _damping_of(found, system)
     largest = float(eigenvalues[0]) if len(eigenvalues) else 0.0
-    if core.blurred(damping) or core.noisy(largest, damping):
-        trace = core.trace(float(eigenvalues.sum()))
-        if large:
-            return streamed_again(system, core.products, trace, positive=True)
-        return _second_pass(system, drawn.wide_blocks(wide)[1], trace, generic=True)
-    return found if drawn.resolved(eigenvalues) else _with_basis(found, system, large)
+    vague = core.blurred(damping) or core.noisy(largest, damping)
+    outside = options.complement != "zero" and tail > TAIL_THAT_MATTERS * damping
+    if not (vague or outside) and once and drawn.resolved(eigenvalues):
+        return found
+    if later and not drawn.vouched(system, eigenvalues, combination, True):
+        return _not_positive(system, drawn, large)
+    if not vague:
+        return _with_basis(found, system, large)
+    trace = core.trace(float(eigenvalues.sum()))
+    if large:
+        return streamed_again(system, core.products, trace, positive=True)
+    return _second_pass(system, drawn.wide_blocks(system.b.dtype)[1], trace, generic=True)
+
+
+def _not_positive(system: DampedSystem, drawn: NarrowSketch, large: bool) -> Approximation:
+    if large:
+        return streamed_again(system, drawn.core.products, None, positive=False)
+    return rayleigh_ritz(system, *drawn.wide_blocks(system.b.dtype))
+
+
+def doubted_sketch(
+    system: DampedSystem, sketch: FactoredSketch, complement: ComplementKind
+) -> NystromSketch | None:
+    """What to put in the place of a sketch whose answer leaves doubt; None if it holds.
+
+    Cost: one product that vouches for the largest eigenvalue; ``rank`` more where it does not.
+    """
+    drawn = sketch.drawn
+    if drawn.vouched(system, sketch.eigenvalues, sketch.combination, True):
+        return None
+    options = SketchOptions(len(drawn.omega), complement=complement)
+    large = worth_streaming(*drawn.omega.shape)
+    found = _not_positive(system, drawn, large)
+    return _finish(system, found, options, system.num_hvps, None, streamed=large)
 
 
 def _damping_of(sketch: FactoredSketch, system: DampedSystem) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad.solvers import streamed
+from hypergrad.solvers import nystrom, streamed
 from tests.strategies import F32, F64, generator, symmetric
 
 N, RANK = 200, 10
@@ -52,9 +52,56 @@ def test_no_product_is_spent_on_checks_where_the_estimate_leaves_no_doubt() -> N
         hvp, v, rank=RANK, damping=0.3, generator=generator(3), return_info=True
     )
     assert torch.equal(x, told)  # the named call checks always, and its answer is the same
-    assert hvp.calls == RANK + info.num_hvps == 2 * RANK + 2  # one to vouch, one for the residual
+    assert hvp.calls == RANK + info.num_hvps == 2 * RANK + 1  # the residual vouches for the sketch
     residual = v - DECAYING @ x - 0.3 * x
     assert info.residual_norm == pytest.approx(float(residual.norm()), rel=1e-4)
+
+
+def test_a_residual_that_leaves_doubt_asks_for_a_product_with_the_largest_eigenvector() -> None:
+    hvp, v = Counted(DECAYING), DECAYING @ right_hand_side()
+    info = solved(hvp, v, 0.03, complement="zero").info
+    assert info.relative_residual > 0.2
+    assert info.num_hvps == hvp.calls == RANK + 2
+
+
+@pytest.mark.parametrize("damping", ["auto", 0.1])
+def test_negative_curvature_is_found_as_often_as_by_vouching_at_once(
+    damping: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = 1.0 / torch.arange(1.0, N + 1, dtype=F64)
+    values[3::7] *= -1.0  # few enough that most cores are positive
+    a = matrix(values)
+    found = 0
+    for seed in range(40):
+        v = right_hand_side(500 + seed)
+        info = solved(a, v, damping, generator=generator(seed)).info
+        with monkeypatch.context() as patch:
+            patch.setattr(nystrom, "_NO_DOUBT", 0.0)  # every answer leaves doubt
+            always = solved(a, v, damping, generator=generator(seed)).info
+        assert (info.smallest_eigenvalue, info.status) == (
+            always.smallest_eigenvalue,
+            always.status,
+        )
+        found += always.num_hvps > 2 * RANK + 1
+    assert found > 10  # that the core alone had not shown
+
+
+def test_an_answer_that_is_replaced_keeps_its_warm_start() -> None:
+    values = 1.0 / torch.arange(1.0, N + 1, dtype=F64)
+    values[3::7] *= -1.0
+    a, v = matrix(values), right_hand_side()
+    replaced = 0
+    for seed in range(20):
+        solver = hypergrad.Nystrom(RANK, generator=generator(seed))
+        options: dict[str, Any] = {"damping": "auto", "on_failure": "ignore"}
+        info = hypergrad.solve(a, v, solver, **options).info
+        solver = hypergrad.Nystrom(RANK, generator=generator(seed))
+        exact = torch.linalg.solve(a.double() + info.damping * torch.eye(N), v.double())
+        warm = hypergrad.solve(a, v, solver, x0=exact.float(), **options).info
+        if warm.damping == info.damping:
+            assert warm.relative_residual < 1e-5
+        replaced += info.num_hvps > 2 * RANK + 1
+    assert replaced > 5
 
 
 def test_a_residual_as_large_as_v_is_found_by_a_product_and_warned_of() -> None:
