@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +60,21 @@ class LinearOperator(ABC):
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
         """The same operator of other tensors, in the order of :meth:`_tensors`; cheap."""
         return self
+
+    def _signature(self) -> Hashable:
+        """What operators share whose products are one graph of :meth:`_tensors`; None for none.
+
+        Those products are :meth:`_traced_products`, of tensor code alone.
+        """
+        return None
+
+    def _traced_products(self, block: Tensor) -> Tensor:
+        """:meth:`_apply` as a compiled graph is made of it."""
+        return self._apply(block)
+
+    def _eager(self, block: Tensor) -> Tensor:
+        """:meth:`_apply` without compiled code."""
+        return self._apply(block)
 
     def _attached(self, block: Tensor) -> Tensor:
         """:meth:`_apply`, differentiable in ``block`` and in :meth:`_tensors`, any number of times.
@@ -289,6 +304,15 @@ class _Affine(LinearOperator):
     def _attached(self, block: Tensor) -> Tensor:
         return self._combined(self.base._attached(block), block, self.scale, self.offset)
 
+    def _signature(self) -> Hashable:
+        base, fixed = self.base._signature(), (self.scale, self.offset)
+        known = base is not None and not any(isinstance(x, Tensor) for x in fixed)
+        return (_Affine, base, *fixed) if known else None
+
+    def _traced_products(self, block: Tensor) -> Tensor:
+        product = self.base._traced_products(block)
+        return self._combined(product, block, plain(self.scale), plain(self.offset))
+
     def _depends_on_more(self) -> bool | None:
         return self.base._depends_on_more()
 
@@ -318,6 +342,13 @@ class _Sum(LinearOperator):
 
     def _attached(self, block: Tensor) -> Tensor:
         return self.left._attached(block) + self.right._attached(block)
+
+    def _signature(self) -> Hashable:
+        both = self.left._signature(), self.right._signature()
+        return None if None in both else (_Sum, *both)
+
+    def _traced_products(self, block: Tensor) -> Tensor:
+        return self.left._traced_products(block) + self.right._traced_products(block)
 
     def _depends_on_more(self) -> bool | None:
         parts = (self.left._depends_on_more(), self.right._depends_on_more())

@@ -7,7 +7,6 @@ import time
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,29 +14,86 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import CompilationWarning, HypergradError, warn
+from .loops import HoistInvariants
 from .modes import agree
 
 if TYPE_CHECKING:
+    from .base import LinearOperator
     from .hessian import HessianOperator
 
 _log = logging.getLogger("hypergrad")
 #: As many graphs are kept.
 _KEPT = 64
+#: Why the results of a graph are not used.
+IMPURE = "the loss draws random numbers, or changes what it reads"
 #: What generates the code; tests that only need the capture take another.
 BACKEND = "inductor"
 
-Products = Callable[[list[Tensor], Tensor], Tensor]
+
+class Graph:
+    """A compiled function, or the knowledge that there can be none.
+
+    Attributes:
+        what: it computes, for the log and for warnings.
+        proved: whether its results were compared with those of eager code, and agreed.
+    """
+
+    def __init__(self, function: Callable[..., Any], what: str, instead: str, **options: Any):
+        self.what, self.instead, self.proved, self.used = what, instead, False, False
+        _log.info("compiling %s", what)
+        # Dynamo keeps what it compiled by code object, and counts how often: each has its own.
+        own = types.FunctionType(
+            function.__code__.replace(co_name=f"{function.__name__}_{len(_graphs)}"),
+            function.__globals__,
+            closure=function.__closure__,
+        )
+        self.run: Callable[..., Any] | None = None
+        try:
+            self.run = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND, **options)
+        except RuntimeError as error:  # this Python or platform has no torch.compile
+            self.refuse(str(error))
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The results; None, after a warning, where they cannot be had."""
+        if self.run is None:
+            return None
+        start = time.perf_counter()
+        try:
+            with torch.no_grad():
+                results = self.run(*inputs)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError | HypergradError):
+                raise
+            # Where the fault is that of the code compiled, it shows when that runs eagerly.
+            self.refuse(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            return None
+        if not self.used:
+            self.used = True
+            _log.info("compiled %s in %.1f s", self.what, time.perf_counter() - start)
+        return results
+
+    def refuse(self, why: str) -> None:
+        """Say why there are no compiled results, now and from now on."""
+        self.run = None
+        warn(
+            f"{self.instead}, which is slower: {why}. Install a C++ compiler (a CUDA device needs "
+            "Triton), write the loss in PyTorch operations only, or leave out compile=True.",
+            CompilationWarning,
+        )
 
 
-@dataclass
-class _Graph:
-    """Compiled products, or the knowledge that there can be none (``run`` is None then)."""
-
-    run: Products | None
-    proved: bool = False
+_graphs: OrderedDict[Hashable, Graph] = OrderedDict()
 
 
-_graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+def graph_of(key: tuple[Hashable, ...], make: Callable[[], Graph]) -> Graph:
+    """The graph of this key, made if there is none; ``key[0]`` is the operator's signature."""
+    graph = _graphs.get(key)
+    if graph is None:
+        graph = _graphs[key] = make()
+        while len(_graphs) > _KEPT:
+            _graphs.popitem(last=False)
+    _graphs.move_to_end(key)
+    return graph
 
 
 def signature(operator: HessianOperator) -> Hashable:
@@ -47,13 +103,17 @@ def signature(operator: HessianOperator) -> Hashable:
     other, the closures may hold different things.  (What one closure holds, ``torch.compile``
     itself watches.)
     """
-    leaves, spec = torch_pytree.tree_flatten(operator.batch)
-    rest = tuple(_described(leaf) for leaf in leaves)
+    return signature_of(operator, operator.batch, operator.loss_fn, operator.mode)
+
+
+def signature_of(operator: LinearOperator, batch: tuple[Any, ...], *rest: Any) -> Hashable:
+    """The same of any operator of a batch and ``rest``, which no tensor is part of."""
+    leaves, spec = torch_pytree.tree_flatten(batch)
     layout = operator.layout
     try:
         key = (
-            operator.loss_fn, operator.mode, layout.paths, layout.shapes, layout.dtypes,
-            str(layout.device), str(spec), rest,
+            type(operator), *rest, layout.paths, layout.shapes, layout.dtypes,
+            str(layout.device), str(spec), tuple(_described(leaf) for leaf in leaves),
         )  # fmt: skip
         hash(key)
     except TypeError:
@@ -87,65 +147,45 @@ def compiled_products(
     The first product of each kind is compared with an eager one: a loss that draws random numbers,
     or changes what it reads, is another function in each evaluation and stays with the kept graph.
     """
-    key = (signature(operator), tuple(block.shape))
-    graph = _graphs.get(key)
-    if graph is None:
-        graph = _graphs[key] = _Graph(None)
-        while len(_graphs) > _KEPT:
-            _graphs.popitem(last=False)
-        graph.run = _compiled(operator, block)
-    _graphs.move_to_end(key)
-    if graph.run is None:
+    graph = graph_of(
+        (signature(operator), tuple(block.shape)), lambda: _products_of(operator, len(block))
+    )
+    products: Tensor | None = graph([x.detach() for x in operator._tensors()], block.detach())
+    if products is None:
         return eager(block)
-    first, start = not graph.proved, time.perf_counter()
-    try:
-        with torch.no_grad():
-            products = graph.run([x.detach() for x in operator._tensors()], block.detach())
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError | HypergradError):
-            raise
-        # Where the fault is the loss's own, it shows in the eager product.
-        products = eager(block)
-        graph.run = None
-        _report(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        return products
-    if first:
-        seconds = time.perf_counter() - start
-        _log.info("compiled %d products with %r in %.1f s", len(block), operator, seconds)
+    if not graph.proved:
         if not agree(products[:1], eager(block[:1])):
-            graph.run = None
-            _report("the loss draws random numbers, or changes what it reads")
+            graph.refuse(IMPURE)
             return eager(block)
         graph.proved = True
     return products
 
 
-def _compiled(operator: HessianOperator, block: Tensor) -> Products | None:
-    _log.info("compiling %d products with %r", len(block), operator)
-    template: Any = operator._with_tensors([x.detach() for x in operator._tensors()])
+def _products_of(operator: HessianOperator, count: int) -> Graph:
+    template = detached(operator)
 
     def products(tensors: list[Tensor], rows: Tensor) -> Tensor:
-        result: Tensor = template._with_tensors(tensors)._traced_products(rows)
-        return result
+        return template._with_tensors(tensors)._traced_products(rows)
 
-    # Dynamo keeps what it compiled by code object, and counts how often: each graph has its own.
-    own = types.FunctionType(
-        products.__code__.replace(co_name=f"products_{len(_graphs)}"),
-        products.__globals__,
-        closure=products.__closure__,
-    )
-    try:
-        run: Products = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND)
-    except RuntimeError as error:  # this Python or platform has no torch.compile
-        _report(str(error))
-        return None
-    return run
+    return Graph(products, f"{count} products with {operator!r}", "products are made eagerly")
 
 
-def _report(why: str) -> None:
-    warn(
-        f"products are not compiled but made eagerly, which is slower: {why}. Install a C++ "
-        "compiler (a CUDA device needs Triton), write the loss in PyTorch operations only, or "
-        "leave out compile=True.",
-        CompilationWarning,
-    )
+def detached(operator: LinearOperator) -> LinearOperator:
+    """The same operator, of tensors that carry no graph."""
+    return operator._with_tensors([x.detach() for x in operator._tensors()])
+
+
+def options(device: torch.device) -> dict[str, Any]:
+    """How a graph that holds a loop is compiled."""
+    if BACKEND != "inductor":
+        return {}
+    chosen: dict[str, Any] = {"post_grad_custom_pre_pass": HoistInvariants()}
+    if device.type == "cpu":  # calls of kernels in C++ cost less than in Python
+        chosen["cpp_wrapper"] = True
+        logging.getLogger("torch._inductor.ir").addFilter(_not_of_shims)
+    return {"options": chosen}
+
+
+def _not_of_shims(record: logging.LogRecord) -> bool:
+    """Drops what PyTorch logs of decompositions that graphs call through Python: no news here."""
+    return "missing a c-shim" not in record.getMessage()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import LossError, NegativeCurvatureError, NonFiniteError
 from ..pytree import Tree, working_dtype
 from ..transforms import building_no_graph
+from .compilation import signature_of
 from .outputs import OutputOperator, Weight
 
 
@@ -39,6 +40,9 @@ class GaussNewtonOperator(OutputOperator):
             self._build()
             if check_convex:
                 self._roots(self.outputs)
+
+    def _signature(self) -> Hashable:
+        return signature_of(self, self._point.batch, self.model_fn, self.loss_fn)
 
     def _loss(self, outputs: Tensor) -> Tensor:
         return self.loss_fn(outputs, *self._point.batch[1:])

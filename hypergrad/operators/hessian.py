@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..transforms import (
     transforming,
 )
 from .base import LinearOperator
-from .compilation import compiled_products, is_compiled
+from .compilation import compiled_products, detached, is_compiled, signature
 from .evaluation import Evaluation
 from .gradient_graph import GradientGraph, owned, pulled, room_for
 from .modes import (
@@ -102,6 +102,9 @@ class HessianOperator(LinearOperator):
     def _tensors(self) -> list[Tensor]:
         return self._point.tensors
 
+    def _signature(self) -> Hashable:
+        return signature(self)
+
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
         other = copy.copy(self)
         other._point, other._built, other._more = self._point.replaced(tensors), None, None
@@ -115,11 +118,23 @@ class HessianOperator(LinearOperator):
     def _depends_on_more(self) -> bool:
         if transforming() or tangents():
             return self._point.depends_on_more(self)
+        if self._more is None and self._built is None and not self._forward_alone():
+            self._more = False
         if self._more is None:
             built = self._build()
             known = built.leaves + [x for x in self._point.batch_tensors if x.requires_grad]
             self._more = reaches_beyond([x for x in built.gradients if x is not None], known)
         return self._more
+
+    def _forward_alone(self) -> bool:
+        """Whether the loss of constants carries a graph: of what else it reads.
+
+        The forward pass is a third of what the graph of the gradient costs.
+        """
+        fixed: Any = detached(self)
+        with torch.enable_grad(), self._evaluating():
+            loss = fixed.loss_fn(fixed.layout.unflatten_leaves(fixed._point.params), *fixed.batch)
+        return bool(loss.requires_grad)
 
     def _attached(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)

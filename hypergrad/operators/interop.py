@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..transforms import (
     transforming,
 )
 from .base import LinearOperator
+from .compilation import signature_of
 
 #: Numbers that are copied at a time for a callable: blocks of few parameters as a whole, rows of
 #: many one by one, in memory that stays warm.
@@ -60,6 +61,10 @@ class CallableOperator(LinearOperator):
                 torch._foreach_copy_(into[i], leaves)
         self._carries_graph = bool(self._carries_graph)  # known, from now on
         return out
+
+    def _signature(self) -> Hashable:
+        # What is looped may be anything; what is declared batchable is tensor code.
+        return signature_of(self, (), self.hvp_fn) if self.batchable else None
 
     def _attached(self, block: Tensor) -> Tensor:
         return self._products(block, lambda product: product)
@@ -105,6 +110,10 @@ class DenseOperator(LinearOperator):
 
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
         return DenseOperator(tensors[0], self.layout)
+
+    def _signature(self) -> Hashable:
+        dense = self.matrix.layout == torch.strided
+        return signature_of(self, (self.matrix,)) if dense else None
 
     def _attached(self, block: Tensor) -> Tensor:
         return (self.matrix @ block.T).T

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..norms import powers_of_two, row_norms
-from .base import DampedSystem, Outcome, Solver, Status
+from .base import DampedSystem, Outcome, Solver, Status, check_option
+from .compiled_cg import run_compiled
 from .fixed import FixedWork
 from .krylov import (
+    DEFAULT_MAX_ITERS,
     REFRESH,
     Precondition,
     Recurrence,
@@ -75,12 +77,27 @@ class CG(Solver):
     atol: float = 0.0
     max_iters: int | None = None
     preconditioner: Any = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_krylov_options(self.rtol, self.atol, self.max_iters)
+        good = isinstance(self.compile, bool)
+        check_option(good, "compile", self.compile, "True or False")
+        good = not (self.compile and self.preconditioner is not None)
+        check_option(good, "compile", self.compile, "False where there is a preconditioner")
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
-        return run_cg(self, system, x0, preconditioning(self.preconditioner, system))
+        found = run_compiled(self, system, x0) if self.compile else None
+        if found is None:
+            return run_cg(self, system, x0, preconditioning(self.preconditioner, system))
+        if found.statuses != [Status.STAGNATED]:
+            return found
+        # Something is to be decided, on values and by measurements, that a graph does not decide.
+        if self.rtol == 0 and self.atol == 0:
+            return run_cg(self, system, x0, None)
+        left = max(1, (self.max_iters or DEFAULT_MAX_ITERS) - found.iterations[0])
+        outcome = run_cg(replace(self, max_iters=left), system, found.x, None)
+        return replace(outcome, iterations=[found.iterations[0] + outcome.iterations[0]])
 
     def _run_traced(self, system: DampedSystem, x0: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.rtol or self.atol:

@@ -13,7 +13,7 @@ import hypergrad
 
 from .contenders import Contender, Solve, Solved, Team
 from .problems import Facts, Problem
-from .torch_problems import Given, mirrored
+from .torch_problems import Given
 
 #: Rank of the preconditioner's sketch.
 PCG_RANK = 40
@@ -28,15 +28,6 @@ def rtol_of(work: int) -> float:
     return float(10.0 ** (-min(work, 400) / 4))
 
 
-def _half_quadratic(p: Tensor, matrix: Tensor) -> Tensor:
-    return 0.5 * torch.dot(p, matrix @ p)
-
-
-def _half_mirrored(p: Tensor, values: Tensor, mirror: Tensor) -> Tensor:
-    image = mirrored(p, mirror)
-    return 0.5 * torch.dot(image, values * image)
-
-
 def _operator(given: Given, compiled: bool) -> Callable[[], object]:
     """What is solved with, made anew for each solve as in an outer loop."""
     if given.has_loss:
@@ -45,12 +36,10 @@ def _operator(given: Given, compiled: bool) -> Callable[[], object]:
         return lambda: hypergrad.hessian(loss, params, *batch, compile=compiled)
     if not compiled:
         return given.product
-    kind = given.problem.facts.kind
-    quadratic = _half_quadratic if kind == "dense" else _half_mirrored
-    zero, tensors = torch.zeros_like(given.v), tuple(given.tensors.values())
-    return lambda: hypergrad.hessian(
-        quadratic, zero, *tensors, mode="reverse_over_reverse", compile=True
-    )
+    if given.problem.facts.kind == "dense":
+        return lambda: given.tensors["matrix"]
+    product = given.product()
+    return lambda: hypergrad.as_operator(product, like=given.v, batchable=True)
 
 
 def _prepare(choose: Choose, knob: str, compiled: bool, problem: Problem) -> Solve:
@@ -116,8 +105,8 @@ def team() -> Team:
             of("Exact", lambda work: hypergrad.Exact(), "", _small_enough),
             of("auto", lambda work: hypergrad.Auto(rtol=rtol_of(work))),
             of(
-                "CG, compiled products",
-                lambda work: hypergrad.CG(rtol=rtol_of(work)),
+                "CG, one graph",
+                lambda work: hypergrad.CG(rtol=rtol_of(work), compile=True),
                 compiled=True,
             ),
         ),

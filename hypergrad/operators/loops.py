@@ -1,0 +1,122 @@
+"""Loops in compiled graphs: one is run by PyTorch, and computes what never changes only once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+try:
+    from torch._higher_order_ops.while_loop import while_loop
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    HAS_LOOPS = True
+except ImportError:  # a PyTorch without them: nothing with a loop in it is compiled
+    HAS_LOOPS = False
+    CustomGraphPass = object
+
+#: What only looks at memory in another way: done within the loop, where it costs nothing, so that
+#: what goes into it shares no memory.
+_VIEWS = frozenset(
+    "alias detach t view _unsafe_view transpose expand unsqueeze permute split split_with_sizes "
+    "slice select squeeze reshape getitem".split()
+)
+
+__all__ = ["HAS_LOOPS", "HoistInvariants", "while_loop"]
+
+
+class HoistInvariants(CustomGraphPass):
+    """What each turn of a ``while_loop`` computes from what is the same in all moves out of it.
+
+    A product with a Hessian is linear in the vector that changes; what is not, the loss and its
+    gradient, would be computed again in every turn.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        """Change ``graph``, and those of its loops, in place."""
+        module = graph.owning_module
+        assert module is not None
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target is torch.ops.higher_order.while_loop:
+                _hoist(module, graph, node)
+
+    def uuid(self) -> bytes:
+        """What PyTorch's cache of compiled graphs knows this pass by."""
+        code: bytes = get_hash_for_files((__file__,))
+        return code
+
+
+def _hoist(module: GraphModule, graph: Graph, loop: Node) -> None:
+    condition_name, body_name, carried, constants = loop.args
+    condition, body = (getattr(module, str(n.target)) for n in (condition_name, body_name))  # type: ignore[union-attr]
+    nodes = list(body.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    outside: dict[Node, Node] = dict(
+        zip(inputs[len(carried) :], constants, strict=True)  # type: ignore[arg-type]
+    )
+    invariant = _invariant(nodes, set(outside))
+    moved = _needed(nodes, invariant)
+    if not moved:
+        return
+    with graph.inserting_before(loop):
+        for node in nodes:
+            if node in invariant and node not in outside:
+                outside[node] = graph.node_copy(node, lambda x: outside[x])
+    for node in moved:
+        replacement = _new_input(body.graph, node)
+        _new_input(condition.graph, node)
+        node.replace_all_uses_with(replacement)
+    body.graph.eliminate_dead_code()
+    body.recompile()
+    condition.recompile()
+    loop.args = (condition_name, body_name, carried, (*constants, *(outside[n] for n in moved)))  # type: ignore[misc]
+    graph.eliminate_dead_code()
+
+
+def _invariant(nodes: list[Node], known: set[Node]) -> set[Node]:
+    """The nodes that depend on none but the loop's constants, those included."""
+    found = set(known)
+    for node in nodes:
+        used = node.all_input_nodes
+        if node.op == "call_function" and used and all(x in found for x in used) and _pure(node):
+            found.add(node)
+    return found
+
+
+def _pure(node: Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", "") in _VIEWS
+    return not (target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags)
+
+
+def _needed(nodes: list[Node], invariant: set[Node]) -> list[Node]:
+    """Of the invariant nodes, those with memory of their own that the rest is computed from."""
+    seen: set[Node] = set()
+    needed: set[Node] = set()
+    asked = [x for node in nodes if node not in invariant for x in node.all_input_nodes]
+    while asked:
+        node = asked.pop()
+        if node in seen or node not in invariant or node.op == "placeholder":
+            continue
+        seen.add(node)
+        if _is_view(node):
+            asked += node.all_input_nodes
+        else:
+            needed.add(node)
+    return [node for node in nodes if node in needed]
+
+
+def _is_view(node: Node) -> bool:
+    target: Any = getattr(node.target, "_overloadpacket", node.target)
+    return getattr(target, "__name__", "") in _VIEWS
+
+
+def _new_input(graph: Graph, like: Node) -> Node:
+    """One more input of a loop's condition or body, after the others."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(f"{like.name}_before")
+    node.meta = dict(like.meta)
+    return node

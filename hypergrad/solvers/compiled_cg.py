@@ -1,0 +1,259 @@
+"""CG for one right-hand side as one compiled graph: products, recurrence and the check at the end.
+
+The graph does the ordinary case.  What it cannot settle, negative curvature, products that are not
+symmetric, a recurrence that lost touch with the true residual, goes on in :mod:`.cg`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CompilationWarning, warn
+from ..operators import LinearOperator
+from ..operators.compilation import IMPURE, Graph, detached, graph_of
+from ..operators.compilation import options as compiler_options
+from ..operators.loops import HAS_LOOPS, while_loop
+from ..operators.modes import agree
+from .base import DampedSystem, Outcome, Status, allowed_skew
+from .krylov import DEFAULT_MAX_ITERS, PATIENCE
+
+#: The recurrence stops at this part of the tolerance: its residual and the true one differ by
+#: rounding, and a check that fails costs more than the iteration that it would have taken.
+_SHARE = 0.95
+#: A further round, from the true residual, must have gained this much to be worth another.
+_GAIN = 0.1
+#: Scales of v within which no number that counts leaves the range of float32.
+_ORDINARY = 1e20
+
+
+@dataclass
+class _Found:
+    """Where a round of the recurrence ended, as numbers of the host."""
+
+    iterations: int
+    norm: float
+    definite: bool
+    skewed: bool
+
+
+def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcome | None:
+    """CG with the tolerances and the budget of ``config``.
+
+    None where nothing was done; an outcome whose status is not CONVERGED, MAX_ITERATIONS or
+    FIXED_ITERATIONS is where :mod:`.cg` is to go on from.
+    """
+    if not _fits(system):
+        return None
+    damping = system.resolve_damping()
+    fixed = config.rtol == 0 and config.atol == 0
+    tolerance = 0.0 if fixed else float(system.tolerances(config.rtol, config.atol)[0])
+    budget = config.max_iters or DEFAULT_MAX_ITERS
+    start, residual = system.begin(x0, damping)
+    norm = float(system.start_norms[0])
+    if norm <= tolerance:
+        return None
+    operator = system.operator
+    graph = graph_of(
+        (operator._signature(), "cg", fixed, system.b.dtype), lambda: _graph(operator, fixed)
+    )
+    tensors = [x.detach() for x in operator._tensors()]
+    claim = 0.0 if fixed else _SHARE * max(tolerance, torch.finfo(system.b.dtype).eps ** 2)
+    scalars = system.b.new_tensor(claim), system.b.new_tensor(damping)
+    done, status = 0, Status.STAGNATED
+    for _ in range(PATIENCE):
+        left = torch.tensor(budget - done, device=system.b.device)
+        results = graph(tensors, system.b[0], start[0], residual[0], *scalars, left)
+        if results is None:
+            return None
+        x, rest, numbers = results
+        found = _read(numbers, operator)
+        done, before = done + found.iterations, norm
+        system.num_hvps += found.iterations + 1
+        if not graph.proved and not _proved(graph, system, x, rest, damping):
+            return None
+        if not math.isfinite(found.norm):
+            return None  # what eager products are held to names the first bad leaf
+        start, residual, norm = x[None], rest[None], found.norm
+        if found.skewed or not found.definite:
+            break
+        if fixed:
+            status = Status.FIXED_ITERATIONS
+            break
+        if norm <= tolerance:
+            status = Status.CONVERGED
+            break
+        if done >= budget:
+            status = Status.MAX_ITERATIONS
+            break
+        if norm > _GAIN * before:
+            break
+    return Outcome(
+        x=start,
+        residual_norms=system.b.new_tensor([norm]),
+        statuses=[status],
+        iterations=[done],
+        damping=damping,
+    )
+
+
+def _fits(system: DampedSystem) -> bool:
+    """Whether the graph is for this system; a warning says so where it could have been."""
+    operator, layout = system.operator, system.operator.layout
+    if len(system.b) != 1 or not 1 / _ORDINARY < float(system.scales[0]) < _ORDINARY:
+        return False
+    if len(set(layout.dtypes)) > 1 or operator.dtype not in (torch.float32, torch.float64):
+        return False
+    if HAS_LOOPS and operator._signature() is not None:
+        return True
+    why = (
+        f"the products of {operator!r} are not known to be tensor code; pass hypergrad.hessian, "
+        "hypergrad.ggn, a matrix, or hypergrad.as_operator(hvp_fn, like=v, batchable=True)"
+        if HAS_LOOPS
+        else "this PyTorch compiles no loops; install torch >= 2.13"
+    )
+    warn(f"CG(compile=True) runs eagerly: {why}.", CompilationWarning)
+    return False
+
+
+def _proved(
+    graph: Graph, system: DampedSystem, x: Tensor, residual: Tensor, damping: float
+) -> bool:
+    """Whether the product at the end is that of eager code; the graph is not used again if not."""
+    rounded = x[None].to(system.operator.dtype)
+    product = system.b - residual - damping * rounded.to(system.b.dtype)
+    system.num_hvps += 1
+    graph.proved = agree(product.to(rounded.dtype), system.operator._eager(rounded))
+    if not graph.proved:
+        graph.refuse(IMPURE)
+    return graph.proved
+
+
+def _read(numbers: Tensor, operator: LinearOperator) -> _Found:
+    iterations, norm, definite, gap, total = numbers.tolist()  # one transfer from the device
+    skewed = gap > allowed_skew(operator.dtype) * total
+    return _Found(int(iterations), norm, bool(definite), skewed)
+
+
+def _graph(operator: LinearOperator, fixed: bool) -> Graph:
+    template = detached(operator)
+
+    def conjugate_gradients(
+        tensors: list[Tensor],
+        b: Tensor,
+        start: Tensor,
+        residual: Tensor,
+        claim: Tensor,
+        damping: Tensor,
+        budget: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        now = template._with_tensors(tensors)
+
+        def product(vector: Tensor) -> Tensor:
+            return now._traced_products(vector[None])[0]
+
+        correction, numbers = _recurrence(
+            product, residual, claim, damping, budget, now.dtype, keep_best=not fixed
+        )
+        x = start + correction.to(b.dtype)
+        rounded = x.to(now.dtype)  # as it will be returned
+        left = b - product(rounded).to(b.dtype) - damping * rounded.to(b.dtype)
+        iterations, definite, gap, total = numbers
+        facts = (iterations, torch.linalg.vector_norm(left), definite, gap, total)
+        return x, left, torch.stack([x.to(b.dtype) for x in facts])
+
+    return Graph(
+        conjugate_gradients,
+        f"CG with {operator!r}",
+        "CG(compile=True) runs eagerly",
+        **compiler_options(operator.device),
+    )
+
+
+def _recurrence(
+    product: Callable[[Tensor], Tensor],
+    residual: Tensor,
+    claim: Tensor,
+    damping: Tensor,
+    budget: Tensor,
+    dtype: torch.dtype,
+    *,
+    keep_best: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """CG from zero: the correction, then iterations, definiteness, and asymmetry against its scale.
+
+    Vectors are of the products' dtype, inner products of the wider one of ``residual``.  Of
+    symmetric products p0'A p1 = p1'A p0, and CG chooses p1 so that the latter is zero.
+    """
+    wide, rounding = residual.dtype, torch.finfo(dtype).eps
+    # What a loop reads may share no memory, hence the copies.
+    r = residual.to(dtype, copy=True)
+    squared = residual.square().sum()
+    length0 = squared.sqrt()
+    zero, one = torch.zeros_like(squared), torch.ones_like(squared)
+    first = {
+        "k": torch.zeros_like(budget),
+        "x": torch.zeros_like(r),
+        "r": r,
+        "p": r.clone(),
+        "squared": squared,
+        "beta": one,
+        "definite": one > 0,
+        "size": zero,
+        "gap": zero.clone(),
+        "total": zero.clone(),
+    }
+    if keep_best:
+        first |= {"best_x": torch.zeros_like(r), "best": squared.clone()}
+    names, narrow = list(first), damping.to(dtype)
+
+    def going(*state: Tensor) -> Tensor:
+        now = dict(zip(names, state, strict=True))
+        unfinished = now["squared"] > claim.square()
+        return now["definite"] & unfinished & (now["k"] < budget)
+
+    def step(*state: Tensor) -> tuple[Tensor, ...]:
+        now = dict(zip(names, state, strict=True))
+        p, r, k = now["p"], now["r"], now["k"]
+        image = product(p)
+        wide_p, wide_image = p.to(wide), image.to(wide)
+        damped = wide_image + damping * wide_p
+        along = (wide_p * damped).sum()
+        length = wide_p.square().sum().sqrt()
+        size = wide_image.square().sum().sqrt() + damping * length
+        definite = along > rounding * length * size
+        alpha = torch.where(definite, now["squared"] / along, 0.0).to(dtype)
+        after = r - alpha * (image + narrow * p)
+        squared = after.to(wide).square().sum()
+        beta = squared / now["squared"]
+        # p0 = (p1 - r1) / beta, hence p0'A p1:
+        gap = (along - (r.to(wide) * damped).sum()).abs() / now["beta"]
+        total = length0 * size + length * now["size"]
+        new = {
+            "k": k + 1,
+            "x": now["x"] + alpha * p,
+            "r": after,
+            "p": after + beta.to(dtype) * p,
+            "squared": squared,
+            "beta": beta,
+            "definite": definite,
+            "size": torch.where(k == 0, size, now["size"]),
+            "gap": torch.where(k == 1, gap, now["gap"]),
+            "total": torch.where(k == 1, total, now["total"]),
+        }
+        if keep_best:  # one late, so that no pass over a vector is needed for it alone
+            better = now["squared"] < now["best"]
+            new["best_x"] = torch.where(better, now["x"], now["best_x"])
+            new["best"] = torch.where(better, now["squared"], now["best"])
+        return tuple(new.values())
+
+    last = dict(zip(names, while_loop(going, step, tuple(first.values())), strict=True))
+    x = last["x"]
+    if keep_best:
+        x = torch.where(last["squared"] <= last["best"], x, last["best_x"])
+    return x, (last["k"], last["definite"], last["gap"], last["total"])
