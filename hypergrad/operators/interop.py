@@ -66,6 +66,10 @@ class CallableOperator(LinearOperator):
         # What is looped may be anything; what is declared batchable is tensor code.
         return signature_of(self, (), self.hvp_fn) if self.batchable else None
 
+    def _traced_products(self, block: Tensor) -> Tensor:
+        rows = [self.hvp_fn(self.layout.unflatten(row)) for row in block.unbind()]
+        return torch.cat([self.layout.rows(row, name="the output of hvp_fn") for row in rows])
+
     def _attached(self, block: Tensor) -> Tensor:
         return self._products(block, lambda product: product)
 

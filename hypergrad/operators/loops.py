@@ -14,14 +14,14 @@ try:
     HAS_LOOPS = True
 except ImportError:  # a PyTorch without them: nothing with a loop in it is compiled
     HAS_LOOPS = False
-    CustomGraphPass = object
+    CustomGraphPass = object  # type: ignore[assignment,misc]
 
 #: What only looks at memory in another way: done within the loop, where it costs nothing, so that
 #: what goes into it shares no memory.
-_VIEWS = frozenset(
-    "alias detach t view _unsafe_view transpose expand unsqueeze permute split split_with_sizes "
-    "slice select squeeze reshape getitem".split()
-)
+_VIEWS = {
+    "_unsafe_view", "alias", "detach", "expand", "getitem", "permute", "reshape", "select", "slice",
+    "split", "split_with_sizes", "squeeze", "t", "transpose", "unsqueeze", "view",
+}  # fmt: skip
 
 __all__ = ["HAS_LOOPS", "HoistInvariants", "while_loop"]
 
@@ -75,11 +75,11 @@ def _hoist(module: GraphModule, graph: Graph, loop: Node) -> None:
 
 
 def _invariant(nodes: list[Node], known: set[Node]) -> set[Node]:
-    """The nodes that depend on none but the loop's constants, those included."""
+    """The nodes that depend on nothing but the loop's constants, those included."""
     found = set(known)
     for node in nodes:
-        used = node.all_input_nodes
-        if node.op == "call_function" and used and all(x in found for x in used) and _pure(node):
+        fixed = all(x in found for x in node.all_input_nodes)
+        if node.op == "call_function" and fixed and _pure(node):
             found.add(node)
     return found
 
@@ -103,6 +103,8 @@ def _needed(nodes: list[Node], invariant: set[Node]) -> list[Node]:
         seen.add(node)
         if _is_view(node):
             asked += node.all_input_nodes
+        elif not node.all_input_nodes:
+            continue  # a number
         else:
             needed.add(node)
     return [node for node in nodes if node in needed]

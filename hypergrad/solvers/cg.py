@@ -54,10 +54,25 @@ class CG(Solver):
         max_iters: iteration budget; None for 10,000.
         preconditioner: an approximate inverse of A + damping I, symmetric positive definite:
             anything :func:`hypergrad.as_operator` takes.
+        compile: whether a solve for one right-hand side is one graph of ``torch.compile``: the
+            products, of which the gradient and all that does not depend on the vector is computed
+            once, the recurrence, and the check of the answer.  For :func:`hypergrad.hessian`,
+            :func:`hypergrad.ggn`, matrices, sums and multiples of them, and callables that
+            :func:`hypergrad.as_operator` was told are ``batchable``, in float32 or float64; not
+            with a preconditioner.  Vectors are then of the operator's dtype (inner products of
+            float32 ones are summed in float64), and rounds go on from the true residual until it
+            is within the tolerance.  Operators of the same functions, shapes and dtypes share a
+            graph; compiling takes seconds, which the logger ``"hypergrad"`` tells.  What a graph
+            cannot settle, such as negative curvature, goes on eagerly.  Several right-hand sides
+            in one solve are a block of eager CG.
 
     Raises (when solving):
         NotSymmetricError: the first two products show an operator that is not symmetric.
         PreconditionerError: r'M r <= 0 for a residual r.
+
+    Warns (when solving):
+        CompilationWarning: with ``compile``, an operator that is not known to be tensor code, or
+            no compiler; the solve is then an eager one.
 
     Cost: one HVP an iteration, one a check of the true residual.  Many right-hand sides share
     block products; columns that are done take no further part.

@@ -75,12 +75,12 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
         found = _read(numbers, operator)
         done, before = done + found.iterations, norm
         system.num_hvps += found.iterations + 1
+        if found.skewed or not math.isfinite(found.norm):
+            return None  # where the eager solver says what is wrong, or that it is rounding
         if not graph.proved and not _proved(graph, system, x, rest, damping):
             return None
-        if not math.isfinite(found.norm):
-            return None  # what eager products are held to names the first bad leaf
         start, residual, norm = x[None], rest[None], found.norm
-        if found.skewed or not found.definite:
+        if not found.definite:
             break
         if fixed:
             status = Status.FIXED_ITERATIONS
@@ -210,7 +210,7 @@ def _recurrence(
     }
     if keep_best:
         first |= {"best_x": torch.zeros_like(r), "best": squared.clone()}
-    names, narrow = list(first), damping.to(dtype)
+    names, narrow = list(first), damping.to(dtype, copy=True)
 
     def going(*state: Tensor) -> Tensor:
         now = dict(zip(names, state, strict=True))
@@ -252,7 +252,8 @@ def _recurrence(
             new["best"] = torch.where(better, now["squared"], now["best"])
         return tuple(new.values())
 
-    last = dict(zip(names, while_loop(going, step, tuple(first.values())), strict=True))
+    ended = while_loop(going, step, tuple(first.values()))  # type: ignore[no-untyped-call]
+    last = dict(zip(names, ended, strict=True))
     x = last["x"]
     if keep_best:
         x = torch.where(last["squared"] <= last["best"], x, last["best_x"])

@@ -1,0 +1,291 @@
+"""``CG(compile=True)``: one graph, and what eager CG answers.
+
+But where said otherwise the backend runs the captured graph without generating code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import Graph
+
+import hypergrad
+from hypergrad import Status
+from hypergrad.operators import compilation, loops
+from hypergrad.solvers import compiled_cg
+from tests.strategies import F32, F64, SPECTRA, gaussian, symmetric
+
+N = 12
+GRAPH = hypergrad.CG(rtol=1e-5, compile=True)
+
+
+@pytest.fixture(autouse=True)
+def capture_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    torch._dynamo.reset()
+    compilation.forget_compiled()
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    yield
+    compilation.forget_compiled()
+
+
+def matrix(spectrum: str = "inverse", dtype: torch.dtype = F64) -> Tensor:
+    return symmetric(SPECTRA[spectrum](N), seed=1).matrix.to(dtype)
+
+
+def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return (torch.tanh(x @ p["w"]) @ p["v"] - y).square().mean() + 0.05 * (p["w"] ** 2).sum()
+
+
+def point(seed: int, dtype: torch.dtype = F64) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source, dtype=F64).to(dtype)
+
+    return {"w": draw(3, 4), "v": draw(4)}, draw(20, 3), draw(20)
+
+
+def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.tanh(x @ p["w"]) @ p["v"]
+
+
+def squares(out: Tensor, y: Tensor) -> Tensor:
+    return (out - y).square().mean()
+
+
+OPERATORS: dict[str, Callable[[torch.dtype], Any]] = {
+    "hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype)) + 2.0,
+    "compiled hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype), compile=True) + 2.0,
+    "ggn": lambda dtype: hypergrad.ggn(model, squares, *point(0, dtype)),
+    "sum": lambda dtype: (
+        0.5 * hypergrad.ggn(model, squares, *point(0, dtype))
+        + hypergrad.ggn(model, squares, *point(1, dtype)).shift(0.1)
+    ),
+}
+
+
+def right_hand_side(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: leaf + 1 for name, leaf in point(7, dtype)[0].items()}
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_answer_is_that_of_eager_cg(name: str, dtype: torch.dtype) -> None:
+    operator, v = OPERATORS[name](dtype), right_hand_side(dtype)
+    solver = hypergrad.CG(rtol=1e-6, compile=True)
+    found = hypergrad.solve(operator, v, solver, damping=0.5)
+    exact = hypergrad.solve(operator, v, hypergrad.Exact(), damping=0.5).value
+    assert found.info.status is Status.CONVERGED
+    assert found.info.relative_residual <= 1e-6
+    for leaf, expected in zip(found.value.values(), exact.values(), strict=True):
+        torch.testing.assert_close(leaf, expected, rtol=1e-4, atol=1e-5)
+    assert any(key[1] == "cg" and graph.proved for key, graph in compilation._graphs.items())
+
+
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+def test_a_matrix_and_a_batchable_callable(size: float) -> None:
+    a, v = matrix(dtype=F32), gaussian(N).to(F32)
+    operators = a, hypergrad.as_operator(lambda x: a @ x, like=v, batchable=True)
+    for operator in operators:
+        info = hypergrad.solve(operator, size * v, GRAPH, damping=0.1).info
+        eager = hypergrad.solve(operator, size * v, hypergrad.CG(rtol=1e-5), damping=0.1).info
+        assert info.converged
+        assert abs(info.iterations - eager.iterations) <= 1
+        # One check of the answer, and one product that proves the graph.
+        assert info.num_hvps in (info.iterations + 1, info.iterations + 2)
+    found = hypergrad.solve(a, size * v, GRAPH, damping=0.1)
+    x = found.value.double()
+    residual = size * v.double() - a.double() @ x - 0.1 * x
+    # A float32 product of |A x| about |v| is off by 1e-7 |v|, the residual by 1e-5 |v| long.
+    assert float(residual.norm()) == pytest.approx(found.info.residual_norm, rel=3e-2)
+
+
+def test_the_reported_products_are_those_of_the_operator() -> None:
+    a, v = matrix(dtype=F64), gaussian(N)
+    hypergrad.solve(a, v, GRAPH, damping=0.1)
+    info = hypergrad.solve(a, v, GRAPH, damping=0.1).info
+    assert info.num_hvps == info.iterations + 1
+
+
+def test_new_parameters_are_solved_with_by_the_same_graph() -> None:
+    v = right_hand_side(F64)
+    for seed in range(3):
+        operator = hypergrad.hessian(loss, *point(seed), compile=True)
+        found = hypergrad.solve(operator, v, GRAPH, damping=3.0)
+        exact = hypergrad.solve(operator, v, hypergrad.Exact(), damping=3.0).value
+        torch.testing.assert_close(found.value, exact, rtol=1e-3, atol=1e-4)
+    assert sum(key[1] == "cg" for key in compilation._graphs) == 1
+
+
+def test_a_warm_start_is_gone_on_from() -> None:
+    a, v = matrix(), gaussian(N)
+    exact = torch.linalg.solve(a + 0.1 * torch.eye(N, dtype=F64), v)
+    near = exact + 1e-4 * gaussian(N, seed=3)
+    cold = hypergrad.solve(a, v, GRAPH, damping=0.1).info
+    warm = hypergrad.solve(a, v, GRAPH, damping=0.1, x0=near)
+    assert warm.info.converged
+    assert warm.info.iterations < cold.iterations
+    torch.testing.assert_close(warm.value, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_a_fixed_number_of_iterations_is_done() -> None:
+    a, v = matrix(), gaussian(N)
+    for compile in (True, False):
+        solver = hypergrad.CG(rtol=0.0, max_iters=5, compile=compile)
+        found = hypergrad.solve(a, v, solver, damping=0.1)
+        assert found.info.status is Status.FIXED_ITERATIONS
+        assert found.info.iterations == 5
+        if compile:
+            first = found.value
+    torch.testing.assert_close(first, found.value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_budget_that_ends_returns_the_best_iterate() -> None:
+    values = torch.logspace(0, -6, N, dtype=F64)
+    a, v = symmetric(values, seed=1).matrix, gaussian(N)
+    for count in range(1, 9):
+        solvers = (hypergrad.CG(rtol=1e-10, max_iters=count, compile=c) for c in (True, False))
+        mine, eager = (hypergrad.solve(a, v, s, on_failure="ignore").info for s in solvers)
+        assert mine.status is eager.status is Status.MAX_ITERATIONS
+        assert mine.relative_residual == pytest.approx(eager.relative_residual, rel=1e-6)
+        assert mine.iterations == count
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_negative_curvature_is_reported_with_its_direction(fixed: bool) -> None:
+    values = torch.linspace(1.0, 3.0, N, dtype=F64)
+    values[0] = -2.0
+    a, v = symmetric(values, seed=1).matrix, gaussian(N)
+    options: dict[str, Any] = {"rtol": 0.0, "max_iters": 10} if fixed else {}
+    info = hypergrad.solve(a, v, hypergrad.CG(compile=True, **options), on_failure="ignore").info
+    assert info.status is Status.NEGATIVE_CURVATURE
+    direction = info.direction
+    assert isinstance(direction, Tensor)
+    assert float(direction @ a @ direction) <= 0
+
+
+def test_products_that_are_not_symmetric_are_refused() -> None:
+    a = matrix() + torch.triu(gaussian(N, N), 1)
+    with pytest.raises(hypergrad.NotSymmetricError):
+        hypergrad.solve(a, gaussian(N), GRAPH, damping=20.0)
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    a = matrix(dtype=F32)
+    a[2, 3] = torch.nan
+    with pytest.raises(hypergrad.NonFiniteError):
+        hypergrad.solve(a, gaussian(N).to(F32), GRAPH)
+
+
+def test_a_tolerance_below_rounding_ends_as_it_does_eagerly() -> None:
+    a, v = (
+        symmetric(torch.logspace(0, -5, N, dtype=F64), seed=1).matrix.to(F32),
+        gaussian(N).to(F32),
+    )
+    infos = [
+        hypergrad.solve(a, v, hypergrad.CG(rtol=1e-12, compile=c), on_failure="ignore").info
+        for c in (True, False)
+    ]
+    assert [info.status for info in infos] == [Status.STAGNATED] * 2
+    assert infos[0].relative_residual <= 10 * infos[1].relative_residual
+
+
+def test_what_cannot_be_one_graph_runs_eagerly_after_a_word() -> None:
+    a, v = matrix(), gaussian(N)
+    with pytest.warns(hypergrad.CompilationWarning, match="batchable"):
+        found = hypergrad.solve(lambda x: a @ x, v, GRAPH, damping=0.1)
+    assert found.info.converged
+    draws = iter(range(1000))
+
+    def restless(p: Tensor) -> Tensor:
+        return (p**2).sum() * (1.0 + next(draws))
+
+    operator = hypergrad.hessian(restless, gaussian(N))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = hypergrad.solve(operator, v, GRAPH, damping=0.1)
+    assert any(issubclass(w.category, hypergrad.CompilationWarning) for w in seen)
+    assert found.info.converged
+
+
+def test_many_right_hand_sides_are_a_block_of_eager_cg() -> None:
+    rows = gaussian(3, N)
+    found = hypergrad.solve(matrix(), rows, GRAPH, damping=0.1, batched=True)
+    assert found.info.converged
+    assert not compilation._graphs
+
+
+def test_a_preconditioner_and_compile_exclude_each_other() -> None:
+    with pytest.raises(hypergrad.SolverOptionError, match="preconditioner"):
+        hypergrad.CG(preconditioner=torch.eye(N), compile=True)
+    with pytest.raises(hypergrad.SolverOptionError, match="compile"):
+        hypergrad.CG(compile="yes")  # type: ignore[arg-type]
+
+
+def test_a_derivative_is_one_more_solve_by_the_graph() -> None:
+    a, v = matrix(), gaussian(N).requires_grad_()
+    solution = hypergrad.solve(a, v, hypergrad.CG(rtol=1e-9, compile=True), damping=0.1)
+    (gradient,) = torch.autograd.grad(solution.value.sum(), v)
+    system = a + 0.1 * torch.eye(N, dtype=F64)
+    expected = torch.linalg.solve(system, torch.ones(N, dtype=F64))
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_tensor_in_a_closure_is_found_where_there_is_no_graph_yet() -> None:
+    weight = torch.tensor(1.0, dtype=F64)
+
+    def weighted(p: Tensor, x: Tensor) -> Tensor:
+        return weight * torch.cosh(x * p).sum()
+
+    v = torch.ones(3, dtype=F64)
+    for _ in range(2):  # the second operator is made without its gradient
+        operator = hypergrad.hessian(weighted, torch.ones(3, dtype=F64), v, compile=True)
+        assert not hypergrad.solve(operator, v, GRAPH).value.requires_grad
+    weight.requires_grad_()
+    operator = hypergrad.hessian(weighted, torch.ones(3, dtype=F64), v, compile=True)
+    with pytest.raises(hypergrad.DifferentiationError):  # not a constant without a word
+        hypergrad.solve(operator, v, GRAPH)
+
+
+def test_generated_code_computes_the_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch._inductor")
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    counts: list[tuple[int, int]] = []
+
+    class Counting(loops.HoistInvariants):
+        def __call__(self, graph: Graph) -> None:
+            super().__call__(graph)
+            module = graph.owning_module
+            for node in graph.nodes:
+                if node.target is torch.ops.higher_order.while_loop:
+                    body = getattr(module, str(node.args[1].target))
+                    counts.append((_tanhs(graph), _tanhs(body.graph)))
+
+        def uuid(self) -> bytes:
+            return b"counting"
+
+    monkeypatch.setattr(compilation, "HoistInvariants", Counting)
+    operator, v = hypergrad.hessian(loss, *point(0)), right_hand_side(F64)
+    found = hypergrad.solve(operator, v, GRAPH, damping=3.0)
+    exact = hypergrad.solve(operator, v, hypergrad.Exact(), damping=3.0).value
+    torch.testing.assert_close(found.value, exact, rtol=1e-3, atol=1e-4)
+    assert [inside for _, inside in counts] == [0]
+    assert counts[0][0] > 0
+
+
+def _tanhs(graph: Graph) -> int:
+    return sum(node.target is torch.ops.aten.tanh.default for node in graph.nodes)
+
+
+def test_rounds_go_on_from_the_true_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A recurrence that stops early is not believed: the next round starts where it ended.
+    monkeypatch.setattr(compiled_cg, "_SHARE", 50.0)
+    monkeypatch.setattr(compiled_cg, "_GAIN", 1.0)
+    info = hypergrad.solve(matrix(), gaussian(N), GRAPH, damping=0.1, on_failure="ignore").info
+    assert info.converged
+    assert info.relative_residual <= 1e-5
