@@ -167,7 +167,12 @@ def _products_of(operator: HessianOperator, count: int) -> Graph:
     def products(tensors: list[Tensor], rows: Tensor) -> Tensor:
         return template._with_tensors(tensors)._traced_products(rows)
 
-    return Graph(products, f"{count} products with {operator!r}", "products are made eagerly")
+    return Graph(
+        products,
+        f"{count} products with {operator!r}",
+        "products are made eagerly",
+        **options(operator.device),
+    )
 
 
 def detached(operator: LinearOperator) -> LinearOperator:
@@ -176,7 +181,7 @@ def detached(operator: LinearOperator) -> LinearOperator:
 
 
 def options(device: torch.device) -> dict[str, Any]:
-    """How a graph that holds a loop is compiled."""
+    """How a graph is compiled for a device."""
     if BACKEND != "inductor":
         return {}
     chosen: dict[str, Any] = {"post_grad_custom_pre_pass": HoistInvariants()}
