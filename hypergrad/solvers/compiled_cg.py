@@ -135,9 +135,8 @@ def _proved(
 
 
 def _read(numbers: Tensor, operator: LinearOperator) -> _Found:
-    iterations, norm, definite, gap, total = numbers.tolist()  # one transfer from the device
-    skewed = gap > allowed_skew(operator.dtype) * total
-    return _Found(int(iterations), norm, bool(definite), skewed)
+    iterations, norm, definite, skew = numbers.tolist()  # one transfer from the device
+    return _Found(int(iterations), norm, bool(definite), not skew <= allowed_skew(operator.dtype))
 
 
 def _graph(operator: LinearOperator, fixed: bool) -> Graph:
@@ -163,8 +162,8 @@ def _graph(operator: LinearOperator, fixed: bool) -> Graph:
         x = start + correction.to(b.dtype)
         rounded = x.to(now.dtype)  # as it will be returned
         left = b - product(rounded).to(b.dtype) - damping * rounded.to(b.dtype)
-        iterations, definite, gap, total = numbers
-        facts = (iterations, torch.linalg.vector_norm(left), definite, gap, total)
+        iterations, definite, skew = numbers
+        facts = (iterations, torch.linalg.vector_norm(left), definite, skew)
         return x, left, torch.stack([x.to(b.dtype) for x in facts])
 
     return Graph(
@@ -185,7 +184,7 @@ def _recurrence(
     *,
     keep_best: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """CG from zero: the correction, then iterations, definiteness, and asymmetry against its scale.
+    """CG from zero: the correction, then iterations, definiteness, and relative asymmetry.
 
     Vectors are of the products' dtype, inner products of the wider one of ``residual``.  Of
     symmetric products p0'A p1 = p1'A p0, and CG chooses p1 so that the latter is zero.
@@ -195,18 +194,15 @@ def _recurrence(
     r = residual.to(dtype, copy=True)
     squared = residual.square().sum()
     length0 = squared.sqrt()
-    zero, one = torch.zeros_like(squared), torch.ones_like(squared)
+    # Few: each tensor that a loop carries costs it as much as a hundred numbers of a vector.
     first = {
         "k": torch.zeros_like(budget),
         "x": torch.zeros_like(r),
         "r": r,
         "p": r.clone(),
         "squared": squared,
-        "beta": one,
-        "definite": one > 0,
-        "size": zero,
-        "gap": zero.clone(),
-        "total": zero.clone(),
+        "beta": torch.ones_like(squared),
+        "skew": torch.zeros_like(squared),
     }
     if keep_best:
         first |= {"best_x": torch.zeros_like(r), "best": squared.clone()}
@@ -214,8 +210,7 @@ def _recurrence(
 
     def going(*state: Tensor) -> Tensor:
         now = dict(zip(names, state, strict=True))
-        unfinished = now["squared"] > claim.square()
-        return now["definite"] & unfinished & (now["k"] < budget)
+        return (now["squared"] > claim.square()) & (now["k"] < budget)
 
     def step(*state: Tensor) -> tuple[Tensor, ...]:
         now = dict(zip(names, state, strict=True))
@@ -233,18 +228,14 @@ def _recurrence(
         beta = squared / now["squared"]
         # p0 = (p1 - r1) / beta, hence p0'A p1:
         gap = (along - (r.to(wide) * damped).sum()).abs() / now["beta"]
-        total = length0 * size + length * now["size"]
         new = {
             "k": k + 1,
             "x": now["x"] + alpha * p,
             "r": after,
             "p": after + beta.to(dtype) * p,
-            "squared": squared,
+            "squared": torch.where(definite, squared, -now["squared"]),  # which ends the loop
             "beta": beta,
-            "definite": definite,
-            "size": torch.where(k == 0, size, now["size"]),
-            "gap": torch.where(k == 1, gap, now["gap"]),
-            "total": torch.where(k == 1, total, now["total"]),
+            "skew": torch.where(k == 1, gap / (length0 * size), now["skew"]),
         }
         if keep_best:  # one late, so that no pass over a vector is needed for it alone
             better = now["squared"] < now["best"]
@@ -254,7 +245,7 @@ def _recurrence(
 
     ended = while_loop(going, step, tuple(first.values()))  # type: ignore[no-untyped-call]
     last = dict(zip(names, ended, strict=True))
-    x = last["x"]
+    x, squared = last["x"], last["squared"]
     if keep_best:
-        x = torch.where(last["squared"] <= last["best"], x, last["best_x"])
-    return x, (last["k"], last["definite"], last["gap"], last["total"])
+        x = torch.where(squared.abs() <= last["best"], x, last["best_x"])
+    return x, (last["k"], squared >= 0, last["skew"])
