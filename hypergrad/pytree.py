@@ -265,6 +265,12 @@ class TreeLayout:
             return torch.cat([leaf.reshape(count, -1) for leaf in leaves], dim=1)
         return torch.cat([leaf.reshape(count, -1).to(self.dtype) for leaf in leaves], dim=1)
 
+    def row(self, tree: Tree, *, name: str = "v") -> Tensor:
+        """:meth:`rows` of one tree, which may share the memory of a tree that is a tensor."""
+        if self._bare:
+            return self.leaves(tree, name=name)[0].reshape(1, -1)
+        return self.rows(tree, name=name)
+
     def unflatten(self, vector: Tensor) -> Tree:
         """A vector of shape (n,) as a tree, every leaf with its own shape and dtype."""
         return self._assemble(vector, ())
@@ -278,6 +284,8 @@ class TreeLayout:
 
     def split(self, flat: Tensor, lead: tuple[int, ...] = ()) -> list[Tensor]:
         """The leaves of a vector, or of a block of them with leading shape ``lead``, in order."""
+        if self._bare and flat.dtype == self.dtype:
+            return [flat.reshape(lead + self.shapes[0])]
         pieces = flat.split_with_sizes(self._sizes, dim=-1)
         if self._uniform and flat.dtype == self.dtype:
             pairs = zip(pieces, self.shapes, strict=True)

@@ -61,6 +61,17 @@ class CallableOperator(LinearOperator):
         self._carries_graph = bool(self._carries_graph)  # known, from now on
         return out
 
+    def _passing(self, row: Tensor) -> Tensor:
+        if self.batchable or building_no_graph() or tangents():
+            return self._apply(row)
+        product = self.hvp_fn(self.layout.unflatten(row[0].detach()))
+        out = self.layout.row(product, name="the output of hvp_fn")
+        if out.requires_grad:
+            self._carries_graph = self._carries_graph or torch.is_grad_enabled()
+            return out.detach()
+        self._carries_graph = bool(self._carries_graph)
+        return out
+
     def _attached(self, block: Tensor) -> Tensor:
         return self._products(block, lambda product: product)
 

@@ -209,6 +209,14 @@ class DampedSystem:
         self.operator.layout.check_finite(out, "the output of the operator")
         return out
 
+    def passing_product(self, x: Tensor) -> Tensor:
+        """A times the one row of ``x``, in the operator's dtype, by :meth:`LinearOperator._passing`.
+
+        For a caller that looks for nan and inf itself, and scales rows that are far from one.
+        """
+        self.num_hvps += 1
+        return self.operator._passing(x)
+
     def apply(self, x: Tensor, damping: float) -> Tensor:
         """(A + damping I) times each row of ``x``."""
         return torch.add(self.product(x), x, alpha=damping)

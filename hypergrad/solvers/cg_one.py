@@ -1,0 +1,205 @@
+"""Conjugate gradients for one right-hand side on the CPU: in place, its scalars Python's numbers.
+
+A block of rows decides with masks, on tensors of one entry a row; for one row each of those costs
+as much as a pass over ten thousand numbers.  Here an iteration is one product, two inner products
+and three updates in place, and what else has to be known follows from their results:
+
+- a nan or an infinity in a product passes into p'Ap, so that no pass looks for it;
+- |A p| is needed only to tell curvature from rounding, and (|r| + |r_next|) / alpha bounds it;
+- an iterate is copied only where the next one has a larger residual.
+
+What a solve decides, and by which figures, is as in :class:`hypergrad.solvers.krylov.Recurrence`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..norms import row_norms
+from .base import Status, allowed_skew
+from .krylov import PATIENCE, REFRESH, Recurrence, indefinite_preconditioner, preconditioned
+
+#: Squares of numbers from here to the inverse, and their sums, are within the range of the dtype.
+LEAST = {torch.float64: 1e-140, torch.float32: 1e-16}
+#: Norms from here to the inverse need no scaling before a product in float32.
+_NEAR_ONE = 1e-6
+#: How far the bound of |p| |A p| may be from p'Ap before both are computed.
+_MARGIN = 4.0
+
+
+@dataclass
+class Verdict:
+    """How the row ended: its answer of shape (1, n), with the norm of its true residual."""
+
+    status: Status
+    iteration: int
+    x: Tensor
+    norm: float
+    direction: Tensor | None = None
+
+
+class OneRow:
+    """The row that is left of a recurrence, taken over where that stands.
+
+    Args:
+        block: the recurrence, of one row; its tensors are left as they are.
+        p: shape (1, n), the last direction.
+        last: r'z of the last iteration; 0 where there was none.
+        unit: see :func:`hypergrad.solvers.krylov.preconditioned`.
+    """
+
+    def __init__(self, block: Recurrence, p: Tensor, last: float, unit: Tensor) -> None:
+        self.system, self.damping = block.system, block.damping
+        self.precondition, self.symmetry = block.precondition, block.symmetry
+        self.max_iters, self.rounding = block.max_iters, block.rounding
+        self.row = block.row
+        # None spares the selection of rows, and lets the system remember what it has checked.
+        self.rows = None if len(self.system.b) == 1 else block.row
+        self.tolerance = float(block.tolerances[block.row])
+        self.claim = float(block.claims[block.row])
+        self.least = LEAST[block.r.dtype]
+        self.x, self.r, self.p = block.x.clone(), block.r.clone(), p.clone()
+        self.last, self.unit = last, unit
+        self.squared = self._dot(self.r, self.r)
+        self.p_squared = self._dot(self.p, self.p) if last else 0.0
+        # The smallest residual by the recurrence, which may be that of the current x.
+        self.best, self.best_x = float(block.best), block.best_x
+        self.best_is_x = block.best_x is block.x
+        self.true, self.true_x = float(block.true), block.true_x
+        self.fruitless = int(block.fruitless)
+        self.first: tuple[Tensor, Tensor, float, float] | None = None
+
+    def run(self, iteration: int) -> Verdict:
+        """Iterate from this iteration on until the row has converged or failed."""
+        while iteration <= self.max_iters:
+            status = self._step(iteration)
+            if status is not None:
+                return self._verdict(status, iteration)
+            iteration += 1
+        return self._verdict(Status.MAX_ITERATIONS, self.max_iters)
+
+    def _dot(self, a: Tensor, b: Tensor) -> float:
+        return float(torch.dot(a[0], b[0]))
+
+    def _step(self, iteration: int) -> Status | None:
+        """One iteration; the status that ends the solve, if it does."""
+        z, rz = self.r, self.squared
+        if self.precondition is not None:
+            z, self.unit = preconditioned(self.precondition, self.r, self.unit)
+            rz = self._dot(self.r, z)
+        if rz <= 0:
+            raise indefinite_preconditioner(self.r.new_tensor([rz]), self.r)
+        beta = rz / self.last if self.last else 0.0
+        p = torch.add(z, self.p, alpha=beta, out=self.p)
+        if self.precondition is None:  # r is orthogonal to the last direction
+            self.p_squared = self.squared + beta * beta * self.p_squared
+        else:
+            self.p_squared = self._dot(p, p)
+        p_norm = math.sqrt(self.p_squared)
+        image = self._image(p_norm)
+        image = image.clone() if iteration <= 2 else image  # needed beyond the next product
+        curvature = self._dot(p, image)
+        regular = self.least < curvature < 1.0 / self.least
+        if not regular:  # a nan, an infinity, no positive curvature, or squares beyond the dtype
+            self.system.operator.layout.check_finite(image, "the output of the operator")
+            curvature = float(torch.dot(p[0].double(), image[0].double()))
+            if self._flat(curvature, image):
+                return Status.NEGATIVE_CURVATURE
+        if iteration <= 2:
+            self._check_symmetry(iteration, image, curvature)
+        alpha = rz / curvature
+        self.r.add_(image, alpha=-alpha)
+        squared = self._dot(self.r, self.r)
+        if not math.isfinite(squared):
+            squared = float(row_norms(self.r)) ** 2
+        norm = math.sqrt(squared)
+        # By alpha A p = r - r_next, with alpha = rz / p'Ap, this is eps |p| |A p| >= p'Ap at most.
+        reach = math.sqrt(self.squared) + norm + 2.0 * alpha * self.damping * p_norm
+        doubtful = regular and not rz > _MARGIN * self.rounding * p_norm * reach
+        if doubtful and self._flat(curvature, image):
+            return Status.NEGATIVE_CURVATURE
+        if norm < self.best:
+            self.best, self.best_is_x = norm, True
+        elif self.best_is_x:
+            self.best_x, self.best_is_x = self.x.clone(), False
+        self.x.add_(p, alpha=alpha)
+        self.squared, self.last = squared, rz
+        due = norm <= self.claim or iteration % REFRESH == 0
+        return self._check() if due and iteration < self.max_iters else None
+
+    def _image(self, p_norm: float) -> Tensor:
+        """(A + damping I) p, not looked at."""
+        dtype, p = self.system.operator.dtype, self.p
+        if dtype is p.dtype:
+            image = self.system.passing_product(p.clone())
+            return torch.add(image, p, alpha=self.damping) if self.damping else image
+        near = dtype is torch.float32 and _NEAR_ONE < p_norm < 1.0 / _NEAR_ONE
+        scale = 1.0 if near else math.ldexp(1.0, math.frexp(p_norm)[1])
+        narrow = p.to(dtype) if near else (p / scale).to(dtype)
+        image = self.system.passing_product(narrow).to(p.dtype)
+        image = image if near else image.mul_(scale)
+        return image.add_(p, alpha=self.damping) if self.damping else image
+
+    def _flat(self, curvature: float, image: Tensor) -> bool:
+        """Whether p'(A + damping I)p <= 0, to the rounding of the product."""
+        sizes = self._sizes(self.p, image)
+        return curvature <= self.rounding * float(row_norms(self.p)) * float(sizes)
+
+    def _check_symmetry(self, iteration: int, image: Tensor, curvature: float) -> None:
+        """A look at p0'A p1 = p1'A p0; :class:`SymmetryCheck` decides where they seem to differ."""
+        p_norm = math.sqrt(self.p_squared)
+        if iteration == 1:
+            self.first = (self.p.clone(), image, curvature, p_norm)
+            return
+        if self.first is not None:
+            p0, image0, curvature0, p0_norm = self.first
+            self.first = None
+            gap = abs(self._dot(p0, image) - self._dot(self.p, image0))
+            # |A p| >= p'A p / |p|, so that sizes allow more than this.
+            total = curvature * p0_norm / p_norm + curvature0 * p_norm / p0_norm
+            if gap <= allowed_skew(self.system.operator.dtype) * total:
+                return
+            self.symmetry(1, self.row, p0, image0, self._sizes(p0, image0))
+        self.symmetry(2, self.row, self.p, image, self._sizes(self.p, image))
+
+    def _sizes(self, p: Tensor, image: Tensor) -> Tensor:
+        """What the rounding of a product is relative to, as a block has it; shape (1,)."""
+        product = torch.sub(image, p, alpha=self.damping) if self.damping else image
+        return row_norms(product) + self.damping * row_norms(p)
+
+    def _check(self) -> Status | None:
+        """Compare the recurrence with the true residual; the status that this ends it with."""
+        residual = self.system.residual(self.x, self.damping, self.rows)
+        norm = float(row_norms(residual))
+        gained = norm < 0.9 * self.true
+        better = norm < self.true
+        if better:
+            self.true, self.true_x = norm, self.x
+        if norm <= self.tolerance:
+            return Status.CONVERGED
+        if better:
+            self.true_x = self.x.clone()
+        drifted = float(row_norms(residual - self.r)) > 0.1 * norm
+        if drifted:  # its bests since the last check mean nothing
+            self.best, self.best_x, self.best_is_x = self.true, self.true_x, False
+            self.r, self.squared, self.last, self.p_squared = residual, norm * norm, 0.0, 0.0
+        self.fruitless = 0 if gained else self.fruitless + drifted
+        return Status.STAGNATED if self.fruitless >= PATIENCE else None
+
+    def _verdict(self, status: Status, iteration: int) -> Verdict:
+        x, norm = self.true_x, self.true
+        if status is not Status.CONVERGED:
+            candidate = self.x if self.best_is_x else self.best_x
+            residual = self.system.residual(candidate, self.damping, self.rows)
+            fresh = float(row_norms(residual))
+            if fresh < norm:
+                x, norm = candidate, fresh
+            status = Status.CONVERGED if norm <= self.tolerance else status
+        direction = None
+        if status is Status.NEGATIVE_CURVATURE:
+            direction = self.p[0] / row_norms(self.p)
+        return Verdict(status, iteration, x, norm, direction)
