@@ -265,11 +265,13 @@ class TreeLayout:
             return torch.cat([leaf.reshape(count, -1) for leaf in leaves], dim=1)
         return torch.cat([leaf.reshape(count, -1).to(self.dtype) for leaf in leaves], dim=1)
 
-    def row(self, tree: Tree, *, name: str = "v") -> Tensor:
-        """:meth:`rows` of one tree, which may share the memory of a tree that is a tensor."""
+    def vector(self, tree: Tree, *, name: str = "v") -> Tensor:
+        """``tree`` as one vector with its graph; it may share the memory of a single tensor."""
+        leaves = self.leaves(tree, name=name)
         if self._bare:
-            return self.leaves(tree, name=name)[0].reshape(1, -1)
-        return self.rows(tree, name=name)
+            return leaves[0] if leaves[0].ndim == 1 else leaves[0].reshape(-1)
+        flat = [leaf.reshape(-1) for leaf in leaves]
+        return torch.cat(flat if self._uniform else [leaf.to(self.dtype) for leaf in flat])
 
     def unflatten(self, vector: Tensor) -> Tree:
         """A vector of shape (n,) as a tree, every leaf with its own shape and dtype."""
@@ -285,7 +287,8 @@ class TreeLayout:
     def split(self, flat: Tensor, lead: tuple[int, ...] = ()) -> list[Tensor]:
         """The leaves of a vector, or of a block of them with leading shape ``lead``, in order."""
         if self._bare and flat.dtype == self.dtype:
-            return [flat.reshape(lead + self.shapes[0])]
+            shape = lead + self.shapes[0]
+            return [flat if flat.shape == shape else flat.reshape(shape)]
         pieces = flat.split_with_sizes(self._sizes, dim=-1)
         if self._uniform and flat.dtype == self.dtype:
             pairs = zip(pieces, self.shapes, strict=True)

@@ -61,15 +61,15 @@ class CallableOperator(LinearOperator):
         self._carries_graph = bool(self._carries_graph)  # known, from now on
         return out
 
-    def _passing(self, row: Tensor) -> Tensor:
+    def _passing(self, vector: Tensor) -> Tensor:
         if self.batchable or building_no_graph() or tangents():
-            return self._apply(row)
-        product = self.hvp_fn(self.layout.unflatten(row[0].detach()))
-        out = self.layout.row(product, name="the output of hvp_fn")
+            return super()._passing(vector)
+        product = self.hvp_fn(self.layout.unflatten(vector))
+        out = self.layout.vector(product, name="the output of hvp_fn")
         if out.requires_grad:
             self._carries_graph = self._carries_graph or torch.is_grad_enabled()
             return out.detach()
-        self._carries_graph = bool(self._carries_graph)
+        self._carries_graph = bool(self._carries_graph)  # known, from now on
         return out
 
     def _attached(self, block: Tensor) -> Tensor:
@@ -110,6 +110,9 @@ class DenseOperator(LinearOperator):
 
     def _apply(self, block: Tensor) -> Tensor:
         return (self.matrix.detach() @ block.T).T  # also for sparse layouts
+
+    def _passing(self, vector: Tensor) -> Tensor:
+        return self.matrix.detach() @ vector
 
     def _tensors(self) -> list[Tensor]:
         return [self.matrix]

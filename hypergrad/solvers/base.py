@@ -210,7 +210,7 @@ class DampedSystem:
         return out
 
     def passing_product(self, x: Tensor) -> Tensor:
-        """A times the one row of ``x``, in the operator's dtype, by :meth:`LinearOperator._passing`.
+        """A times one vector in the operator's dtype, by :meth:`LinearOperator._passing`.
 
         For a caller that looks for nan and inf itself, and scales rows that are far from one.
         """
@@ -232,7 +232,7 @@ class DampedSystem:
             NonFiniteError: the answer is too large for a leaf's dtype.
         """
         scales = (self.scales if rows is None else self.scales[rows])[:, None]
-        return self._answer(x, rows).to(self.b.dtype) / scales
+        return self._answer(x, rows).to(self.b.dtype, copy=True).div_(scales)
 
     def delivered(self, x: Tensor) -> Tensor:
         """:meth:`returned` in its own scale and the operator's dtype."""
@@ -260,7 +260,8 @@ class DampedSystem:
     def residual(self, x: Tensor, damping: float, rows: Tensor | None = None) -> Tensor:
         """True residual b - (A + damping I) x of ``x`` as it will be returned."""
         b = self.b if rows is None else self.b[rows]
-        return b - self.apply(self.returned(x, rows), damping)
+        image = self.apply(self.returned(x, rows), damping)
+        return torch.sub(b, image, out=image)
 
     def begin(self, x0: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
         """Where to start, and the residual there; a warm start no better than zero is not used."""

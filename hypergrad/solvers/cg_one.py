@@ -33,7 +33,7 @@ _MARGIN = 4.0
 
 @dataclass
 class Verdict:
-    """How the row ended: its answer of shape (1, n), with the norm of its true residual."""
+    """How the row ended: its answer, shape (1, n), with the norm of its true residual."""
 
     status: Status
     iteration: int
@@ -62,15 +62,17 @@ class OneRow:
         self.tolerance = float(block.tolerances[block.row])
         self.claim = float(block.claims[block.row])
         self.least = LEAST[block.r.dtype]
-        self.x, self.r, self.p = block.x.clone(), block.r.clone(), p.clone()
+        self.x, self.r, self.p = block.x[0].clone(), block.r[0].clone(), p[0].clone()
         self.last, self.unit = last, unit
-        self.squared = self._dot(self.r, self.r)
-        self.p_squared = self._dot(self.p, self.p) if last else 0.0
+        self.squared = _dot(self.r, self.r)
+        self.p_squared = _dot(self.p, self.p) if last else 0.0
         # The smallest residual by the recurrence, which may be that of the current x.
-        self.best, self.best_x = float(block.best), block.best_x
+        self.best, self.best_x = float(block.best), block.best_x[0]
         self.best_is_x = block.best_x is block.x
-        self.true, self.true_x = float(block.true), block.true_x
+        self.true, self.true_x = float(block.true), block.true_x[0]
         self.fruitless = int(block.fruitless)
+        # What the system was asked about last, which remembers it by the object.
+        self.looked_at = (self.x, self.x[None])
         self.first: tuple[Tensor, Tensor, float, float] | None = None
 
     def run(self, iteration: int) -> Verdict:
@@ -82,40 +84,38 @@ class OneRow:
             iteration += 1
         return self._verdict(Status.MAX_ITERATIONS, self.max_iters)
 
-    def _dot(self, a: Tensor, b: Tensor) -> float:
-        return float(torch.dot(a[0], b[0]))
-
     def _step(self, iteration: int) -> Status | None:
         """One iteration; the status that ends the solve, if it does."""
         z, rz = self.r, self.squared
         if self.precondition is not None:
-            z, self.unit = preconditioned(self.precondition, self.r, self.unit)
-            rz = self._dot(self.r, z)
+            rows, self.unit = preconditioned(self.precondition, self.r[None], self.unit)
+            z = rows[0]
+            rz = _dot(self.r, z)
         if rz <= 0:
-            raise indefinite_preconditioner(self.r.new_tensor([rz]), self.r)
+            raise indefinite_preconditioner(self.r.new_tensor([rz]), self.r[None])
         beta = rz / self.last if self.last else 0.0
         p = torch.add(z, self.p, alpha=beta, out=self.p)
         if self.precondition is None:  # r is orthogonal to the last direction
             self.p_squared = self.squared + beta * beta * self.p_squared
         else:
-            self.p_squared = self._dot(p, p)
+            self.p_squared = _dot(p, p)
         p_norm = math.sqrt(self.p_squared)
         image = self._image(p_norm)
         image = image.clone() if iteration <= 2 else image  # needed beyond the next product
-        curvature = self._dot(p, image)
+        curvature = _dot(p, image)
         regular = self.least < curvature < 1.0 / self.least
         if not regular:  # a nan, an infinity, no positive curvature, or squares beyond the dtype
             self.system.operator.layout.check_finite(image, "the output of the operator")
-            curvature = float(torch.dot(p[0].double(), image[0].double()))
+            curvature = _dot(p.double(), image.double())
             if self._flat(curvature, image):
                 return Status.NEGATIVE_CURVATURE
         if iteration <= 2:
             self._check_symmetry(iteration, image, curvature)
         alpha = rz / curvature
         self.r.add_(image, alpha=-alpha)
-        squared = self._dot(self.r, self.r)
+        squared = _dot(self.r, self.r)
         if not math.isfinite(squared):
-            squared = float(row_norms(self.r)) ** 2
+            squared = _norm(self.r) ** 2
         norm = math.sqrt(squared)
         # By alpha A p = r - r_next, with alpha = rz / p'Ap, this is eps |p| |A p| >= p'Ap at most.
         reach = math.sqrt(self.squared) + norm + 2.0 * alpha * self.damping * p_norm
@@ -147,7 +147,7 @@ class OneRow:
     def _flat(self, curvature: float, image: Tensor) -> bool:
         """Whether p'(A + damping I)p <= 0, to the rounding of the product."""
         sizes = self._sizes(self.p, image)
-        return curvature <= self.rounding * float(row_norms(self.p)) * float(sizes)
+        return curvature <= self.rounding * _norm(self.p) * float(sizes)
 
     def _check_symmetry(self, iteration: int, image: Tensor, curvature: float) -> None:
         """A look at p0'A p1 = p1'A p0; :class:`SymmetryCheck` decides where they seem to differ."""
@@ -158,23 +158,23 @@ class OneRow:
         if self.first is not None:
             p0, image0, curvature0, p0_norm = self.first
             self.first = None
-            gap = abs(self._dot(p0, image) - self._dot(self.p, image0))
+            gap = abs(_dot(p0, image) - _dot(self.p, image0))
             # |A p| >= p'A p / |p|, so that sizes allow more than this.
             total = curvature * p0_norm / p_norm + curvature0 * p_norm / p0_norm
             if gap <= allowed_skew(self.system.operator.dtype) * total:
                 return
-            self.symmetry(1, self.row, p0, image0, self._sizes(p0, image0))
-        self.symmetry(2, self.row, self.p, image, self._sizes(self.p, image))
+            self.symmetry(1, self.row, p0[None], image0[None], self._sizes(p0, image0))
+        self.symmetry(2, self.row, self.p[None], image[None], self._sizes(self.p, image))
 
     def _sizes(self, p: Tensor, image: Tensor) -> Tensor:
         """What the rounding of a product is relative to, as a block has it; shape (1,)."""
         product = torch.sub(image, p, alpha=self.damping) if self.damping else image
-        return row_norms(product) + self.damping * row_norms(p)
+        return row_norms(product[None]) + self.damping * row_norms(p[None])
 
     def _check(self) -> Status | None:
         """Compare the recurrence with the true residual; the status that this ends it with."""
-        residual = self.system.residual(self.x, self.damping, self.rows)
-        norm = float(row_norms(residual))
+        residual = self._residual(self.x)
+        norm = _norm(residual)
         gained = norm < 0.9 * self.true
         better = norm < self.true
         if better:
@@ -183,23 +183,36 @@ class OneRow:
             return Status.CONVERGED
         if better:
             self.true_x = self.x.clone()
-        drifted = float(row_norms(residual - self.r)) > 0.1 * norm
+        drifted = _norm(residual - self.r) > 0.1 * norm
         if drifted:  # its bests since the last check mean nothing
             self.best, self.best_x, self.best_is_x = self.true, self.true_x, False
             self.r, self.squared, self.last, self.p_squared = residual, norm * norm, 0.0, 0.0
         self.fruitless = 0 if gained else self.fruitless + drifted
         return Status.STAGNATED if self.fruitless >= PATIENCE else None
 
+    def _residual(self, x: Tensor) -> Tensor:
+        self.looked_at = (x, x[None])
+        return self.system.residual(self.looked_at[1], self.damping, self.rows)[0]
+
     def _verdict(self, status: Status, iteration: int) -> Verdict:
         x, norm = self.true_x, self.true
         if status is not Status.CONVERGED:
             candidate = self.x if self.best_is_x else self.best_x
-            residual = self.system.residual(candidate, self.damping, self.rows)
-            fresh = float(row_norms(residual))
+            residual = self._residual(candidate)
+            fresh = _norm(residual)
             if fresh < norm:
                 x, norm = candidate, fresh
             status = Status.CONVERGED if norm <= self.tolerance else status
         direction = None
         if status is Status.NEGATIVE_CURVATURE:
-            direction = self.p[0] / row_norms(self.p)
-        return Verdict(status, iteration, x, norm, direction)
+            direction = self.p / _norm(self.p)
+        known, rows = self.looked_at
+        return Verdict(status, iteration, rows if x is known else x[None], norm, direction)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return torch.dot(a, b).item()
+
+
+def _norm(vector: Tensor) -> float:
+    return row_norms(vector[None]).item()
