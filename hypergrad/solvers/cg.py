@@ -90,6 +90,8 @@ def run_cg(
     if config.rtol == 0 and config.atol == 0:
         work = FixedWork.begin(system, x0, config.max_iters, traced=False)
         return _fixed(work, precondition, SymmetryCheck(system)).outcome()
+    if len(system.b) == 1 and _on_host(system.b):
+        return OneRow.solve(config, system, x0, precondition)
     return _Recurrence(
         system,
         x0,
@@ -108,14 +110,13 @@ class _Recurrence(Recurrence):
         self.rz = torch.zeros_like(self.best)  # rz = 0 marks rows that start afresh
         self.unit = torch.zeros_like(self.best)
         self.least = LEAST[self.r.dtype]
-        self.on_host = self.r.device.type == "cpu"  # where numbers are read at no cost
 
     def _restart(self, index: Tensor, residual: Tensor) -> None:
         self.r[index] = residual
         self.rz[index] = 0.0
 
     def _step(self, iteration: int) -> None:
-        if self.on_host and len(self.row) == 1:
+        if len(self.row) == 1 and _on_host(self.r):
             self._alone(iteration)
             return
         z, self.unit = preconditioned(self.precondition, self.r, self.unit)
@@ -159,13 +160,9 @@ class _Recurrence(Recurrence):
 
     def _alone(self, iteration: int) -> None:
         """All further iterations of the only row left, on the CPU."""
-        verdict = OneRow(self, self.p, float(self.rz), self.unit).run(iteration)
+        verdict = OneRow.left_of(self, self.p, float(self.rz), self.unit).run(iteration)
         row = int(self.row)
-        if len(self.out_x) == 1:  # as it is, so that what was checked of it stays known
-            self.out_x = verdict.x
-        else:
-            self.out_x[row] = verdict.x[0]
-        self.out_norms[row] = verdict.norm
+        self.out_x[row], self.out_norms[row] = verdict.x[0], verdict.norm
         self.statuses[row], self.iterations[row] = verdict.status, verdict.iteration
         if verdict.direction is not None:
             self.directions[row] = verdict.direction
@@ -203,6 +200,11 @@ def _fixed(
         if iteration % REFRESH == 0 and iteration < work.count:
             rz = torch.where(work.refresh(), 0.0, rz)
     return work
+
+
+def _on_host(block: Tensor) -> bool:
+    """Whether the numbers are where they are read at no cost."""
+    return block.device.type == "cpu"
 
 
 def _plain_norms(block: Tensor) -> Tensor:

@@ -15,18 +15,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..norms import row_norms
-from .base import Status, allowed_skew
-from .krylov import PATIENCE, REFRESH, Recurrence, indefinite_preconditioner, preconditioned
+from .base import DampedSystem, Outcome, Status, allowed_skew
+from .krylov import (
+    DEFAULT_MAX_ITERS,
+    PATIENCE,
+    REFRESH,
+    Precondition,
+    Recurrence,
+    SymmetryCheck,
+    indefinite_preconditioner,
+    preconditioned,
+)
 
 #: Squares of numbers from here to the inverse, and their sums, are within the range of the dtype.
 LEAST = {torch.float64: 1e-140, torch.float32: 1e-16}
 #: Norms from here to the inverse need no scaling before a product in float32.
 _NEAR_ONE = 1e-6
+#: Vectors of so many numbers, and tolerances relative to the first residual from here on, are for
+#: float32 recurrences of float32 products.
+_LONG, _LOOSE = 2**15, 1e-3
 #: How far the bound of |p| |A p| may be from p'Ap before both are computed.
 _MARGIN = 4.0
 
@@ -41,67 +54,155 @@ class Verdict:
     norm: float
     direction: Tensor | None = None
 
+    def outcome(self, damping: float, like: Tensor) -> Outcome:
+        """The outcome of a system of this row alone."""
+        return Outcome(
+            x=self.x,
+            residual_norms=like.new_tensor([self.norm]),
+            statuses=[self.status],
+            iterations=[self.iteration],
+            damping=damping,
+            directions={} if self.direction is None else {0: self.direction},
+        )
+
 
 class OneRow:
-    """The row that is left of a recurrence, taken over where that stands.
+    """The recurrence of one row.
 
     Args:
-        block: the recurrence, of one row; its tensors are left as they are.
-        p: shape (1, n), the last direction.
-        last: r'z of the last iteration; 0 where there was none.
-        unit: see :func:`hypergrad.solvers.krylov.preconditioned`.
+        system: what is solved.
+        precondition: see :func:`hypergrad.solvers.krylov.preconditioning`.
+        symmetry: what decides where the first products seem to differ from symmetric ones.
+        tolerance: the norm of the true residual that ends the solve.
+        max_iters: iteration budget.
+        x: shape (n,), where to begin; None for zero.
+        r: shape (n,), the residual there, with norm ``norm``; neither is written to.
+        row: shape (1,), the index of the row, where the system has others.
     """
 
-    def __init__(self, block: Recurrence, p: Tensor, last: float, unit: Tensor) -> None:
-        self.system, self.damping = block.system, block.damping
-        self.precondition, self.symmetry = block.precondition, block.symmetry
-        self.max_iters, self.rounding = block.max_iters, block.rounding
-        self.row = block.row
-        # None spares the selection of rows, and lets the system remember what it has checked.
-        self.rows = None if len(self.system.b) == 1 else block.row
-        self.tolerance = float(block.tolerances[block.row])
-        self.claim = float(block.claims[block.row])
-        self.last, self.unit = last, unit
-        # The smallest residual by the recurrence, which may be that of the current x.
-        self.best, self.best_x = float(block.best), block.best_x[0]
-        self.best_is_x = block.best_x is block.x
-        self.true, self.true_x = float(block.true), block.true_x[0]
-        self.fruitless = int(block.fruitless)
-        # Inner products in float32 are off by the root of n roundings or so.
-        self.margin = _MARGIN * self.rounding * (1.0 + math.sqrt(block.x.shape[1]) / 16.0)
-        # Where x, and the best x, are counted from; None where from zero.
+    def __init__(
+        self,
+        system: DampedSystem,
+        precondition: Precondition | None,
+        symmetry: SymmetryCheck,
+        tolerance: float,
+        max_iters: int,
+        x: Tensor | None,
+        r: Tensor,
+        norm: float,
+        row: Tensor | None = None,
+    ) -> None:
+        self.system, self.damping = system, system.resolve_damping()
+        self.precondition, self.symmetry = precondition, symmetry
+        self.max_iters, self.tolerance = max_iters, tolerance
+        # Far below any attainable residual, yet safe from underflow: check the recurrence here.
+        self.claim = max(tolerance, torch.finfo(r.dtype).eps ** 2)
+        self.row = row
+        self.rounding = torch.finfo(system.operator.dtype).eps
+        # Inner products are off by the root of n roundings or so.
+        self.margin = _MARGIN * self.rounding * (1.0 + math.sqrt(len(r)) / 16.0)
+        # Where x, and the best x, are counted from; None for zero.
         self.base: Tensor | None = None
-        if self._may_be_narrow(block):
-            dtype = self.system.operator.dtype
-            self.base, self.x = block.x[0], torch.zeros_like(block.x[0], dtype=dtype)
-            self.r, self.p = block.r[0].to(dtype), torch.empty_like(self.x)
+        if self._may_be_narrow(r, norm):
+            dtype, self.base = system.operator.dtype, x
+            self.r, self.x = r.to(dtype), torch.zeros_like(r, dtype=dtype)
         else:
-            self.x, self.r, self.p = block.x[0].clone(), block.r[0].clone(), p[0].clone()
-        self.squared = _dot(self.r, self.r)
-        self.p_squared = _dot(self.p, self.p) if last else 0.0
+            self.r, self.x = r.clone(), torch.zeros_like(r) if x is None else x.clone()
+        self.squared, self.p_squared = _dot(self.r, self.r), 0.0
+        self.p = self.r
+        # r'z of the last iteration, 0 where there was none, and the preconditioner's scale.
+        self.last, self.unit = 0.0, self.r.new_zeros(1)
+        # The smallest residual by the recurrence, and whether it is that of the current x.
+        self.best, self.best_x, self.best_is_x = norm, self.x, True
+        # The smallest true one; its x is where the solve began while there is none.
+        self.true, self.true_x = norm, x
+        self.fruitless = 0
         # What the system was asked about last, which remembers it by the object.
-        self.looked_at = (block.x[0], block.x)
+        self.looked_at: tuple[Tensor, Tensor] | None = None
         self.first: tuple[Tensor, Tensor, float, float] | None = None
 
-    def _may_be_narrow(self, block: Recurrence) -> bool:
-        """Whether vectors of the products' own dtype do for a start."""
-        fresh = self.last == 0.0 and self.best_is_x and self.precondition is None
-        wanted = (torch.float32, torch.float64)
-        dtypes = (self.system.operator.dtype, block.r.dtype)
-        return fresh and dtypes == wanted and self.damping < 1.0 / LEAST[torch.float32]
+    @classmethod
+    def left_of(cls, block: Recurrence, p: Tensor, last: float, unit: Tensor) -> OneRow:
+        """The only row left of a block, taken over where that stands.
+
+        ``p`` is its last direction, ``last`` its last r'z, and ``unit`` the scale of
+        :func:`hypergrad.solvers.krylov.preconditioned`.
+        """
+        one = cls(
+            block.system,
+            block.precondition,
+            block.symmetry,
+            float(block.tolerances[block.row]),
+            block.max_iters,
+            block.x[0],
+            block.r[0],
+            float(block.best),
+            block.row,
+        )
+        one._widen()
+        one.last, one.unit = last, unit
+        if last:
+            one.p = p[0].clone()
+            one.p_squared = _dot(one.p, one.p)
+        one.best_x, one.best_is_x = block.best_x[0], False
+        one.true, one.true_x = float(block.true), block.true_x[0]
+        one.fruitless = int(block.fruitless)
+        return one
+
+    def _may_be_narrow(self, r: Tensor, norm: float) -> bool:
+        """Whether vectors of the products' own dtype will do, and are worth it.
+
+        Long ones, which pass by the caches of a core, and a tolerance that is far above float32's
+        rounding.
+        """
+        worth = len(r) >= _LONG and self.claim >= _LOOSE * norm and self.precondition is None
+        dtypes = (self.system.operator.dtype, r.dtype)
+        return (
+            worth
+            and dtypes == (torch.float32, torch.float64)
+            and self.damping < 1.0 / LEAST[torch.float32]
+        )
 
     def _widen(self) -> None:
         """Go on in the working dtype."""
-        if self.base is None:
-            return
-        self.x, self.r, self.p = self._whole(self.x), self.r.double(), self.p.double()
-        if not self.best_is_x:
-            self.best_x = self._whole(self.best_x)
-        self.base = None
+        wide = self.system.b.dtype
+        if self.x.dtype is not wide:
+            self.x, self.r, self.p = self._whole(self.x), self.r.to(wide), self.p.to(wide)
+            self.best_x, self.base = self._whole(self.best_x), None
 
     def _whole(self, x: Tensor) -> Tensor:
         """An iterate counted from zero, in the working dtype."""
-        return x if self.base is None else self.base + x
+        x = x.to(self.system.b.dtype)
+        return x if self.base is None else x + self.base
+
+    @classmethod
+    def solve(
+        cls,
+        config: Any,
+        system: DampedSystem,
+        x0: Tensor | None,
+        precondition: Precondition | None,
+    ) -> Outcome:
+        """Solve a system of one row with the tolerances and the budget of ``config``."""
+        damping = system.resolve_damping()
+        x, r = None, system.b
+        if x0 is not None:
+            x, r = system.begin(x0, damping)
+        else:
+            system.start_norms = system.b_norms
+        one = cls(
+            system,
+            precondition,
+            SymmetryCheck(system),
+            float(system.tolerances(config.rtol, config.atol)),
+            config.max_iters or DEFAULT_MAX_ITERS,
+            None if x is None else x[0],
+            r[0],
+            float(system.start_norms),
+        )
+        if one.best <= one.tolerance:  # v = 0, or a warm start within the tolerance
+            return one._verdict(Status.CONVERGED, 0).outcome(damping, system.b)
+        return one.run(1).outcome(damping, system.b)
 
     def run(self, iteration: int) -> Verdict:
         """Iterate from this iteration on until the row has converged or failed."""
@@ -122,7 +223,7 @@ class OneRow:
         if rz <= 0:
             raise indefinite_preconditioner(self.r.new_tensor([rz]), self.r[None])
         beta = rz / self.last if self.last else 0.0
-        self.p = self.p.mul_(beta).add_(z) if beta else z.clone()
+        self.p = torch.add(z, self.p, alpha=beta, out=self.p) if beta else z.clone()
         if self.precondition is None:  # r is orthogonal to the last direction
             self.p_squared = self.squared + beta * beta * self.p_squared
         else:
@@ -137,7 +238,7 @@ class OneRow:
             self.system.operator.layout.check_finite(image, "the output of the operator")
             if self._flat(image):
                 return Status.NEGATIVE_CURVATURE
-            self._widen()
+            self._widen()  # where it was too narrow
             image = image.to(self.p.dtype)
             curvature = _dot(self.p.double(), image.double())
         if iteration <= 2:
@@ -187,6 +288,7 @@ class OneRow:
         if iteration == 1:
             self.first = (self.p.clone(), image, curvature, p_norm)
             return
+        row = torch.zeros(1, dtype=torch.long) if self.row is None else self.row
         if self.first is not None:
             p0, image0, curvature0, p0_norm = self.first
             self.first = None
@@ -195,8 +297,8 @@ class OneRow:
             total = curvature * p0_norm / p_norm + curvature0 * p_norm / p0_norm
             if gap <= allowed_skew(self.system.operator.dtype) * total:
                 return
-            self.symmetry(1, self.row, *self._seen(p0, image0))
-        self.symmetry(2, self.row, *self._seen(self.p, image))
+            self.symmetry(1, row, *self._seen(p0, image0))
+        self.symmetry(2, row, *self._seen(self.p, image))
 
     def _seen(self, p: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A direction, its product and the size of that, as a block has them."""
@@ -231,7 +333,7 @@ class OneRow:
 
     def _residual(self, x: Tensor) -> Tensor:
         self.looked_at = (x, x[None])
-        return self.system.residual(self.looked_at[1], self.damping, self.rows)[0]
+        return self.system.residual(self.looked_at[1], self.damping, self.row)[0]
 
     def _verdict(self, status: Status, iteration: int) -> Verdict:
         x, norm = self.true_x, self.true
@@ -245,11 +347,15 @@ class OneRow:
         if status is Status.NEGATIVE_CURVATURE:
             direction = self.p.to(self.system.b.dtype)
             direction = direction / _norm(direction)
-        known, rows = self.looked_at
+        if x is None:
+            x = torch.zeros_like(self.system.b[0])
+        known, rows = self.looked_at or (None, None)
         return Verdict(status, iteration, rows if x is known else x[None], norm, direction)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
+    if a.dtype is torch.float32:  # sums of pairs, which lose fewer digits than those of BLAS
+        return torch.mul(a, b).sum().item()
     return torch.dot(a, b).item()
 
 

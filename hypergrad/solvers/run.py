@@ -92,7 +92,10 @@ class BlockSolve:
             # By the largest entry and not by the norm, which may itself overflow.
             largest = torch.linalg.vector_norm(rows, torch.inf, dim=1).tolist()
             scales = rows.new_tensor([_power_of_two(size, rows.dtype) for size in largest])
-            system = DampedSystem(operator, rows / scales[:, None], scales, number)
+            # In place where the rows are a copy, in a wider dtype.
+            copied = rows.dtype is not block.dtype
+            scaled = (rows.div_ if copied else rows.div)(scales[:, None])
+            system = DampedSystem(operator, scaled, scales, number)
             if start is not None:
                 start = _finite(operator, start, "x0") / scales[:, None]
             outcome = solver._run(system, start)
