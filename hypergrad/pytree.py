@@ -269,12 +269,14 @@ class TreeLayout:
         """``tree`` as one vector with its graph; it may share the memory of a single tensor."""
         leaves = self.leaves(tree, name=name)
         if self._bare:
-            return leaves[0] if leaves[0].ndim == 1 else leaves[0].reshape(-1)
+            return leaves[0] if len(self.shapes[0]) == 1 else leaves[0].reshape(-1)
         flat = [leaf.reshape(-1) for leaf in leaves]
         return torch.cat(flat if self._uniform else [leaf.to(self.dtype) for leaf in flat])
 
     def unflatten(self, vector: Tensor) -> Tree:
         """A vector of shape (n,) as a tree, every leaf with its own shape and dtype."""
+        if self._bare and len(self.shapes[0]) == 1 and vector.dtype is self.dtype:
+            return vector
         return self._assemble(vector, ())
 
     def unflatten_block(self, block: Tensor) -> Tree:
@@ -286,9 +288,6 @@ class TreeLayout:
 
     def split(self, flat: Tensor, lead: tuple[int, ...] = ()) -> list[Tensor]:
         """The leaves of a vector, or of a block of them with leading shape ``lead``, in order."""
-        if self._bare and flat.dtype == self.dtype:
-            shape = lead + self.shapes[0]
-            return [flat if flat.shape == shape else flat.reshape(shape)]
         pieces = flat.split_with_sizes(self._sizes, dim=-1)
         if self._uniform and flat.dtype == self.dtype:
             pairs = zip(pieces, self.shapes, strict=True)

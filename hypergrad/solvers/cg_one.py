@@ -39,7 +39,7 @@ LEAST = {torch.float64: 1e-140, torch.float32: 1e-16}
 _NEAR_ONE = 1e-6
 #: Vectors of so many numbers, and tolerances relative to the first residual from here on, are for
 #: float32 recurrences of float32 products.
-_LONG, _LOOSE = 2**15, 1e-3
+_LONG, _LOOSE = 2**13, 1e-3
 #: How far the bound of |p| |A p| may be from p'Ap before both are computed.
 _MARGIN = 4.0
 
@@ -108,8 +108,10 @@ class OneRow:
             self.r, self.x = r.to(dtype), torch.zeros_like(r, dtype=dtype)
         else:
             self.r, self.x = r.clone(), torch.zeros_like(r) if x is None else x.clone()
-        self.squared, self.p_squared = _dot(self.r, self.r), 0.0
-        self.p = self.r
+        # Room for what an iteration does not hand to others: new memory costs more than a pass.
+        self.room, self.image = torch.empty_like(self.r), torch.empty_like(self.r)
+        self.squared, self.p_squared = self._dot(self.r, self.r), 0.0
+        self.p = torch.empty_like(self.r)
         # r'z of the last iteration, 0 where there was none, and the preconditioner's scale.
         self.last, self.unit = 0.0, self.r.new_zeros(1)
         # The smallest residual by the recurrence, and whether it is that of the current x.
@@ -143,7 +145,7 @@ class OneRow:
         one.last, one.unit = last, unit
         if last:
             one.p = p[0].clone()
-            one.p_squared = _dot(one.p, one.p)
+            one.p_squared = one._dot(one.p, one.p)
         one.best_x, one.best_is_x = block.best_x[0], False
         one.true, one.true_x = float(block.true), block.true_x[0]
         one.fruitless = int(block.fruitless)
@@ -168,7 +170,13 @@ class OneRow:
         wide = self.system.b.dtype
         if self.x.dtype is not wide:
             self.x, self.r, self.p = self._whole(self.x), self.r.to(wide), self.p.to(wide)
+            self.room, self.image = torch.empty_like(self.r), torch.empty_like(self.r)
             self.best_x, self.base = self._whole(self.best_x), None
+
+    def _dot(self, a: Tensor, b: Tensor) -> float:
+        if a.dtype is torch.float32:  # sums of pairs, which lose fewer digits than those of BLAS
+            return torch.mul(a, b, out=self.room).sum().item()
+        return torch.dot(a, b).item()
 
     def _whole(self, x: Tensor) -> Tensor:
         """An iterate counted from zero, in the working dtype."""
@@ -219,19 +227,22 @@ class OneRow:
         if self.precondition is not None:
             rows, self.unit = preconditioned(self.precondition, self.r[None], self.unit)
             z = rows[0]
-            rz = _dot(self.r, z)
+            rz = self._dot(self.r, z)
         if rz <= 0:
             raise indefinite_preconditioner(self.r.new_tensor([rz]), self.r[None])
         beta = rz / self.last if self.last else 0.0
-        self.p = torch.add(z, self.p, alpha=beta, out=self.p) if beta else z.clone()
+        if beta:
+            torch.add(z, self.p, alpha=beta, out=self.p)
+        else:
+            self.p.copy_(z)
         if self.precondition is None:  # r is orthogonal to the last direction
             self.p_squared = self.squared + beta * beta * self.p_squared
         else:
-            self.p_squared = _dot(self.p, self.p)
+            self.p_squared = self._dot(self.p, self.p)
         p_norm = math.sqrt(self.p_squared)
         image = self._image(p_norm)
         image = image.clone() if iteration <= 2 else image  # needed beyond the next product
-        curvature = _dot(self.p, image)
+        curvature = self._dot(self.p, image)
         least = LEAST[self.p.dtype] ** 2
         regular = least < curvature < 1.0 / least
         if not regular:  # a nan, an infinity, no positive curvature, or squares beyond the dtype
@@ -240,12 +251,12 @@ class OneRow:
                 return Status.NEGATIVE_CURVATURE
             self._widen()  # where it was too narrow
             image = image.to(self.p.dtype)
-            curvature = _dot(self.p.double(), image.double())
+            curvature = self._dot(self.p.double(), image.double())
         if iteration <= 2:
             self._check_symmetry(iteration, image, curvature)
         alpha = rz / curvature
         self.r.add_(image, alpha=-alpha)
-        squared = _dot(self.r, self.r)
+        squared = self._dot(self.r, self.r)
         if not math.isfinite(squared):
             squared = _norm(self.r) ** 2
         norm = math.sqrt(squared)
@@ -263,24 +274,24 @@ class OneRow:
         return self._check() if due and iteration < self.max_iters else None
 
     def _image(self, p_norm: float) -> Tensor:
-        """(A + damping I) p, not looked at."""
-        dtype, p = self.system.operator.dtype, self.p
-        near = dtype is p.dtype is torch.float64 or _NEAR_ONE < p_norm < 1.0 / _NEAR_ONE
-        if near and dtype is not torch.float16:
-            image = self.system.passing_product(p.to(dtype, copy=True))
-        else:
-            scale = math.ldexp(1.0, math.frexp(p_norm)[1])
-            image = self.system.passing_product((p / scale).to(dtype)).to(p.dtype) * scale
-        if dtype is p.dtype and near:  # it may belong to others
-            return torch.add(image, p, alpha=self.damping) if self.damping else image
-        image = image.to(p.dtype)
-        return image.add_(p, alpha=self.damping) if self.damping else image
+        """(A + damping I) p, not looked at, which the next product may write over."""
+        dtype, p, damping = self.system.operator.dtype, self.p, self.damping
+        # A copy each time: a callable may write on its argument, and may keep it.
+        if dtype is p.dtype:
+            image = self.system.passing_product(p.clone())
+            return torch.add(image, p, alpha=damping, out=self.image) if damping else image
+        near = dtype is torch.float32 and _NEAR_ONE < p_norm < 1.0 / _NEAR_ONE
+        scale = 1.0 if near else math.ldexp(1.0, math.frexp(p_norm)[1])
+        narrow = p.to(dtype) if near else (p / scale).to(dtype)
+        image = self.image.copy_(self.system.passing_product(narrow))
+        image = image if near else image.mul_(scale)
+        return image.add_(p, alpha=damping) if damping else image
 
     def _flat(self, image: Tensor) -> bool:
         """Whether p'(A + damping I)p <= 0, to the rounding of the product."""
         p, image = self.p.double(), image.double()
         size = float(self._sizes(p, image))
-        return _dot(p, image) <= self.rounding * _norm(p) * size
+        return self._dot(p, image) <= self.rounding * _norm(p) * size
 
     def _check_symmetry(self, iteration: int, image: Tensor, curvature: float) -> None:
         """A look at p0'A p1 = p1'A p0; :class:`SymmetryCheck` decides where they seem to differ."""
@@ -292,7 +303,7 @@ class OneRow:
         if self.first is not None:
             p0, image0, curvature0, p0_norm = self.first
             self.first = None
-            gap = abs(_dot(p0, image) - _dot(self.p, image0))
+            gap = abs(self._dot(p0, image) - self._dot(self.p, image0))
             # |A p| >= p'A p / |p|, so that sizes allow more than this.
             total = curvature * p0_norm / p_norm + curvature0 * p_norm / p0_norm
             if gap <= allowed_skew(self.system.operator.dtype) * total:
@@ -351,12 +362,6 @@ class OneRow:
             x = torch.zeros_like(self.system.b[0])
         known, rows = self.looked_at or (None, None)
         return Verdict(status, iteration, rows if x is known else x[None], norm, direction)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    if a.dtype is torch.float32:  # sums of pairs, which lose fewer digits than those of BLAS
-        return torch.mul(a, b).sum().item()
-    return torch.dot(a, b).item()
 
 
 def _norm(vector: Tensor) -> float:
