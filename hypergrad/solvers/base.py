@@ -332,7 +332,8 @@ class Solver(ABC):
 def factors(scales: Tensor) -> Tensor | float:
     """What rows are to be multiplied by, for one scale a row; a number is quicker for one row."""
     if len(scales) == 1 and scales.device.type == "cpu" and not torch.compiler.is_compiling():
-        return float(scales)
+        number: float = scales.tolist()[0]
+        return number
     return scales[:, None]
 
 

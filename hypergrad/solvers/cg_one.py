@@ -337,7 +337,8 @@ class OneRow:
         if drifted:
             self._widen()
             # The bests since the last check mean nothing.
-            self.best, self.best_x, self.best_is_x = self.true, self.true_x, False
+            self.best, self.best_is_x = self.true, False
+            self.best_x = torch.zeros_like(self.x) if self.true_x is None else self.true_x
             self.r, self.squared, self.last = residual, norm * norm, 0.0
         self.fruitless = 0 if gained else self.fruitless + drifted
         return Status.STAGNATED if self.fruitless >= PATIENCE else None
@@ -358,10 +359,11 @@ class OneRow:
         if status is Status.NEGATIVE_CURVATURE:
             direction = self.p.to(self.system.b.dtype)
             direction = direction / _norm(direction)
-        if x is None:
-            x = torch.zeros_like(self.system.b[0])
-        known, rows = self.looked_at or (None, None)
-        return Verdict(status, iteration, rows if x is known else x[None], norm, direction)
+        if self.looked_at is not None and x is self.looked_at[0]:
+            answer = self.looked_at[1]
+        else:
+            answer = torch.zeros_like(self.system.b[:1]) if x is None else x[None]
+        return Verdict(status, iteration, answer, norm, direction)
 
 
 def _norm(vector: Tensor) -> float:

@@ -212,6 +212,7 @@ def test_narrow_vectors_meet_negative_curvature() -> None:
     info = quietly(lambda x: values * x, v, CG(rtol=1e-2)).info
     assert info.status is Status.NEGATIVE_CURVATURE
     direction = info.direction
+    assert isinstance(direction, Tensor)
     assert float(direction.double().norm()) == pytest.approx(1.0, rel=1e-5)
     assert float(direction.double() @ (values * direction).double()) <= 0.0
     assert info.relative_residual <= 1.0 + 1e-6
@@ -306,4 +307,5 @@ def test_negative_curvature_in_the_last_row_of_a_block() -> None:
     assert first.status is Status.CONVERGED
     assert second.status is Status.NEGATIVE_CURVATURE
     assert first.direction is None
+    assert isinstance(second.direction, Tensor)
     assert float(signs @ second.direction.square()) <= 1e-15
