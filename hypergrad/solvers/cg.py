@@ -51,7 +51,8 @@ class CG(Solver):
         PreconditionerError: r'M r <= 0 for a residual r.
 
     Cost: one HVP an iteration, one a check of the true residual.  Many right-hand sides share
-    block products; columns that are done take no further part.
+    block products; columns that are done take no further part.  One right-hand side on the CPU is
+    worked on in place, by two inner products and three updates an iteration besides the product.
     Source: Hestenes and Stiefel, J. Res. Nat. Bur. Standards 49 (1952); residual replacement
     after van der Vorst and Ye, SIAM J. Sci. Comput. 22 (2000).
 
