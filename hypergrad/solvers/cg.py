@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..norms import row_norms
+from ..transforms import tangents
 from .base import DampedSystem, Outcome, Solver, Status
 from .cg_one import LEAST, OneRow
 from .fixed import FixedWork
@@ -204,8 +205,11 @@ def _fixed(
 
 
 def _on_host(block: Tensor) -> bool:
-    """Whether the numbers are where they are read at no cost."""
-    return block.device.type == "cpu"
+    """Whether the numbers are where they are read at no cost, and no dual numbers are about.
+
+    Products that carry tangents through a closure cannot be written to preallocated memory.
+    """
+    return block.device.type == "cpu" and not tangents()
 
 
 def _plain_norms(block: Tensor) -> Tensor:

@@ -220,9 +220,8 @@ def traced(
 
 def reports(outcome: Outcome, system: DampedSystem, solver: Solver) -> list[SolveInfo]:
     """One report a right-hand side."""
-    b_norms = torch.where(system.b_norms > 0, system.b_norms, torch.ones_like(system.b_norms))
-    relative = (outcome.residual_norms / b_norms).tolist()
-    norms = (outcome.residual_norms * system.scales).tolist()
+    figures = torch.stack([outcome.residual_norms, system.b_norms, system.scales])
+    residuals, sizes, scales = figures.tolist()  # in one transfer
     columns = []
     for row, status in enumerate(outcome.statuses):
         direction = outcome.directions.get(row)
@@ -230,8 +229,8 @@ def reports(outcome: Outcome, system: DampedSystem, solver: Solver) -> list[Solv
             SolveInfo(
                 status=status,
                 converged=status is Status.CONVERGED,
-                residual_norm=norms[row],
-                relative_residual=relative[row],
+                residual_norm=residuals[row] * scales[row],
+                relative_residual=residuals[row] / (sizes[row] or 1.0),
                 iterations=outcome.iterations[row],
                 num_hvps=system.num_hvps,
                 damping=outcome.damping,
