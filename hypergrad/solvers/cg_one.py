@@ -202,7 +202,7 @@ class OneRow:
             system,
             precondition,
             SymmetryCheck(system),
-            float(system.tolerances(config.rtol, config.atol)),
+            max(config.rtol * system.b_norms.item(), config.atol / system.scales.item()),
             config.max_iters or DEFAULT_MAX_ITERS,
             None if x is None else x[0],
             r[0],

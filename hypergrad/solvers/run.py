@@ -92,7 +92,8 @@ class BlockSolve:
             rows = _finite(operator, block, name)
             # By the largest entry and not by the norm, which may itself overflow.
             # (That of torch.linalg.vector_norm takes ten times as long as these two passes.)
-            largest = block.detach().abs().amax(dim=1).tolist()
+            values = block.detach()
+            largest = torch.maximum(values.amax(dim=1), -values.amin(dim=1)).tolist()
             scales = rows.new_tensor([_power_of_two(size, rows.dtype) for size in largest])
             copied = rows.dtype is not block.dtype
             scaled = (rows.div_ if copied else rows.div)(factors(scales))
