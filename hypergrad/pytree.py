@@ -265,8 +265,18 @@ class TreeLayout:
             return torch.cat([leaf.reshape(count, -1) for leaf in leaves], dim=1)
         return torch.cat([leaf.reshape(count, -1).to(self.dtype) for leaf in leaves], dim=1)
 
+    def vector(self, tree: Tree, *, name: str = "v") -> Tensor:
+        """``tree`` as one vector with its graph; it may share the memory of a single tensor."""
+        leaves = self.leaves(tree, name=name)
+        if self._bare:
+            return leaves[0] if len(self.shapes[0]) == 1 else leaves[0].reshape(-1)
+        flat = [leaf.reshape(-1) for leaf in leaves]
+        return torch.cat(flat if self._uniform else [leaf.to(self.dtype) for leaf in flat])
+
     def unflatten(self, vector: Tensor) -> Tree:
         """A vector of shape (n,) as a tree, every leaf with its own shape and dtype."""
+        if self._bare and len(self.shapes[0]) == 1 and vector.dtype is self.dtype:
+            return vector
         return self._assemble(vector, ())
 
     def unflatten_block(self, block: Tensor) -> Tree:

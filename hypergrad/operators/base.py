@@ -53,6 +53,14 @@ class LinearOperator(ABC):
             Shape (m, n), same dtype and device, detached.
         """
 
+    def _passing(self, vector: Tensor) -> Tensor:
+        """A times one vector, shape (n,), that may be written to, for a product used at once.
+
+        The product may lie in memory of others: it is not to be written to, and may be another
+        after the next product.
+        """
+        return self._apply(vector[None])[0]
+
     def _tensors(self) -> list[Tensor]:
         """The tensors that A depends on and that a derivative may be asked for."""
         return []

@@ -70,6 +70,17 @@ class CallableOperator(LinearOperator):
         rows = [self.hvp_fn(self.layout.unflatten(row)) for row in block.unbind()]
         return torch.cat([self.layout.rows(row, name="the output of hvp_fn") for row in rows])
 
+    def _passing(self, vector: Tensor) -> Tensor:
+        if self.batchable or building_no_graph() or tangents():
+            return super()._passing(vector)
+        product = self.hvp_fn(self.layout.unflatten(vector))
+        out = self.layout.vector(product, name="the output of hvp_fn")
+        if out.requires_grad:
+            self._carries_graph = self._carries_graph or torch.is_grad_enabled()
+            return out.detach()
+        self._carries_graph = bool(self._carries_graph)  # known, from now on
+        return out
+
     def _attached(self, block: Tensor) -> Tensor:
         return self._products(block, lambda product: product)
 
@@ -108,6 +119,9 @@ class DenseOperator(LinearOperator):
 
     def _apply(self, block: Tensor) -> Tensor:
         return (self.matrix.detach() @ block.T).T  # also for sparse layouts
+
+    def _passing(self, vector: Tensor) -> Tensor:
+        return self.matrix.detach() @ vector
 
     def _tensors(self) -> list[Tensor]:
         return [self.matrix]

@@ -185,8 +185,11 @@ class DampedSystem:
         """Absolute tolerances on the scaled residuals, shape (m,): the larger of the two."""
         return torch.maximum(rtol * self.b_norms, atol / self.scales)
 
-    def product(self, x: Tensor) -> Tensor:
-        """A times each row of ``x``, shape (m, n), without damping."""
+    def product(self, x: Tensor, *, passing: bool = False) -> Tensor:
+        """A times each row of ``x``, shape (m, n), without damping.
+
+        With ``passing`` a product that is used at once; see :meth:`LinearOperator._passing`.
+        """
         scales = None
         if x.dtype != self.operator.dtype:
             # Residuals fall far below one.  Narrowed as they are, their entries would lose digits
@@ -197,7 +200,10 @@ class DampedSystem:
             if torch.compiler.is_compiling() or bool(out_of_range.any()):
                 scales = powers_of_two(norms)[:, None]
                 x = x / scales
-        out = self.operator._apply(x.to(self.operator.dtype))
+        if passing and len(x) == 1:
+            out = self.operator._passing(x[0].to(self.operator.dtype, copy=True))[None]
+        else:
+            out = self.operator._apply(x.to(self.operator.dtype))
         self.num_hvps += x.shape[0]
         self.operator.layout.check_finite(out, "the output of the operator")
         return out.to(self.b.dtype) if scales is None else out.to(self.b.dtype) * scales
@@ -208,6 +214,14 @@ class DampedSystem:
         self.num_hvps += len(x)
         self.operator.layout.check_finite(out, "the output of the operator")
         return out
+
+    def passing_product(self, x: Tensor) -> Tensor:
+        """A times one vector in the operator's dtype, by :meth:`LinearOperator._passing`.
+
+        For a caller that looks for nan and inf itself, and scales rows that are far from one.
+        """
+        self.num_hvps += 1
+        return self.operator._passing(x)
 
     def apply(self, x: Tensor, damping: float) -> Tensor:
         """(A + damping I) times each row of ``x``."""
@@ -223,8 +237,8 @@ class DampedSystem:
         Raises:
             NonFiniteError: the answer is too large for a leaf's dtype.
         """
-        scales = (self.scales if rows is None else self.scales[rows])[:, None]
-        return self._answer(x, rows).to(self.b.dtype) / scales
+        scales = factors(self.scales if rows is None else self.scales[rows])
+        return self._answer(x, rows).to(self.b.dtype, copy=True).div_(scales)
 
     def delivered(self, x: Tensor) -> Tensor:
         """:meth:`returned` in its own scale and the operator's dtype."""
@@ -234,7 +248,7 @@ class DampedSystem:
         known = self._delivered  # what has been checked is asked for again
         if rows is None and known is not None and known[0] is x and known[1] == x._version:
             return known[2]
-        scales = (self.scales if rows is None else self.scales[rows])[:, None]
+        scales = factors(self.scales if rows is None else self.scales[rows])
         answer = self.operator.layout.narrowed((x * scales).to(self.operator.dtype))
         if torch.compiler.is_compiling():
             return answer
@@ -252,7 +266,9 @@ class DampedSystem:
     def residual(self, x: Tensor, damping: float, rows: Tensor | None = None) -> Tensor:
         """True residual b - (A + damping I) x of ``x`` as it will be returned."""
         b = self.b if rows is None else self.b[rows]
-        return b - self.apply(self.returned(x, rows), damping)
+        x = self.returned(x, rows)
+        residual = b - self.product(x, passing=True)
+        return residual.sub_(x, alpha=damping) if damping else residual
 
     def begin(self, x0: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
         """Where to start, and the residual there; a warm start no better than zero is not used."""
@@ -311,6 +327,14 @@ class Solver(ABC):
             "solve with a fixed amount of work, such as CG(rtol=0.0, max_iters=20), or call solve "
             "outside the compiled function."
         )
+
+
+def factors(scales: Tensor) -> Tensor | float:
+    """What rows are to be multiplied by, for one scale a row; a number is quicker for one row."""
+    if len(scales) == 1 and scales.device.type == "cpu" and not torch.compiler.is_compiling():
+        number: float = scales.tolist()[0]
+        return number
+    return scales[:, None]
 
 
 def check_damping(damping: Any) -> Damping:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..norms import powers_of_two, row_norms
+from ..norms import row_norms
+from ..transforms import tangents
 from .base import DampedSystem, Outcome, Solver, Status, check_option
+from .cg_one import LEAST, OneRow
 from .compiled_cg import run_compiled
 from .fixed import FixedWork
 from .krylov import (
@@ -22,16 +23,9 @@ from .krylov import (
     check_krylov_options,
     indefinite_preconditioner,
     over,
+    preconditioned,
     preconditioning,
 )
-from .traced import safe_norms
-
-#: Rows whose norm is this small, or above its inverse, are summed with care: squares that count
-#: could have left the range of the dtype.
-_LEAST = {torch.float64: 1e-140, torch.float32: 1e-16}
-
-#: Norms from here to its inverse need no scaling before a product in float32.
-_NEAR_ONE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,8 @@ class CG(Solver):
             no compiler; the solve is then an eager one.
 
     Cost: one HVP an iteration, one a check of the true residual.  Many right-hand sides share
-    block products; columns that are done take no further part.
+    block products; columns that are done take no further part.  One right-hand side on the CPU is
+    worked on in place, by two inner products and three updates an iteration besides the product.
     Source: Hestenes and Stiefel, J. Res. Nat. Bur. Standards 49 (1952); residual replacement
     after van der Vorst and Ye, SIAM J. Sci. Comput. 22 (2000).
 
@@ -129,6 +124,8 @@ def run_cg(
     if config.rtol == 0 and config.atol == 0:
         work = FixedWork.begin(system, x0, config.max_iters, traced=False)
         return _fixed(work, precondition, SymmetryCheck(system)).outcome()
+    if len(system.b) == 1 and _on_host(system.b):
+        return OneRow.solve(config, system, x0, precondition)
     return _Recurrence(
         system,
         x0,
@@ -146,27 +143,20 @@ class _Recurrence(Recurrence):
         self.p = torch.zeros_like(self.r)
         self.rz = torch.zeros_like(self.best)  # rz = 0 marks rows that start afresh
         self.unit = torch.zeros_like(self.best)
-        self.least = _LEAST[self.r.dtype]
-        # One right-hand side on the CPU: its numbers are read at no cost, and a dozen operations
-        # on tensors of one entry would take longer than those on vectors.
-        self.on_host = self.r.device.type == "cpu"
-        self.numbers: _Numbers | None = None
+        self.least = LEAST[self.r.dtype]
 
     def _restart(self, index: Tensor, residual: Tensor) -> None:
         self.r[index] = residual
         self.rz[index] = 0.0
 
     def _step(self, iteration: int) -> None:
-        z, self.unit = _preconditioned(self.precondition, self.r, self.unit)
-        if self.on_host and len(self.row) == 1:
-            left = self._step_on_host(iteration, z)
-            if left is None:
-                return
-            product, rz = left, torch.linalg.vecdot(self.r, z)
-        else:
-            rz = torch.linalg.vecdot(self.r, z)
-            self.p = torch.addcmul(z, over(rz, self.rz)[:, None], self.p)
-            product = self.system.product(self.p)
+        if len(self.row) == 1 and _on_host(self.r):
+            self._alone(iteration)
+            return
+        z, self.unit = preconditioned(self.precondition, self.r, self.unit)
+        rz = torch.linalg.vecdot(self.r, z)
+        self.p = torch.addcmul(z, over(rz, self.rz)[:, None], self.p)
+        product = self.system.product(self.p)
         image = torch.add(product, self.p, alpha=self.damping) if self.damping else product
         curvature = torch.linalg.vecdot(self.p, image)
         p_norms = torch.linalg.vector_norm(self.p, dim=1)
@@ -202,89 +192,15 @@ class _Recurrence(Recurrence):
         if any_due and iteration < self.max_iters:
             self._check(torch.nonzero(due).flatten(), iteration)
 
-    def _step_on_host(self, iteration: int, z: Tensor) -> Tensor | None:
-        """One iteration of the only row left, with its scalars as Python's numbers.
-
-        ``z`` is the preconditioned residual.
-
-        None where it is done; the product with the new ``p`` where there is something to decide
-        that :meth:`_step` knows better.
-        """
-        known = self.numbers
-        if known is None or known.r is not self.r:
-            known = _Numbers(
-                r=self.r,
-                squared=float(torch.dot(self.r[0], self.r[0])),
-                last=float(self.rz),
-                best=float(self.best),
-                claim=float(self.claims[self.row]),
-            )
-        self.numbers = None
-        rz = known.squared if z is self.r else float(torch.dot(self.r[0], z[0]))
-        self.p = torch.add(z, self.p, alpha=rz / known.last if known.last else 0.0)
-        p = self.p[0]
-        p_norm = math.sqrt(torch.dot(p, p))
-        regular = rz > 0 and self.least < p_norm < 1.0 / self.least
-        product = self._product(p_norm) if regular else self.system.product(self.p)
-        image = torch.add(product, self.p, alpha=self.damping) if self.damping else product
-        size = math.sqrt(torch.dot(product[0], product[0]))
-        regular = regular and self.least < size < 1.0 / self.least
-        size += self.damping * p_norm  # as in _step
-        curvature = float(torch.dot(p, image[0]))
-        if not (regular and curvature > self.rounding * p_norm * size):
-            self._put_back(known)
-            return product
-        if iteration <= 2:
-            self.symmetry(iteration, self.row, self.p, image, torch.full_like(self.best, size))
-        alpha = rz / curvature
-        self.x = torch.add(self.x, self.p, alpha=alpha)
-        self.r = torch.sub(self.r, image, alpha=alpha)
-        squared = float(torch.dot(self.r[0], self.r[0]))
-        norm = math.sqrt(squared)
-        if norm < known.best:  # x is new in each iteration and needs no copy
-            known.best, self.best_x = norm, self.x
-        known.r, known.squared, known.last = self.r, squared, rz
-        if norm <= known.claim or iteration % REFRESH == 0:
-            self._put_back(known)
-            if iteration < self.max_iters:
-                self._check(torch.zeros(1, dtype=torch.long), iteration)
-        else:
-            self.numbers = known
-        return None
-
-    def _product(self, norm: float) -> Tensor:
-        """A p for the p of one row, whose norm is known."""
-        system = self.system
-        if system.operator.dtype is not torch.float32 or self.p.dtype is not torch.float64:
-            return system.product(self.p)
-        if _NEAR_ONE < norm < 1.0 / _NEAR_ONE:
-            return system.narrow_product(self.p.float()).double()
-        scale = math.ldexp(1.0, math.frexp(norm)[1])
-        return system.narrow_product((self.p / scale).float()).double().mul_(scale)
-
-    def _put_back(self, known: _Numbers) -> None:
-        """The numbers into the tensors that everything else reads."""
-        self.rz = torch.full_like(self.rz, known.last)
-        self.best = torch.full_like(self.best, known.best)
-
-
-@dataclass
-class _Numbers:
-    """What the next iteration of a single row on the CPU starts from.
-
-    Attributes:
-        r: the residual that they belong to; after a restart or a drop it is another.
-        squared: r'r.
-        last: r'z of the last iteration, z = r without a preconditioner; 0 where there was none.
-        best: the smallest residual norm so far.
-        claim: the residual norm that ends the solve.
-    """
-
-    r: Tensor
-    squared: float
-    last: float
-    best: float
-    claim: float
+    def _alone(self, iteration: int) -> None:
+        """All further iterations of the only row left, on the CPU."""
+        verdict = OneRow.left_of(self, self.p, float(self.rz), self.unit).run(iteration)
+        row = int(self.row)
+        self.out_x[row], self.out_norms[row] = verdict.x[0], verdict.norm
+        self.statuses[row], self.iterations[row] = verdict.status, verdict.iteration
+        if verdict.direction is not None:
+            self.directions[row] = verdict.direction
+        self._drop(torch.zeros_like(self.row, dtype=torch.bool))
 
 
 def _fixed(
@@ -296,7 +212,7 @@ def _fixed(
     p, rz = torch.zeros_like(work.r), torch.zeros_like(work.norms)
     unit = torch.zeros_like(work.norms)
     for iteration in range(1, work.count + 1):
-        z, unit = _preconditioned(precondition, work.r, unit)
+        z, unit = preconditioned(precondition, work.r, unit)
         last, rz = rz, torch.linalg.vecdot(work.r, z)
         if precondition is not None:
             work.refuse(work.live & (rz <= 0), rz)
@@ -320,21 +236,12 @@ def _fixed(
     return work
 
 
-def _preconditioned(
-    precondition: Precondition | None, r: Tensor, unit: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The preconditioned residual, and the preconditioner's own scale, taken out of it.
+def _on_host(block: Tensor) -> bool:
+    """Whether the numbers are where they are read at no cost, and no dual numbers are about.
 
-    A multiple of a preconditioner makes the same iterates; near the size of one, none of their
-    squares leaves the range of the dtype.  The scale, a power of two a row, is that of the first
-    product.
+    Products that carry tangents through a closure cannot be written to preallocated memory.
     """
-    if precondition is None:
-        return r, unit
-    z = precondition(r)
-    first = over(safe_norms(z), _plain_norms(r))
-    unit = torch.where(unit > 0, unit, powers_of_two(first))
-    return z / unit[:, None], unit
+    return block.device.type == "cpu" and not tangents()
 
 
 def _plain_norms(block: Tensor) -> Tensor:

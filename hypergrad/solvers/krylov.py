@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PreconditionerError
-from ..norms import powers_of_two, row_norms
+from ..norms import powers_of_two, row_norms, safe_norms
 from ..operators import as_operator
 from .base import (
     DampedSystem,
@@ -263,6 +263,23 @@ def preconditioning(preconditioner: Any, system: DampedSystem) -> Precondition |
         return z.to(r.dtype) * scales
 
     return apply
+
+
+def preconditioned(
+    precondition: Precondition | None, r: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The preconditioned residual, and the preconditioner's own scale, taken out of it.
+
+    A multiple of a preconditioner makes the same iterates; near the size of one, none of their
+    squares leaves the range of the dtype.  The scale, a power of two a row, is that of the first
+    product.
+    """
+    if precondition is None:
+        return r, unit
+    z = precondition(r)
+    first = over(safe_norms(z), torch.linalg.vector_norm(r, dim=1))
+    unit = torch.where(unit > 0, unit, powers_of_two(first))
+    return z / unit[:, None], unit
 
 
 def indefinite_preconditioner(rz: Tensor, r: Tensor) -> PreconditionerError:

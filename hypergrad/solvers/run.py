@@ -25,6 +25,7 @@ from .base import (
     Solver,
     Status,
     check_damping,
+    factors,
 )
 
 OnFailure = Literal["raise", "warn", "ignore"]
@@ -90,9 +91,13 @@ class BlockSolve:
             name = "v" if self.origin is None else "the gradient or tangent to solve for"
             rows = _finite(operator, block, name)
             # By the largest entry and not by the norm, which may itself overflow.
-            largest = torch.linalg.vector_norm(rows, torch.inf, dim=1).tolist()
+            # (That of torch.linalg.vector_norm takes ten times as long as these two passes.)
+            values = block.detach()
+            largest = torch.maximum(values.amax(dim=1), -values.amin(dim=1)).tolist()
             scales = rows.new_tensor([_power_of_two(size, rows.dtype) for size in largest])
-            system = DampedSystem(operator, rows / scales[:, None], scales, number)
+            copied = rows.dtype is not block.dtype
+            scaled = (rows.div_ if copied else rows.div)(factors(scales))
+            system = DampedSystem(operator, scaled, scales, number)
             if start is not None:
                 start = _finite(operator, start, "x0") / scales[:, None]
             outcome = solver._run(system, start)
@@ -216,9 +221,8 @@ def traced(
 
 def reports(outcome: Outcome, system: DampedSystem, solver: Solver) -> list[SolveInfo]:
     """One report a right-hand side."""
-    b_norms = torch.where(system.b_norms > 0, system.b_norms, torch.ones_like(system.b_norms))
-    relative = (outcome.residual_norms / b_norms).tolist()
-    norms = (outcome.residual_norms * system.scales).tolist()
+    figures = torch.stack([outcome.residual_norms, system.b_norms, system.scales])
+    residuals, sizes, scales = figures.tolist()  # in one transfer
     columns = []
     for row, status in enumerate(outcome.statuses):
         direction = outcome.directions.get(row)
@@ -226,8 +230,8 @@ def reports(outcome: Outcome, system: DampedSystem, solver: Solver) -> list[Solv
             SolveInfo(
                 status=status,
                 converged=status is Status.CONVERGED,
-                residual_norm=norms[row],
-                relative_residual=relative[row],
+                residual_norm=residuals[row] * scales[row],
+                relative_residual=residuals[row] / (sizes[row] or 1.0),
                 iterations=outcome.iterations[row],
                 num_hvps=system.num_hvps,
                 damping=outcome.damping,

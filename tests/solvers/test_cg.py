@@ -380,10 +380,13 @@ def test_a_block_is_its_rows(effort: str, system: System) -> None:
 
 def test_negative_curvature_in_the_iteration_of_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
     # All rows that were due are finished: nothing is left to check, and no product of nothing made.
-    monkeypatch.setattr("hypergrad.solvers.krylov.REFRESH", 1)
+    for where in ("krylov", "cg_one"):
+        monkeypatch.setattr(f"hypergrad.solvers.{where}.REFRESH", 1)
     signs = torch.tensor([1.0, -1.0], dtype=F64)
-    info = quietly(lambda u: signs * u, torch.ones(2, dtype=F64), CG()).info
-    assert info.status is Status.NEGATIVE_CURVATURE
+    rows = torch.ones(2, 2, dtype=F64)
+    for v, batched in ((rows[0], False), (rows, True)):
+        info = quietly(lambda u: signs * u, v, CG(), batched=batched).info
+        assert info.status is Status.NEGATIVE_CURVATURE
 
 
 # A fixed number of iterations -------------------------------------------------------------------
