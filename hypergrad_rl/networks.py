@@ -106,17 +106,17 @@ class ValueJacobian:
             inputs.append(tanh(out) if i < depth - 1 else out)
         #: V_w, (N,).
         self.values = inputs.pop().squeeze(-1)
-        delta = torch.ones_like(obs[:, :1])  # the head is linear with one output
-        deltas = [delta]
+        deltas = [torch.ones_like(obs[:, :1])]  # the head is linear with one output
         for i in reversed(range(1, depth)):
-            delta = (delta @ params[f"weight{i}"]) * (1 - inputs[i].square())
-            deltas.insert(0, delta)
+            weight, slope = params[f"weight{i}"], 1 - inputs[i].square()
+            deltas.insert(0, (weight if i == depth - 1 else deltas[0] @ weight) * slope)
         self.factors = list(zip(deltas, inputs, strict=True))
 
     def kernel(self) -> Tensor:
         """J J', (N, N)."""
-        parts = [(d @ d.T) * (a @ a.T + 1) for d, a in self.factors]
-        return functools.reduce(torch.add, parts)
+        *hidden, (_, last) = self.factors  # delta = 1 at the head
+        parts = [(d @ d.T) * (a @ a.T + 1) for d, a in hidden]
+        return functools.reduce(torch.add, parts, last @ last.T + 1)
 
     def times(self, v: Params) -> Tensor:
         """J v, (N,), for v shaped like the parameters."""
