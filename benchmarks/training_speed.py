@@ -1,6 +1,6 @@
 """Environment steps a second of training, on one thread, compiling excluded.
 
-    python -m benchmarks.training_speed [--updates 40] [--task CartPole-v1] [--arms PPO "BLPO, fast"]
+    python -m benchmarks.training_speed [--updates 40] [--task CartPole-v1] [--arms "BLPO, fast"]
 
 By the processor time of this process, all arms in turns, the quicker half of the updates: other
 work on the machine counts little. With the published setting as ``--style paper`` has it, and the
