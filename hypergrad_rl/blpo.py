@@ -167,7 +167,8 @@ class BLPO(Agent):
         theta = unflatten(actor.params, self.actor_shapes)
         w = unflatten(critic.params, self.critic_shapes)
         acted = act(self.policy, theta, batch)
-        v, passes = {}, ()
+        v: Params = {}
+        passes: tuple[Any, ...] = ()
         if config.solver == "none":
             advantages, _ = critic_advantages(w, batch, config.gamma, self.value_fn)
         else:

@@ -211,7 +211,7 @@ def pullback(
     Compiled by ``torch.func``; eagerly by ``torch.autograd``, which is quicker there.
     """
     if torch.compiler.is_compiling():
-        results, vjp = torch.func.vjp(fn, params)
+        results, vjp = torch.func.vjp(fn, params)  # type: ignore[misc]  # two, without aux
         return results, lambda weights: vjp(weights)[0]
     with torch.enable_grad():
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
