@@ -31,8 +31,10 @@ def discount_matrix(done: Tensor, decay: float, dtype: torch.dtype = torch.float
     lag = steps - steps[:, None]
     episode = done.long().cumsum(-1) - done.long()  # episodes ended before step t
     same = episode[..., :, None] == episode[..., None, :]
-    powers = decay ** lag.clamp(min=0).to(dtype)
-    return torch.where(same & (lag >= 0), powers, 0.0)
+    # A product over time, looked up: a compiled graph would compute the power at every entry.
+    powers = torch.full((len(steps),), decay, dtype=torch.float64, device=done.device)
+    powers = (powers.cumprod(0) / decay).to(dtype) if decay else (steps == 0).to(dtype)
+    return torch.where(same & (lag >= 0), powers[lag.clamp(min=0)], 0.0)
 
 
 def gae(

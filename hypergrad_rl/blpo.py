@@ -34,11 +34,12 @@ from hypergrad_rl.compiled import Compiled, fold
 from hypergrad_rl.config import BLPOConfig
 from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, gradient, unflatten
 from hypergrad_rl.hypergradient import (
+    act,
     combine,
     correction,
     critic_advantages,
     direct_gradient,
-    follower_gradient,
+    follower_pass,
 )
 from hypergrad_rl.inverse import draw_sketch, ritz_extremes
 from hypergrad_rl.networks import Params
@@ -123,7 +124,7 @@ class BLPO(Agent):
         seen: tuple[Tensor, ...] = ()
         actor, critic, kept = carry
         envs, step, nested_steps, *draws = row
-        critic, d, v, stats = self._fit(actor, critic, tensors, envs, nested_steps)
+        critic, d, v, stats, passes = self._fit(actor, critic, tensors, envs, nested_steps)
         if config.solver != "none":
             theta = unflatten(actor.params, self.actor_shapes)
             w = unflatten(critic.params, self.critic_shapes)
@@ -132,7 +133,7 @@ class BLPO(Agent):
             part = envs if whole else None
             sketch = kept if draws and draws[0] is None else next(iter(draws), None)
             c, solved = correction(
-                self.policy, theta, w, v, batch, config, sketch, part, self.value_fn
+                self.policy, theta, w, v, batch, config, sketch, part, self.value_fn, *passes
             )
             stats, kept = stats | solved.stats, solved.sketch or ()
             seen = solved.vectors, solved.products
@@ -146,8 +147,11 @@ class BLPO(Agent):
         tensors: tuple[Tensor, ...],
         envs: Tensor,
         nested_steps: Tensor,
-    ) -> tuple[AdamState, Params, Params, dict[str, Tensor]]:
-        """The nested critic steps, then d and v under the critic that they lead to."""
+    ) -> tuple[AdamState, Params, Params, dict[str, Tensor], tuple[Any, ...]]:
+        """The nested critic steps, then d and v under the critic that they lead to.
+
+        Last the passes of actor and critic, for the correction if it is in the same graph.
+        """
         config, batch = self.config, Batch.of(tensors, envs)
 
         def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,16 +166,22 @@ class BLPO(Agent):
         critic, loss = AdamState(*state), losses[-1]
         theta = unflatten(actor.params, self.actor_shapes)
         w = unflatten(critic.params, self.critic_shapes)
-        advantages, _ = critic_advantages(w, batch, config.gamma, self.value_fn)
-        d, stats = direct_gradient(self.policy, theta, batch, advantages.detach(), config)
-        log_ratio, v = stats.pop("log_ratio"), {}
-        if config.solver != "none":
-            if config.curvature_batch == "rollout":
-                batch = Batch(*tensors)
-                log_ratio = self.policy.log_prob(theta, batch.obs, batch.actions)[0]
-                log_ratio = log_ratio - batch.log_probs
-            v = follower_gradient(w, log_ratio, batch, config, self.value_fn)
-        return critic, d, v, {**stats, "value_loss": loss}
+        acted = act(self.policy, theta, batch)
+        v: Params = {}
+        passes: tuple[Any, ...] = ()
+        if config.solver == "none":
+            advantages, _ = critic_advantages(w, batch, config.gamma, self.value_fn)
+        else:
+            rollout = config.curvature_batch == "rollout"
+            system = Batch(*tensors) if rollout else batch
+            log_probs = (act(self.policy, theta, system) if rollout else acted).log_probs
+            log_ratio = log_probs - system.log_probs
+            advantages, v, jacobian = follower_pass(w, log_ratio, system, config, self.value_fn)
+            advantages = advantages[envs] if rollout else advantages
+            passes = (acted, jacobian) if config.compiles_whole else ()
+        d, stats = direct_gradient(self.policy, theta, batch, advantages, config, acted)
+        del stats["log_ratio"]
+        return critic, d, v, {**stats, "value_loss": loss}, passes
 
     def _step_actor(
         self, actor: AdamState, d: Params, c: Params | None, step: Tensor

@@ -11,6 +11,8 @@ linear system of x is in :mod:`hypergrad_rl.inverse`, the step that follows in
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,17 @@ from hypergrad_rl.advantages import gae
 from hypergrad_rl.config import AgentConfig, BLPOConfig
 from hypergrad_rl.functional import flatten, gradient, shapes_of, unflatten
 from hypergrad_rl.inverse import Sketch, Solved, critic_response, inverse_hvp
-from hypergrad_rl.networks import DEFAULT_CRITIC, Critic, Params, Policy, ValueFn, directional
+from hypergrad_rl.networks import (
+    DEFAULT_CRITIC,
+    Critic,
+    Jacobian,
+    Params,
+    Policy,
+    Pull,
+    ValueFn,
+    directional,
+    pullback,
+)
 from hypergrad_rl.objectives import cross_term_weights, f_advantage, f_return
 from hypergrad_rl.rollout import Batch
 
@@ -34,28 +46,57 @@ def critic_advantages(
     )
 
 
+class Acted(NamedTuple):
+    """One pass of the policy over a batch: all that d and c need of it.
+
+    Args:
+        log_probs: log pi(a|s), (n, T).
+        entropy: of pi(.|s), (n, T).
+        pull: takes gradients in both to the one in the actor.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    pull: Pull
+
+
+def act(policy: Policy, actor: Params, batch: Batch) -> Acted:
+    """The policy's pass over the batch."""
+    (log_probs, entropy), pull = pullback(
+        lambda theta: policy.log_prob(theta, batch.obs, batch.actions), actor
+    )
+    return Acted(log_probs, entropy, pull)
+
+
 def direct_gradient(
-    policy: Policy, actor: Params, batch: Batch, advantages: Tensor, config: AgentConfig
+    policy: Policy,
+    actor: Params,
+    batch: Batch,
+    advantages: Tensor,
+    config: AgentConfig,
+    acted: Acted | None = None,
 ) -> tuple[Params, dict[str, Tensor]]:
     """The gradient d = grad_theta (f - c_H E[entropy]) on a fixed batch, and statistics.
 
     The statistics are f, entropy, the clipped fraction, and KL(old || new) by the estimator
     (rho - 1) - log rho; under "log_ratio" log rho of every sample, for who needs it further.
+    ``acted`` is the policy's pass where there is one already.
     """
+    acted = acted or act(policy, actor, batch)
 
-    def f(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
-        log_probs, entropy = policy.log_prob(theta, batch.obs, batch.actions)
-        log_ratio, mean_entropy = log_probs - batch.log_probs, entropy.mean()
+    def f(outputs: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        log_ratio, entropy = outputs["log_probs"] - batch.log_probs, outputs["entropy"].mean()
         loss = f_advantage(log_ratio, advantages, config.clip)
-        stats = {"policy_loss": loss, "log_ratio": log_ratio, "entropy": mean_entropy}
-        return loss - config.entropy_bonus * mean_entropy if config.entropy_bonus else loss, stats
+        stats = {"policy_loss": loss, "log_ratio": log_ratio, "entropy": entropy}
+        return loss - config.entropy_bonus * entropy, stats
 
-    d, _, stats = gradient(f, actor)
+    outputs = {"log_probs": acted.log_probs, "entropy": acted.entropy}
+    weights, _, stats = gradient(f, outputs)
     log_ratio = stats["log_ratio"]
     ratio = log_ratio.exp()
     stats["approx_kl"] = (ratio - 1 - log_ratio).mean()
     stats["clip_fraction"] = ((ratio - 1).abs() > config.clip).float().mean()
-    return d, stats
+    return acted.pull((weights["log_probs"], weights["entropy"])), stats
 
 
 def follower_gradient(
@@ -86,6 +127,31 @@ def follower_gradient(
     return gradient(f_outer, critic)[0]
 
 
+def follower_pass(
+    critic: Params,
+    log_ratio: Tensor,
+    batch: Batch,
+    config: BLPOConfig,
+    value_fn: Critic = DEFAULT_CRITIC,
+) -> tuple[Tensor, Params, Jacobian]:
+    """A_w, v, and the Jacobian of the values at ``batch.obs``, of one pass over the states.
+
+    They are those of :func:`critic_advantages` and :func:`follower_gradient`: f_outer depends on w
+    through the values alone, so that v = J' (its gradient in them), J at states and next states.
+    """
+    states = torch.stack([batch.obs, batch.next_obs])
+    jacobian = value_fn.jacobian(critic, states.flatten(0, -2))
+    table = {"values": jacobian.values.view(states.shape[:-1])}  # a critic of one entry a state
+    advantages, _ = critic_advantages(table, batch, config.gamma, _entries)
+    weights = follower_gradient(table, log_ratio, batch, config, _entries)["values"]
+    v = jacobian.pull(weights.flatten())
+    return advantages, v, jacobian.first(batch.targets.numel())
+
+
+def _entries(table: Params, states: Tensor) -> Tensor:
+    return table["values"]
+
+
 def cross_term(
     policy: Policy,
     actor: Params,
@@ -94,19 +160,17 @@ def cross_term(
     batch: Batch,
     mode: str,
     value_fn: ValueFn = DEFAULT_CRITIC,
+    acted: Acted | None = None,
 ) -> Params:
     """The cross term c = (d2 g / dtheta dw) x on a fixed batch from u = J x, shaped like the actor.
 
-    ``mode`` is "suffix" or "full": see ``objectives.cross_term_weights``.
+    ``mode`` is "suffix" or "full": see ``objectives.cross_term_weights``. ``acted`` is the
+    policy's pass where there is one already.
     """
     values = value_fn(critic, batch.obs).detach()
     weights = cross_term_weights(mode, batch.matrix, batch.advantages, values, batch.targets, u)
-
-    def weighted(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
-        log_probs, _ = policy.log_prob(theta, batch.obs, batch.actions)
-        return (log_probs * weights).mean(), {}
-
-    return gradient(weighted, actor)[0]
+    acted = acted or act(policy, actor, batch)
+    return acted.pull((weights / weights.numel(), torch.zeros_like(acted.entropy)))
 
 
 def published_cross_term(
@@ -150,19 +214,23 @@ def correction(
     sketch: Tensor | Sketch | None = None,
     envs: Tensor | None = None,
     value_fn: Critic = DEFAULT_CRITIC,
+    acted: Acted | None = None,
+    jacobian: Jacobian | None = None,
 ) -> tuple[Params, Solved]:
     """The cross term c by the options of ``config``, and the solve behind it.
 
-    The curvature is that of ``batch``; c is formed on its trajectories ``envs``, None for all.
+    The curvature is that of ``batch``; c is formed on its trajectories ``envs``, None for all. The
+    policy's pass over these, and the critic's Jacobian at ``batch.obs``, serve where there are any.
     """
     part = batch if envs is None else batch.select(envs)
     if config.cross_term == "paper":
         solved = inverse_hvp(critic, batch, v, config, sketch, value_fn)
         x = unflatten(solved.value, shapes_of(critic))
         return published_cross_term(policy, actor, critic, x, part, config, value_fn), solved
-    solved = critic_response(critic, batch, v, config, sketch, value_fn)
+    solved = critic_response(critic, batch, v, config, sketch, value_fn, jacobian)
     u = solved.value if envs is None else solved.value[envs]
-    return cross_term(policy, actor, critic, u, part, config.cross_term, value_fn), solved
+    c = cross_term(policy, actor, critic, u, part, config.cross_term, value_fn, acted)
+    return c, solved
 
 
 def combine(

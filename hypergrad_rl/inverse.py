@@ -23,7 +23,7 @@ from torch import Tensor
 import hypergrad
 from hypergrad_rl.config import BLPOConfig
 from hypergrad_rl.functional import flatten, shapes_of, unflatten
-from hypergrad_rl.networks import DEFAULT_CRITIC, Critic, Params, ValueFn
+from hypergrad_rl.networks import DEFAULT_CRITIC, Critic, Jacobian, Params, ValueFn
 from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch
 
@@ -165,14 +165,17 @@ def critic_response(
     config: BLPOConfig,
     sketch: Tensor | Sketch | None = None,
     value_fn: Critic = DEFAULT_CRITIC,
+    jacobian: Jacobian | None = None,
 ) -> Solved:
     """How x changes the critic's values on the batch: u = J x, shaped like ``batch.targets``.
 
     It is all that the cross term needs of x; the arguments are those of :func:`inverse_hvp`, with
-    the Jacobian of V_w too. The residual is that of the system that is solved.
+    the Jacobian of V_w too: ``jacobian``, at ``batch.obs``, where there is one already. The
+    residual is that of the system that is solved.
     """
-    critic = {name: leaf.detach() for name, leaf in critic.items()}
-    jacobian = value_fn.jacobian(critic, batch.obs.flatten(0, -2))
+    if jacobian is None:
+        critic = {name: leaf.detach() for name, leaf in critic.items()}
+        jacobian = value_fn.jacobian(critic, batch.obs.flatten(0, -2))
     if in_sample_space(config):
         rhs = jacobian.times(v)
         kernel = (2 / len(rhs)) * jacobian.kernel()

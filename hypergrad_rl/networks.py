@@ -9,6 +9,7 @@ whole rollout (Gumbel-max, or mean + std * noise): one call to the generator ins
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -100,20 +101,22 @@ class ValueJacobian:
     def __init__(self, params: Params, obs: Tensor) -> None:
         inputs = [obs]
         depth = len(params) // 2
-        for i in range(depth - 1):
+        for i in range(depth):
             out = torch.nn.functional.linear(inputs[-1], params[f"weight{i}"], params[f"bias{i}"])
-            inputs.append(tanh(out))
-        delta = torch.ones_like(obs[:, :1])  # the head is linear with one output
-        deltas = [delta]
+            inputs.append(tanh(out) if i < depth - 1 else out)
+        #: V_w, (N,).
+        self.values = inputs.pop().squeeze(-1)
+        deltas = [torch.ones_like(obs[:, :1])]  # the head is linear with one output
         for i in reversed(range(1, depth)):
-            delta = (delta @ params[f"weight{i}"]) * (1 - inputs[i].square())
-            deltas.insert(0, delta)
+            weight, slope = params[f"weight{i}"], 1 - inputs[i].square()
+            deltas.insert(0, (weight if i == depth - 1 else deltas[0] @ weight) * slope)
         self.factors = list(zip(deltas, inputs, strict=True))
 
     def kernel(self) -> Tensor:
         """J J', (N, N)."""
-        parts = [(d @ d.T) * (a @ a.T + 1) for d, a in self.factors]
-        return functools.reduce(torch.add, parts)
+        *hidden, (_, last) = self.factors  # delta = 1 at the head
+        parts = [(d @ d.T) * (a @ a.T + 1) for d, a in hidden]
+        return functools.reduce(torch.add, parts, last @ last.T + 1)
 
     def times(self, v: Params) -> Tensor:
         """J v, (N,), for v shaped like the parameters."""
@@ -122,6 +125,21 @@ class ValueJacobian:
             for i, (d, a) in enumerate(self.factors)
         ]
         return torch.stack(parts).sum(0)
+
+    def pull(self, weights: Tensor) -> Params:
+        """J' weights, shaped like the parameters, for weights (N,)."""
+        grads: Params = {}
+        for i, (d, a) in enumerate(self.factors):
+            rows = weights[:, None] * d
+            grads |= {f"weight{i}": rows.T @ a, f"bias{i}": rows.sum(0)}
+        return grads
+
+    def first(self, count: int) -> ValueJacobian:
+        """J at the first states alone."""
+        part = copy.copy(self)
+        part.values = self.values[:count]
+        part.factors = [(d[:count], a[:count]) for d, a in self.factors]
+        return part
 
 
 class ModuleNetwork:
@@ -181,6 +199,31 @@ def _seeded(make: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
         return make()
 
 
+#: Takes gradients in each of a function's results to the gradient in its parameters.
+Pull = Callable[[tuple[Tensor, ...]], Params]
+
+
+def pullback(
+    fn: Callable[[Params], tuple[Tensor, ...]], params: Params
+) -> tuple[tuple[Tensor, ...], Pull]:
+    """The results of ``fn(params)``, detached, and its Jacobian's transpose: of one pass forward.
+
+    Compiled by ``torch.func``; eagerly by ``torch.autograd``, which is quicker there.
+    """
+    if torch.compiler.is_compiling():
+        results, vjp = torch.func.vjp(fn, params)  # type: ignore[misc]  # two, without aux
+        return results, lambda weights: vjp(weights)[0]
+    with torch.enable_grad():
+        leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+        results = fn(leaves)
+
+    def pull(weights: tuple[Tensor, ...]) -> Params:
+        grads = torch.autograd.grad(results, list(leaves.values()), weights, retain_graph=True)
+        return dict(zip(leaves, grads, strict=True))
+
+    return tuple(result.detach() for result in results), pull
+
+
 def directional(fn: Callable[[Params], Tensor], params: Params, along: Params) -> Tensor:
     """d/ds fn(params + s along) at s = 0, by forward mode."""
     # Copies: compiled, forward mode wants point and tangent of one layout, and no views.
@@ -211,6 +254,21 @@ class ModuleJacobian:
         """J v, (N,), for v shaped like the parameters."""
         return directional(lambda w: self._values(w, self.obs), self.params, v)
 
+    @property
+    def values(self) -> Tensor:
+        """V_w, (N,)."""
+        return self._values(self.params, self.obs)
+
+    def pull(self, weights: Tensor) -> Params:
+        """J' weights, shaped like the parameters, for weights (N,)."""
+        return pullback(lambda w: (self._values(w, self.obs),), self.params)[1]((weights,))
+
+    def first(self, count: int) -> ModuleJacobian:
+        """J at the first states alone."""
+        return ModuleJacobian(self.network, self.params, self.obs[:count])
+
+
+Jacobian = ValueJacobian | ModuleJacobian
 
 #: Make the networks of one's own from (obs_dim, out_dim) and from obs_dim; a critic's out_dim is 1.
 ActorModule = Callable[[int, int], torch.nn.Module]
@@ -299,7 +357,7 @@ class Critic(Network):
         """V_w(s): (..., obs_dim) -> (...)."""
         return self.outputs(params, obs).squeeze(-1)
 
-    def jacobian(self, params: Params, obs: Tensor) -> ValueJacobian | ModuleJacobian:
+    def jacobian(self, params: Params, obs: Tensor) -> Jacobian:
         """Of the values at states (N, obs_dim) in the parameters."""
         if self.module is None:
             return ValueJacobian(params, obs)

@@ -11,12 +11,18 @@ from torch import Tensor
 from hypergrad_rl import BLPO
 from hypergrad_rl.functional import AdamState, shapes_of, unflatten
 from hypergrad_rl.hypergradient import (
+    act,
     combine,
+    correction,
+    critic_advantages,
     cross_term,
+    direct_gradient,
+    follower_gradient,
+    follower_pass,
     published_cross_term,
 )
 from hypergrad_rl.inverse import critic_response, draw_sketch, inverse_hvp
-from hypergrad_rl.networks import Params, critic_value
+from hypergrad_rl.networks import Critic, Params, critic_value
 from hypergrad_rl.rollout import Batch, Rollout, make_batch
 from tests.rl.small import (
     CLIP,
@@ -208,6 +214,47 @@ def test_combine_bounds_the_correction() -> None:
     step, stats = combine({"w": torch.zeros(2)}, c, 0.5)
     assert step["w"].tolist() == [0.0, 0.0]
     assert stats["correction_ratio"].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bonus", [0.0, 0.3])
+@pytest.mark.parametrize("objective", ["return", "advantage"])
+@pytest.mark.parametrize("own", [False, True])
+def test_shared_passes_give_what_separate_ones_do(
+    problem: Problem, own: bool, objective: str, bonus: float, dtype: torch.dtype
+) -> None:
+    """One pass of the actor and one of the critic, of tanh layers and of a network of one's own."""
+    actor, critic, batch = problem
+    value_fn = Critic()
+    if own:
+        value_fn = Critic(lambda obs_dim: torch.nn.Linear(obs_dim, 1))
+        critic = value_fn.init(OBS, (), torch.Generator().manual_seed(0))
+    actor, critic = ({n: p.detach().to(dtype) for n, p in x.items()} for x in (actor, critic))
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}
+    batch = Batch(**{n: x.to(dtype) if x.is_floating_point() else x for n, x in fields.items()})
+    settings = config(
+        outer_objective=objective, entropy_bonus=bonus, solver="cg", cg_rtol=0.0, cg_iters=5
+    )
+    advantages, _ = critic_advantages(critic, batch, GAMMA, value_fn)
+    d, stats = direct_gradient(POLICY, actor, batch, advantages, settings)
+    v = follower_gradient(critic, stats["log_ratio"], batch, settings, value_fn)
+    c, solved = correction(POLICY, actor, critic, v, batch, settings, value_fn=value_fn)
+
+    acted = act(POLICY, actor, batch)
+    log_ratio = acted.log_probs - batch.log_probs
+    again, shared_v, jacobian = follower_pass(critic, log_ratio, batch, settings, value_fn)
+    shared_d, _ = direct_gradient(POLICY, actor, batch, again, settings, acted)
+    shared_c, other = correction(
+        POLICY, actor, critic, shared_v, batch, settings, None, None, value_fn, acted, jacobian
+    )
+    # Sums of 24 terms in another order, then five steps of CG, of a condition of about ten.
+    rtol = 1e-10 if dtype == torch.float64 else 1e-4
+    for mine, theirs in (
+        (again, advantages), (flat(shared_d), flat(d)), (flat(shared_v), flat(v)),
+        (other.value, solved.value), (flat(shared_c), flat(c)),
+    ):  # fmt: skip
+        assert (mine - theirs).norm() <= rtol * theirs.norm()
+        assert theirs.norm() > 0
 
 
 def test_one_update_is_the_algorithm(problem: Problem) -> None:

@@ -260,6 +260,15 @@ def test_the_factored_jacobian_is_the_jacobian() -> None:
         v = {n: torch.randn(p.shape, generator=generator).double() for n, p in critic.items()}
         product = jacobian @ torch.cat([leaf.flatten() for leaf in v.values()])
         torch.testing.assert_close(factored.times(v), product, rtol=1e-12, atol=1e-12)
+        values = critic_value(critic, obs)
+        torch.testing.assert_close(factored.values, values, rtol=1e-12, atol=1e-12)
+        weights = torch.randn(7, generator=generator, dtype=torch.float64)
+        pulled = torch.cat([leaf.flatten() for leaf in factored.pull(weights).values()])
+        torch.testing.assert_close(pulled, jacobian.T @ weights, rtol=1e-12, atol=1e-12)
+        part = factored.first(4)
+        torch.testing.assert_close(part.kernel(), kernel[:4, :4], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(part.times(v), product[:4], rtol=1e-12, atol=1e-12)
+        assert torch.equal(part.values, factored.values[:4])
 
 
 @pytest.mark.parametrize("actions", POLICIES)

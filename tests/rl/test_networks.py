@@ -85,6 +85,13 @@ def test_the_jacobian_of_any_module(make: Callable[[int], nn.Module]) -> None:
     jacobian = critic.jacobian(params, obs)
     torch.testing.assert_close(jacobian.kernel(), dense @ dense.T, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(jacobian.times(v), dense @ flat_v, rtol=1e-10, atol=1e-12)
+    weights = torch.randn(5, generator=seeded(3), dtype=torch.float64)
+    pulled = torch.cat([leaf.flatten() for leaf in jacobian.pull(weights).values()])
+    torch.testing.assert_close(pulled, dense.T @ weights, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(jacobian.values, critic(params, obs), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        jacobian.first(3).times(v), dense[:3] @ flat_v, rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", [CategoricalPolicy, GaussianPolicy])
