@@ -20,6 +20,7 @@ class Arm:
     algo: str
     settings: dict[str, Any] = field(default_factory=dict)
     presets: bool = True
+    style: str = "tuned"
 
 
 #: The published update (arXiv 2505.11714), where all else is a default; its bound is a task's own.
@@ -43,8 +44,8 @@ ARMS = {
     "blpo_cg": Arm("the same by 20 steps of CG", "blpo", {"solver": "cg", "cg_rtol": 0.0}),
     "identity": Arm("the same with x = v / damping", "blpo", {"solver": "identity"}),
     "fast": Arm(
-        "the same with half the nested steps, solved exactly in sample space", "blpo",
-        {"solver": "exact", "nested_steps": 5},
+        "the fast settings: CartPole in one epoch, by five steps of CG; Acrobot solved exactly",
+        "blpo", style="fast",
     ),
     "paper_ppo": Arm(
         "PPO at the actor's rate, where time limits are ends, as published", "ppo",
@@ -77,7 +78,7 @@ def arm_config(arm: str, task: str, seed: int, **settings: Any) -> Config:
     declared = ARMS[arm]
     settings = {**declared.settings, "seed": seed, **settings}
     if declared.presets:
-        return preset(declared.algo, task, **settings)
+        return preset(declared.algo, task, declared.style, **settings)
     settings = {"total_steps": TASKS[task][0], **settings}
     if declared.algo == "blpo":
         settings = {"correction_bound": BOUNDS[task], **settings}
