@@ -68,8 +68,9 @@ def nystrom(operator: hypergrad.LinearOperator, v: Params, rank: int) -> object:
     solver = hypergrad.Nystrom(rank, generator=generator, complement="zero")
     # A damping at which rounding is never worth a second pass, which would be a step in the curve.
     solution = hypergrad.solve(operator, v, solver, damping=1.0, on_failure="ignore")
-    if solution.info.num_hvps != rank + 2:  # one checks the sketch, one the answer
-        raise RuntimeError(f"Nyström took {solution.info.num_hvps} products, expected {rank + 2}")
+    taken = solution.info.num_hvps
+    if taken not in (rank + 1, rank + 2):  # the answer's check may serve for the sketch
+        raise RuntimeError(f"Nyström took {taken} products, expected {rank + 1} or one more")
     return solution.value
 
 

@@ -32,8 +32,10 @@ def nystrom(hvp: HVP, v: Params) -> Params:
     x, info = hypergrad.nystrom_ihvp(
         hvp, v, rank=RANK, generator=torch.Generator().manual_seed(0), return_info=True
     )
-    if info.num_hvps != RANK + 2:
-        raise RuntimeError(f"Nyström took {info.num_hvps} products, expected {RANK + 2}")
+    if info.num_hvps not in (RANK + 1, RANK + 2):  # the answer's check may serve for the sketch
+        raise RuntimeError(
+            f"Nyström took {info.num_hvps} products, expected {RANK + 1} or one more"
+        )
     answer: Params = x
     return answer
 
