@@ -144,7 +144,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     names = list(dict.fromkeys(row.problem for row in rows))
     owners = [owner for owner in dict.fromkeys(row.owner for row in rows) if owner != OURS]
@@ -171,7 +171,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 )  # fmt: skip
         axis.set(xscale="log", title=f"error {_power(level)}, {dtype}")
         axis.set_yticks(range(len(names)), names)
+        axis.xaxis.set_major_locator(LogLocator(base=2))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25, axis="x")
         axis.tick_params(labelsize=8)
     axes[0, 0].invert_yaxis()
@@ -180,7 +182,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         found, labels = axis.get_legend_handles_labels()
         handles |= dict(zip(labels, found, strict=True))
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=8, frameon=False
+        list(handles.values()), list(handles), loc="outside upper center", ncols=8, frameon=False
     )
     figure.supxlabel(
         "time of the package's best / time of the library's best (right of the line: slower than "
@@ -201,7 +203,7 @@ def write(output: Path) -> None:
         "Short of twice PyTorch, or of JAX": short_of(rows),
         "Compilation, not in the times": compiled_table(rows),
     }
-    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in parts.items())
+    text = "\n\n".join(f"### {title}\n\n{table}" for title, table in parts.items())
     (output / "ratios.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     draw(rows, output / "ratios.png")
