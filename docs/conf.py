@@ -62,7 +62,7 @@ nitpick_ignore_regex = [
     # Annotations of the agents name internal classes; public names are resolved below.
     (r"py:class", r"hypergrad_rl\.\w+\.\w+"),
     (r"py:.*", "|".join(name for name in dir(builtins) if not name.startswith("_"))),
-    (r"py:.*", "Tensor|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|optional"),
+    (r"py:.*", "Tensor|Path|Any|Callable|Iterable|Iterator|Mapping|Sequence|optional|Pull"),
 ]
 
 PACKAGES = ("hypergrad", "hypergrad_rl")
