@@ -14,7 +14,6 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import CompilationWarning, HypergradError, warn
-from .loops import HoistInvariants
 from .modes import agree
 
 if TYPE_CHECKING:
@@ -184,7 +183,11 @@ def options(device: torch.device) -> dict[str, Any]:
     """How a graph is compiled for a device."""
     if BACKEND != "inductor":
         return {}
-    chosen: dict[str, Any] = {"post_grad_custom_pre_pass": HoistInvariants()}
+    from . import loops  # takes as long to import as the rest of the library
+
+    chosen: dict[str, Any] = {}
+    if loops.HAS_LOOPS:
+        chosen["post_grad_custom_pre_pass"] = loops.HoistInvariants()
     if device.type == "cpu":  # calls of kernels in C++ cost less than in Python
         chosen["cpp_wrapper"] = True
         logging.getLogger("torch._inductor.ir").addFilter(_not_of_shims)

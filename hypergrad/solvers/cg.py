@@ -12,7 +12,6 @@ from ..norms import row_norms
 from ..transforms import tangents
 from .base import DampedSystem, Outcome, Solver, Status, check_option
 from .cg_one import LEAST, OneRow
-from .compiled_cg import run_compiled
 from .fixed import FixedWork
 from .krylov import (
     DEFAULT_MAX_ITERS,
@@ -97,7 +96,11 @@ class CG(Solver):
         check_option(good, "compile", self.compile, "False where there is a preconditioner")
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
-        found = run_compiled(self, system, x0) if self.compile else None
+        found = None
+        if self.compile:
+            from .compiled_cg import run_compiled  # with parts of PyTorch that take long to import
+
+            found = run_compiled(self, system, x0)
         if found is None:
             return run_cg(self, system, x0, preconditioning(self.preconditioner, system))
         if found.statuses != [Status.STAGNATED]:

@@ -271,7 +271,7 @@ def test_generated_code_computes_the_gradient_once(monkeypatch: pytest.MonkeyPat
         def uuid(self) -> bytes:
             return b"counting"
 
-    monkeypatch.setattr(compilation, "HoistInvariants", Counting)
+    monkeypatch.setattr(loops, "HoistInvariants", Counting)
     operator, v = hypergrad.hessian(loss, *point(0)), right_hand_side(F64)
     found = hypergrad.solve(operator, v, GRAPH, damping=3.0)
     exact = hypergrad.solve(operator, v, hypergrad.Exact(), damping=3.0).value
