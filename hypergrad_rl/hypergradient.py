@@ -20,16 +20,14 @@ from hypergrad_rl.advantages import gae
 from hypergrad_rl.config import AgentConfig, BLPOConfig
 from hypergrad_rl.functional import flatten, gradient, shapes_of, unflatten
 from hypergrad_rl.inverse import Sketch, Solved, critic_response, inverse_hvp
+from hypergrad_rl.modules import Pull, directional, pullback
 from hypergrad_rl.networks import (
     DEFAULT_CRITIC,
     Critic,
     Jacobian,
     Params,
     Policy,
-    Pull,
     ValueFn,
-    directional,
-    pullback,
 )
 from hypergrad_rl.objectives import cross_term_weights, f_advantage, f_return
 from hypergrad_rl.rollout import Batch

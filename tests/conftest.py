@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+from hypergrad.operators import compilation
 
 # `ci`: the same examples at each run, so that a failure is the change's and not the day's.
 # No deadline: the first call of a PyTorch function is far slower than the next.
@@ -18,3 +23,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def capture_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are captured and run, without code from them; none is left to other tests."""
+    torch._dynamo.reset()
+    compilation.forget_compiled()
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    yield
+    compilation.forget_compiled()

@@ -241,10 +241,8 @@ def _narrow_approximation(
     # The residual of the one answer will tell more of it than a product with an eigenvector.
     later = once and options.check is True and options.negative_curvature == "keep"
     check: Check = "estimate" if later else options.check
-    if core.indefinite:
-        return _not_positive(system, drawn, large)
     asked = system.num_hvps
-    if not drawn.vouched(system, eigenvalues, combination, check):
+    if core.indefinite or not drawn.vouched(system, eigenvalues, combination, check):
         return _not_positive(system, drawn, large)
     later = later and system.num_hvps == asked
     complete = len(eigenvalues) < len(core.values)

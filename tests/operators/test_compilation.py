@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,16 +16,9 @@ from torch import Tensor
 import hypergrad
 from hypergrad.operators import compilation
 
+pytestmark = pytest.mark.usefixtures("capture_only")
+
 N = 5
-
-
-@pytest.fixture(autouse=True)
-def capture_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    torch._dynamo.reset()
-    compilation.forget_compiled()
-    monkeypatch.setattr(compilation, "BACKEND", "eager")
-    yield
-    compilation.forget_compiled()
 
 
 def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

@@ -22,12 +22,11 @@ from hypergrad_rl import (
 from hypergrad_rl.errors import ConfigError
 from hypergrad_rl.functional import flatten, shapes_of, unflatten
 from hypergrad_rl.inverse import critic_response, inverse_hvp
+from hypergrad_rl.modules import ModuleJacobian, ModuleNetwork
 from hypergrad_rl.networks import (
     CategoricalPolicy,
     Critic,
     GaussianPolicy,
-    ModuleJacobian,
-    ModuleNetwork,
     ValueJacobian,
     init_critic,
     init_mlp,

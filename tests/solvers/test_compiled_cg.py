@@ -6,7 +6,7 @@ But where said otherwise the backend runs the captured graph without generating 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,17 +20,10 @@ from hypergrad.operators import compilation, loops
 from hypergrad.solvers import compiled_cg
 from tests.strategies import F32, F64, SPECTRA, gaussian, symmetric
 
+pytestmark = pytest.mark.usefixtures("capture_only")
+
 N = 12
 GRAPH = hypergrad.CG(rtol=1e-5, compile=True)
-
-
-@pytest.fixture(autouse=True)
-def capture_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    torch._dynamo.reset()
-    compilation.forget_compiled()
-    monkeypatch.setattr(compilation, "BACKEND", "eager")
-    yield
-    compilation.forget_compiled()
 
 
 def matrix(spectrum: str = "inverse", dtype: torch.dtype = F64) -> Tensor:
