@@ -32,18 +32,18 @@ from torch import Tensor
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.compiled import Compiled, fold
 from hypergrad_rl.config import BLPOConfig
-from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, gradient, unflatten
+from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, unflatten
 from hypergrad_rl.hypergradient import (
     act,
     combine,
     correction,
     critic_advantages,
+    critic_gradient,
     direct_gradient,
     follower_pass,
 )
 from hypergrad_rl.inverse import draw_sketch, ritz_extremes
 from hypergrad_rl.networks import Params
-from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch
 
 
@@ -154,12 +154,10 @@ class BLPO(Agent):
         """
         config, batch = self.config, Batch.of(tensors, envs)
 
-        def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
-            return value_loss(self.value_fn(w, batch.obs), batch.targets), {}
-
         def nested(state: Any, row: tuple[Tensor]) -> tuple[Any, Tensor]:
             critic = AdamState(*state)
-            grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
+            w = unflatten(critic.params, self.critic_shapes)
+            grads, loss = critic_gradient(w, batch.obs, batch.targets, self.value_fn)
             return tuple(adam_step(critic, flatten(grads), row[0], config.adam_eps)), loss
 
         state, losses = fold(nested, tuple(critic), (nested_steps,))

@@ -14,11 +14,14 @@ from torch.utils._pytree import tree_map
 from hypergrad_rl.config import AgentConfig
 
 try:
+    from torch._functorch.compile_utils import fx_graph_cse
     from torch._higher_order_ops.scan import scan
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     FOLDS = True
 except ImportError:  # a PyTorch without it: what would be one graph is a loop over smaller ones
     FOLDS = False
+    CustomGraphPass = object  # type: ignore[assignment,misc]
 
 #: Gradients of a training from which on ``compile="auto"`` compiles: it saves 0.6 to 0.8 ms of each
 #: (docs/rl.md has the figures) and takes up to a minute, where the cache has nothing of it yet.
@@ -38,6 +41,24 @@ def _not_of_shims(record: logging.LogRecord) -> bool:
     return "missing a c-shim" not in record.getMessage()
 
 
+class _Once(CustomGraphPass):
+    """What a graph, or the body of a loop in it, would compute twice it computes once.
+
+    PyTorch 2.13 sees to that in graphs with a backward pass only. Here one pass of a network
+    serves several derivatives.
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        module = graph.owning_module
+        assert module is not None
+        module.graph = fx_graph_cse(graph)
+
+    def uuid(self) -> bytes:
+        """What PyTorch's cache of compiled graphs knows this pass by."""
+        code: bytes = get_hash_for_files((__file__,))
+        return code
+
+
 class Compiled:
     """``function`` as one compiled graph; eagerly, after one warning, where no compiler works.
 
@@ -51,6 +72,8 @@ class Compiled:
             options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
             if backend == "inductor":  # calls of kernels in C++ cost less than in Python
                 options["options"] = {"cpp_wrapper": True}
+                if FOLDS:
+                    options["options"]["post_grad_custom_pre_pass"] = _Once()
             # Agents of one process are no reason to give up on any of them (torch >= 2.13).
             if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
                 options["isolate_recompiles"] = True

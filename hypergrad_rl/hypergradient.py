@@ -11,6 +11,7 @@ linear system of x is in :mod:`hypergrad_rl.inverse`, the step that follows in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from hypergrad_rl.advantages import gae
 from hypergrad_rl.config import AgentConfig, BLPOConfig
 from hypergrad_rl.functional import flatten, gradient, shapes_of, unflatten
 from hypergrad_rl.inverse import Sketch, Solved, critic_response, inverse_hvp
-from hypergrad_rl.modules import Pull, directional, pullback
+from hypergrad_rl.modules import Pull, pullback
 from hypergrad_rl.networks import (
     DEFAULT_CRITIC,
     Critic,
@@ -97,6 +98,15 @@ def direct_gradient(
     return acted.pull((weights["log_probs"], weights["entropy"])), stats
 
 
+def critic_gradient(
+    critic: Params, obs: Tensor, targets: Tensor, value_fn: Critic = DEFAULT_CRITIC
+) -> tuple[Params, Tensor]:
+    """The gradient of g in the critic, J' (2/N) (V_w - G), and g itself; targets (...)."""
+    jacobian = value_fn.jacobian(critic, obs.flatten(0, -2))
+    errors = jacobian.values - targets.flatten()
+    return jacobian.pull((2 / len(errors)) * errors), errors.square().mean()
+
+
 def follower_gradient(
     critic: Params,
     log_ratio: Tensor,
@@ -132,18 +142,28 @@ def follower_pass(
     config: BLPOConfig,
     value_fn: Critic = DEFAULT_CRITIC,
 ) -> tuple[Tensor, Params, Jacobian]:
-    """A_w, v, and the Jacobian of the values at ``batch.obs``, of one pass over the states.
+    """A_w, v, and the Jacobian of the values at states and next states, of one pass over them.
 
     They are those of :func:`critic_advantages` and :func:`follower_gradient`: f_outer depends on w
-    through the values alone, so that v = J' (its gradient in them), J at states and next states.
+    through the values alone, so that v = J' (its gradient in them).
     """
-    states = torch.stack([batch.obs, batch.next_obs])
-    jacobian = value_fn.jacobian(critic, states.flatten(0, -2))
-    table = {"values": jacobian.values.view(states.shape[:-1])}  # a critic of one entry a state
+    jacobian = transition_jacobian(critic, batch, value_fn)
+    table = _table(jacobian.values, batch)
     advantages, _ = critic_advantages(table, batch, config.gamma, _entries)
     weights = follower_gradient(table, log_ratio, batch, config, _entries)["values"]
-    v = jacobian.pull(weights.flatten())
-    return advantages, v, jacobian.first(batch.targets.numel())
+    return advantages, jacobian.pull(weights.flatten()), jacobian
+
+
+def transition_jacobian(
+    critic: Params, batch: Batch, value_fn: Critic = DEFAULT_CRITIC
+) -> Jacobian:
+    """The Jacobian of the values at ``batch.obs``, then at ``batch.next_obs``: 2 n T rows."""
+    return value_fn.jacobian(critic, torch.stack([batch.obs, batch.next_obs]).flatten(0, -2))
+
+
+def _table(values: Tensor, batch: Batch) -> Params:
+    """A critic that is a table of its values at states and next states."""
+    return {"values": values.view(2, *batch.targets.shape)}
 
 
 def _entries(table: Params, states: Tensor) -> Tensor:
@@ -178,7 +198,9 @@ def published_cross_term(
     x: Params,
     batch: Batch,
     config: BLPOConfig,
-    value_fn: ValueFn = DEFAULT_CRITIC,
+    value_fn: Critic = DEFAULT_CRITIC,
+    acted: Acted | None = None,
+    jacobian: Jacobian | None = None,
 ) -> Params:
     """The published update's c: d/dw [grad_theta l(theta, w)] x on a fixed batch.
 
@@ -186,20 +208,20 @@ def published_cross_term(
     mean over trajectories. It is a sum over the steps where g is a mean, so that c is far longer
     than d and the bound decides its length. Its sign is opposite to that of the derivative of g,
     which ``cross_term`` computes.
+
+    Along x the values change by J x and, being linear in them, the advantages by those of J x
+    without rewards; rho alone depends on theta. ``acted``, the policy's pass, and ``jacobian``,
+    that of ``transition_jacobian``, serve where there are any.
     """
-
-    def derivative(theta: Params) -> tuple[Tensor, dict[str, Tensor]]:
-        log_ratio = policy.log_prob(theta, batch.obs, batch.actions)[0] - batch.log_probs
-
-        def surrogate(w: Params) -> Tensor:
-            advantages, values = critic_advantages(w, batch, config.gamma, value_fn)
-            losses = -log_ratio.exp() * advantages
-            # Not .sum(-1).mean(): of one trajectory, that crashes as compiled by PyTorch 2.13.
-            return (losses * (batch.targets - values)).sum() * (2 / len(losses))
-
-        return directional(surrogate, critic, x), {}
-
-    return gradient(derivative, actor)[0]
+    acted = acted or act(policy, actor, batch)
+    jacobian = jacobian or transition_jacobian(critic, batch, value_fn)
+    now, change = (_table(u, batch) for u in (jacobian.values, jacobian.times(x)))
+    without = replace(batch, rewards=torch.zeros_like(batch.rewards))
+    advantages, values = critic_advantages(now, batch, config.gamma, _entries)
+    advantages_change, values_change = critic_advantages(change, without, config.gamma, _entries)
+    slope = advantages_change * (batch.targets - values) - advantages * values_change
+    weights = -(acted.log_probs - batch.log_probs).exp() * slope * (2 / len(slope))
+    return acted.pull((weights, torch.zeros_like(acted.entropy)))
 
 
 def correction(
@@ -218,14 +240,18 @@ def correction(
     """The cross term c by the options of ``config``, and the solve behind it.
 
     The curvature is that of ``batch``; c is formed on its trajectories ``envs``, None for all. The
-    policy's pass over these, and the critic's Jacobian at ``batch.obs``, serve where there are any.
+    policy's pass over these, and the critic's Jacobian at the batch's states and next states, serve
+    where there are any.
     """
     part = batch if envs is None else batch.select(envs)
     if config.cross_term == "paper":
         solved = inverse_hvp(critic, batch, v, config, sketch, value_fn)
         x = unflatten(solved.value, shapes_of(critic))
-        return published_cross_term(policy, actor, critic, x, part, config, value_fn), solved
-    solved = critic_response(critic, batch, v, config, sketch, value_fn, jacobian)
+        known = jacobian if envs is None else None
+        c = published_cross_term(policy, actor, critic, x, part, config, value_fn, acted, known)
+        return c, solved
+    states = jacobian and jacobian.first(batch.targets.numel())
+    solved = critic_response(critic, batch, v, config, sketch, value_fn, states)
     u = solved.value if envs is None else solved.value[envs]
     c = cross_term(policy, actor, critic, u, part, config.cross_term, value_fn, acted)
     return c, solved

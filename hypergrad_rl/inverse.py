@@ -71,7 +71,7 @@ class Solved(NamedTuple):
             itself; ``damping`` where that is found automatically.
         sketch: the sketch that was used, if one is to be kept.
         vectors: the last ``RITZ_VECTORS`` that the solve has multiplied, after zeros where they
-            were fewer.
+            were fewer (without those in a compiled graph).
         products: theirs with H, for :func:`ritz_extremes`.
     """
 
@@ -242,8 +242,10 @@ def _solve(
 
 
 def _last(blocks: list[Tensor]) -> Tensor:
-    """The last ``RITZ_VECTORS`` rows, after zeros where there are fewer: always as many."""
+    """The last ``RITZ_VECTORS`` rows, after zeros where there may be fewer: always as many."""
     rows = torch.cat(blocks)[-RITZ_VECTORS:]
+    if torch.compiler.is_compiling():  # where the work is fixed
+        return rows
     return torch.nn.functional.pad(rows, (0, 0, RITZ_VECTORS - len(rows), 0))
 
 

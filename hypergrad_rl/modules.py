@@ -111,6 +111,7 @@ class ModuleJacobian:
 
     def __init__(self, network: ModuleNetwork, params: Params, obs: Tensor) -> None:
         self.network, self.params, self.obs = network, params, obs
+        self._made: tuple[tuple[Tensor, ...], Pull] | None = None
 
     def _values(self, params: Params, obs: Tensor) -> Tensor:
         return self.network(params, obs).squeeze(-1)
@@ -127,11 +128,17 @@ class ModuleJacobian:
     @property
     def values(self) -> Tensor:
         """V_w, (N,)."""
-        return self._values(self.params, self.obs)
+        return self._pass()[0][0]
 
     def pull(self, weights: Tensor) -> Params:
         """J' weights, shaped like the parameters, for weights (N,)."""
-        return pullback(lambda w: (self._values(w, self.obs),), self.params)[1]((weights,))
+        return self._pass()[1]((weights,))
+
+    def _pass(self) -> tuple[tuple[Tensor, ...], Pull]:
+        """One pass forward, made where it is first asked for."""
+        if self._made is None:
+            self._made = pullback(lambda w: (self._values(w, self.obs),), self.params)
+        return self._made
 
     def first(self, count: int) -> ModuleJacobian:
         """J at the first states alone."""

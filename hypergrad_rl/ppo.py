@@ -9,10 +9,8 @@ from torch import Tensor
 
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.config import PPOConfig
-from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, gradient, unflatten
-from hypergrad_rl.hypergradient import direct_gradient
-from hypergrad_rl.networks import Params
-from hypergrad_rl.objectives import value_loss
+from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, unflatten
+from hypergrad_rl.hypergradient import critic_gradient, direct_gradient
 from hypergrad_rl.rollout import Batch
 
 
@@ -63,14 +61,11 @@ class PPO(Agent):
         adv = b.advantages
         if config.normalize_advantages:
             adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-
-        def g(w: Params) -> tuple[Tensor, dict[str, Tensor]]:
-            return value_loss(self.value_fn(w, b.obs), b.targets), {}
-
         theta = unflatten(actor.params, self.actor_shapes)
         d, stats = direct_gradient(self.policy, theta, b, adv, config)
         del stats["log_ratio"]
-        grads, loss, _ = gradient(g, unflatten(critic.params, self.critic_shapes))
+        w = unflatten(critic.params, self.critic_shapes)
+        grads, loss = critic_gradient(w, b.obs, b.targets, self.value_fn)
         # Separately: clipped together, the critic's large gradients would shrink the actor's to
         # below Adam's epsilon while the values are still far off.
         actor = adam_step(actor, self._clipped(flatten(d)), actor_step, config.adam_eps)
