@@ -78,8 +78,10 @@ class BLPO(Agent):
         for _ in range(config.epochs):
             order = torch.randperm(config.num_envs, generator=self.generator)
             for envs in torch.split(order, config.envs_per_minibatch):
-                draw = None
-                if len(minibatches) % config.sketch_every == 0:
+                draw, due = None, len(minibatches) % config.sketch_every == 0
+                if due and draws and not config.redraw_sketch:
+                    draw = draws[0]  # it would be drawn from the same numbers
+                elif due:
                     system = order if config.curvature_batch == "rollout" else envs
                     num_samples = len(system) * config.num_steps
                     draw = draw_sketch(config, num_samples, num_params, self.generator)
