@@ -71,7 +71,7 @@ class Solved(NamedTuple):
             itself; ``damping`` where that is found automatically.
         sketch: the sketch that was used, if one is to be kept.
         vectors: the last ``RITZ_VECTORS`` that the solve has multiplied, after zeros where they
-            were fewer (without those in a compiled graph).
+            were fewer (without those in the one graph of an update).
         products: theirs with H, for :func:`ritz_extremes`.
     """
 
@@ -238,15 +238,17 @@ def _solve(
     if config.damping == "auto":
         stats["damping"] = torch.tensor(damping, dtype=v.dtype)
     kept = sketch if config.sketch_every > 1 and isinstance(sketch, Sketch) else None
-    return Solved(x, stats, kept, _last(curvature.vectors), _last(curvature.products))
+    # One graph for all minibatches: they have as many vectors each.
+    alike = torch.compiler.is_compiling() and config.sketch_every == 1
+    seen = (_last(blocks, alike) for blocks in (curvature.vectors, curvature.products))
+    return Solved(x, stats, kept, *seen)
 
 
-def _last(blocks: list[Tensor]) -> Tensor:
-    """The last ``RITZ_VECTORS`` rows, after zeros where there may be fewer: always as many."""
+def _last(blocks: list[Tensor], alike: bool) -> Tensor:
+    """The last ``RITZ_VECTORS`` rows, after zeros to make them as many unless all are alike."""
     rows = torch.cat(blocks)[-RITZ_VECTORS:]
-    if torch.compiler.is_compiling():  # where the work is fixed
-        return rows
-    return torch.nn.functional.pad(rows, (0, 0, RITZ_VECTORS - len(rows), 0))
+    missing = 0 if alike else RITZ_VECTORS - len(rows)
+    return torch.nn.functional.pad(rows, (0, 0, missing, 0)) if missing else rows
 
 
 def _sketch(

@@ -2,27 +2,32 @@
 
 import dataclasses
 import warnings
+from collections import Counter
 from typing import Any
 
 import gymnasium as gym
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hypergrad_rl
 from hypergrad_rl import BLPOConfig, ConfigError, Networks, PPOConfig, make_config, train
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.cli import main
-from hypergrad_rl.compiled import WORTH_COMPILING, Compiled, backend_of
+from hypergrad_rl.compiled import WORTH_COMPILING, Compiled, _Once, backend_of
 from hypergrad_rl.functional import AdamState, adam
+from hypergrad_rl.hypergradient import critic_gradient
 from hypergrad_rl.networks import (
     CategoricalPolicy,
+    Critic,
     GaussianPolicy,
     Policy,
     ValueJacobian,
     critic_value,
     init_critic,
 )
+from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Rollout
 from tests.rl.small import PAPER
 
@@ -269,6 +274,58 @@ def test_the_factored_jacobian_is_the_jacobian() -> None:
         torch.testing.assert_close(part.kernel(), kernel[:4, :4], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(part.times(v), product[:4], rtol=1e-12, atol=1e-12)
         assert torch.equal(part.values, factored.values[:4])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_critic_s_gradient_is_that_of_the_value_loss(own: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    critic = Critic((lambda n: torch.nn.Linear(n, 1)) if own else None)
+    params = {n: p.double() for n, p in critic.init(OBS, (6, 5), generator).items()}
+    obs = torch.randn(2, 4, OBS, generator=generator, dtype=torch.float64)
+    targets = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+    expected_loss = value_loss(critic(leaves, obs), targets)
+    expected = torch.autograd.grad(expected_loss, list(leaves.values()))
+    grads, loss = critic_gradient(params, obs, targets, critic)
+    assert list(grads) == list(params)
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-12, atol=0.0)
+    for mine, theirs in zip(grads.values(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_a_module_s_jacobian_makes_one_pass() -> None:
+    calls = []
+
+    class Counting(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return super().forward(x)
+
+    critic = Critic(lambda n: Counting(n, 1))
+    params = critic.init(OBS, (), torch.Generator().manual_seed(0))
+    critic_gradient(params, torch.ones(2, 4, OBS), torch.ones(2, 4), critic)
+    assert calls == [8]
+
+
+def test_a_graph_computes_nothing_twice() -> None:
+    """But keeps what is random, and results that may share no memory."""
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        total = (x @ y).tanh().sum() + (x @ y).tanh().mean()
+        return total, torch.rand_like(x) - torch.rand_like(x), x.clone(), x.clone()
+
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    module = make_fx(function)(x, x)
+    expected = module(x, x)
+    _Once()(module.graph)
+    module.recompile()
+    counts = Counter(str(node.target) for node in module.graph.nodes)
+    assert counts["aten.mm.default"] == counts["aten.tanh.default"] == 1
+    assert counts["aten.rand_like.default"] == counts["aten.clone.default"] == 2
+    result = module(x, x)
+    assert torch.equal(result[0], expected[0])
+    assert float(result[1].abs().max()) > 0
+    assert result[2].data_ptr() != result[3].data_ptr()
 
 
 @pytest.mark.parametrize("actions", POLICIES)
