@@ -69,7 +69,7 @@ TASKS: dict[str, tuple[int, tuple[str, ...]]] = {
     "CartPole-v1": (500_000, tuple(ARMS)),
     "Acrobot-v1": (400_000, tuple(ARMS)),
     "Hopper-v5": (1_000_000, ("ppo", "nested", "blpo")),
-    "HalfCheetah-v5": (1_000_000, ("ppo", "nested", "blpo")),
+    "HalfCheetah-v5": (1_000_000, ("ppo", "nested", "blpo", "fast")),
 }
 
 
