@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 try:
+    from torch._functorch.compile_utils import fx_graph_cse
     from torch._higher_order_ops.while_loop import while_loop
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -30,7 +31,8 @@ class HoistInvariants(CustomGraphPass):
     """What each turn of a ``while_loop`` computes from what is the same in all moves out of it.
 
     A product with a Hessian is linear in the vector that changes; what is not, the loss and its
-    gradient, would be computed again in every turn.
+    gradient, would be computed again in every turn. Nor is it computed twice by what surrounds the
+    loop: another product that begins or checks.
     """
 
     def __call__(self, graph: Graph) -> None:
@@ -40,6 +42,7 @@ class HoistInvariants(CustomGraphPass):
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is torch.ops.higher_order.while_loop:
                 _hoist(module, graph, node)
+        module.graph = fx_graph_cse(graph)
 
     def uuid(self) -> bytes:
         """What PyTorch's cache of compiled graphs knows this pass by."""
