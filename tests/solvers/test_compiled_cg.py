@@ -255,6 +255,7 @@ def test_generated_code_computes_the_gradient_once(monkeypatch: pytest.MonkeyPat
     class Counting(loops.HoistInvariants):
         def __call__(self, graph: Graph) -> None:
             module = graph.owning_module
+            assert module is not None
             super().__call__(graph)
             for node in module.graph.nodes:
                 if node.target is torch.ops.higher_order.while_loop:
