@@ -32,6 +32,7 @@ from .krylov import (
     indefinite_preconditioner,
     preconditioned,
 )
+from .orthogonal import Residuals
 
 #: Squares of numbers from here to the inverse, and their sums, are within the range of the dtype.
 LEAST = {torch.float64: 1e-140, torch.float32: 1e-16}
@@ -78,6 +79,7 @@ class OneRow:
         x: shape (n,), where to begin; None for zero.
         r: shape (n,), the residual there, with norm ``norm``; neither is written to.
         row: shape (1,), the index of the row, where the system has others.
+        kept: the residuals so far where new ones are made orthogonal to them.
     """
 
     def __init__(
@@ -91,13 +93,14 @@ class OneRow:
         r: Tensor,
         norm: float,
         row: Tensor | None = None,
+        kept: Residuals | None = None,
     ) -> None:
         self.system, self.damping = system, system.resolve_damping()
         self.precondition, self.symmetry = precondition, symmetry
         self.max_iters, self.tolerance = max_iters, tolerance
         # Far below any attainable residual, yet safe from underflow: check the recurrence here.
         self.claim = max(tolerance, torch.finfo(r.dtype).eps ** 2)
-        self.row = row
+        self.row, self.kept = row, kept
         self.rounding = torch.finfo(system.operator.dtype).eps
         # Inner products are off by the root of n roundings or so.
         self.margin = _MARGIN * self.rounding * (1.0 + math.sqrt(len(r)) / 16.0)
@@ -124,11 +127,13 @@ class OneRow:
         self.first: tuple[Tensor, Tensor, float, float] | None = None
 
     @classmethod
-    def left_of(cls, block: Recurrence, p: Tensor, last: float, unit: Tensor) -> OneRow:
+    def left_of(
+        cls, block: Recurrence, p: Tensor, last: float, unit: Tensor, kept: Residuals | None
+    ) -> OneRow:
         """The only row left of a block, taken over where that stands.
 
-        ``p`` is its last direction, ``last`` its last r'z, and ``unit`` the scale of
-        :func:`hypergrad.solvers.krylov.preconditioned`.
+        ``p`` is its last direction, ``last`` its last r'z, ``unit`` the scale of
+        :func:`hypergrad.solvers.krylov.preconditioned`, and ``kept`` its residuals.
         """
         one = cls(
             block.system,
@@ -140,6 +145,7 @@ class OneRow:
             block.r[0],
             float(block.best),
             block.row,
+            kept,
         )
         one._widen()
         one.last, one.unit = last, unit
@@ -190,6 +196,7 @@ class OneRow:
         system: DampedSystem,
         x0: Tensor | None,
         precondition: Precondition | None,
+        kept: Residuals | None,
     ) -> Outcome:
         """Solve a system of one row with the tolerances and the budget of ``config``."""
         damping = system.resolve_damping()
@@ -207,6 +214,7 @@ class OneRow:
             None if x is None else x[0],
             r[0],
             float(system.start_norms),
+            kept=kept,
         )
         if one.best <= one.tolerance:  # v = 0, or a warm start within the tolerance
             return one._verdict(Status.CONVERGED, 0).outcome(damping, system.b)
@@ -230,6 +238,8 @@ class OneRow:
             rz = self._dot(self.r, z)
         if rz <= 0:
             raise indefinite_preconditioner(self.r.new_tensor([rz]), self.r[None])
+        if self.kept is not None:
+            self.kept.add_one(self.r, z, rz)
         beta = rz / self.last if self.last else 0.0
         if beta:
             torch.add(z, self.p, alpha=beta, out=self.p)
@@ -256,6 +266,8 @@ class OneRow:
             self._check_symmetry(iteration, image, curvature)
         alpha = rz / curvature
         self.r.add_(image, alpha=-alpha)
+        if self.kept is not None:
+            self.kept.clean_one(self.r)
         squared = self._dot(self.r, self.r)
         if not math.isfinite(squared):
             squared = _norm(self.r) ** 2
@@ -340,6 +352,8 @@ class OneRow:
             self.best, self.best_is_x = self.true, False
             self.best_x = torch.zeros_like(self.x) if self.true_x is None else self.true_x
             self.r, self.squared, self.last = residual, norm * norm, 0.0
+            if self.kept is not None:
+                self.kept.forget(torch.ones(1, dtype=torch.bool))
         self.fruitless = 0 if gained else self.fruitless + drifted
         return Status.STAGNATED if self.fruitless >= PATIENCE else None
 

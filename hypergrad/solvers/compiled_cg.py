@@ -28,6 +28,12 @@ from .krylov import DEFAULT_MAX_ITERS, PATIENCE
 _SHARE = 0.95
 #: A further round, from the true residual, must have gained this much to be worth another.
 _GAIN = 0.1
+#: Residuals that a graph keeps to be orthogonal to; the older ones go.  Its work is that of so many
+#: from the first iteration on.
+_KEPT = 64
+#: As many are gathered before they join the others, which is a copy of all: a loop cannot write
+#: into what it carries.
+_GATHERED = 8
 #: Scales of v within which no number that counts leaves the range of float32.
 _ORDINARY = 1e20
 
@@ -59,8 +65,10 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
     if norm <= tolerance:
         return None
     operator = system.operator
+    kept = min(_KEPT, -(-budget // _GATHERED) * _GATHERED) if config.reorthogonalize else 0
     graph = graph_of(
-        (operator._signature(), "cg", fixed, system.b.dtype), lambda: _graph(operator, fixed)
+        (operator._signature(), "cg", fixed, kept, system.b.dtype),
+        lambda: _graph(operator, fixed, kept),
     )
     tensors = [x.detach() for x in operator._tensors()]
     claim = 0.0 if fixed else _SHARE * max(tolerance, torch.finfo(system.b.dtype).eps ** 2)
@@ -139,7 +147,7 @@ def _read(numbers: Tensor, operator: LinearOperator) -> _Found:
     return _Found(int(iterations), norm, bool(definite), not skew <= allowed_skew(operator.dtype))
 
 
-def _graph(operator: LinearOperator, fixed: bool) -> Graph:
+def _graph(operator: LinearOperator, fixed: bool, kept: int) -> Graph:
     template = detached(operator)
 
     def conjugate_gradients(
@@ -157,7 +165,7 @@ def _graph(operator: LinearOperator, fixed: bool) -> Graph:
             return now._traced_products(vector[None])[0]
 
         correction, numbers = _recurrence(
-            product, residual, claim, damping, budget, now.dtype, keep_best=not fixed
+            product, residual, claim, damping, budget, now.dtype, keep_best=not fixed, kept=kept
         )
         x = start + correction.to(b.dtype)
         rounded = x.to(now.dtype)  # as it will be returned
@@ -174,6 +182,12 @@ def _graph(operator: LinearOperator, fixed: bool) -> Graph:
     )
 
 
+def _along(rows: Tensor, vector: Tensor) -> Tensor:
+    """The part of a vector along orthonormal rows, by products of matrices: calls of a BLAS."""
+    part: Tensor = torch.mm(torch.mm(rows, vector[:, None]).mT, rows)[0]
+    return part
+
+
 def _recurrence(
     product: Callable[[Tensor], Tensor],
     residual: Tensor,
@@ -183,11 +197,13 @@ def _recurrence(
     dtype: torch.dtype,
     *,
     keep_best: bool,
+    kept: int,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """CG from zero: the correction, then iterations, definiteness, and relative asymmetry.
 
     Vectors are of the products' dtype, inner products of the wider one of ``residual``.  Of
-    symmetric products p0'A p1 = p1'A p0, and CG chooses p1 so that the latter is zero.
+    symmetric products p0'A p1 = p1'A p0, and CG chooses p1 so that the latter is zero.  With
+    ``kept`` each residual is made orthogonal to as many before it; see :mod:`.orthogonal`.
     """
     wide, rounding = residual.dtype, torch.finfo(dtype).eps
     # What a loop reads may share no memory, hence the copies.
@@ -212,7 +228,7 @@ def _recurrence(
         now = dict(zip(names, state, strict=True))
         return (now["squared"] > claim.square()) & (now["k"] < budget)
 
-    def step(*state: Tensor) -> tuple[Tensor, ...]:
+    def step(*state: Tensor, blocks: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         now = dict(zip(names, state, strict=True))
         p, r, k = now["p"], now["r"], now["k"]
         image = product(p)
@@ -224,6 +240,8 @@ def _recurrence(
         definite = along > rounding * length * size
         alpha = torch.where(definite, now["squared"] / along, 0.0).to(dtype)
         after = r - alpha * (image + narrow * p)
+        for part in [_along(block, after) for block in blocks]:
+            after = after - part
         squared = after.to(wide).square().sum()
         beta = squared / now["squared"]
         # p0 = (p1 - r1) / beta, hence p0'A p1:
@@ -243,7 +261,31 @@ def _recurrence(
             new["best"] = torch.where(better, now["squared"], now["best"])
         return tuple(new.values())
 
-    ended = while_loop(going, step, tuple(first.values()))  # type: ignore[no-untyped-call]
+    def gathering(*state: Tensor) -> Tensor:
+        return going(*state[:-2]) & (state[-2] < _GATHERED)
+
+    def turn(*state: Tensor) -> tuple[Tensor, ...]:
+        """Some steps, in a loop of their own."""
+        *outer, block = state
+
+        def gather(*state: Tensor) -> tuple[Tensor, ...]:
+            *inner, count, gathered = state
+            now = dict(zip(names, inner, strict=True))
+            own = now["r"] / now["squared"].sqrt().to(now["r"].dtype)
+            gathered = torch.cat([gathered[1:], own[None]])
+            return (*step(*inner, blocks=(block, gathered)), count + 1, gathered)
+
+        none = torch.zeros_like(budget), torch.zeros_like(block[:_GATHERED])
+        *outer, _, gathered = while_loop(gathering, gather, (*outer, *none))  # type: ignore[no-untyped-call]
+        return (*outer, torch.cat([block[_GATHERED:], gathered]))
+
+    if kept:
+        block = r.new_zeros(kept, len(r))
+        *ended, _ = while_loop(  # type: ignore[no-untyped-call]
+            lambda *state: going(*state[:-1]), turn, (*first.values(), block)
+        )
+    else:
+        ended = while_loop(going, step, tuple(first.values()))  # type: ignore[no-untyped-call]
     last = dict(zip(names, ended, strict=True))
     x, squared = last["x"], last["squared"]
     if keep_best:
