@@ -149,7 +149,7 @@ def compiled_products(
     graph = graph_of(
         (signature(operator), tuple(block.shape)), lambda: _products_of(operator, len(block))
     )
-    products: Tensor | None = graph([x.detach() for x in operator._tensors()], block.detach())
+    products: Tensor | None = graph(inputs_of(operator), block.detach())
     if products is None:
         return eager(block)
     if not graph.proved:
@@ -172,6 +172,12 @@ def _products_of(operator: HessianOperator, count: int) -> Graph:
         "products are made eagerly",
         **options(operator.device),
     )
+
+
+def inputs_of(operator: LinearOperator) -> list[Tensor]:
+    """The operator's tensors as its graphs take them, after a look at whether they are as ever."""
+    operator._check_fresh()
+    return [x.detach() for x in operator._tensors()]
 
 
 def detached(operator: LinearOperator) -> LinearOperator:

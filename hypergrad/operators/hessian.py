@@ -105,6 +105,9 @@ class HessianOperator(LinearOperator):
     def _signature(self) -> Hashable:
         return signature(self)
 
+    def _check_fresh(self) -> None:
+        self._point.check_fresh(self.layout)
+
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
         other = copy.copy(self)
         other._point, other._built, other._more = self._point.replaced(tensors), None, None
@@ -210,7 +213,6 @@ class HessianOperator(LinearOperator):
                 return self._flat(self._forward_over_reverse(directions))
             return self._functional(block).detach()
         if self.compile:
-            self._point.check_fresh(self.layout)
             return compiled_products(self, block, self._eager)
         return self._eager(block)
 

@@ -70,10 +70,12 @@ def make_sketch(
     any_damping: bool = False,
     check: Check = True,
     once: bool = False,
+    drawn: NarrowSketch | None = None,
 ) -> NystromSketch | FactoredSketch:
     """Sketch the system's operator; see :func:`hypergrad.nystrom_sketch`.
 
-    ``once``: for the system's own damping, so that it may come without a basis.
+    ``once``: for the system's own damping, so that it may come without a basis.  ``drawn``: what
+    was drawn, and multiplied, for a narrow one.
     """
     options = SketchOptions(
         rank, kind, generator, policy, complement, diagonal, tol, max_rank, any_damping, check
@@ -92,7 +94,7 @@ def make_sketch(
         found = streamed_approximation(system, fixed, options.generator, options.check)
         return _finish(system, found, options, before, None, streamed=True)
     if fixed and narrow_products:
-        drawn = NarrowSketch.draw(system, fixed, options.generator)
+        drawn = drawn or NarrowSketch.draw(system, fixed, options.generator)
         narrow = _narrow_approximation(system, drawn, options, large, once)
         if isinstance(narrow, FactoredSketch):
             return narrow
