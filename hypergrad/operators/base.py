@@ -84,6 +84,10 @@ class LinearOperator(ABC):
         """Raise :class:`StaleOperatorError` if :meth:`_tensors` are not as they were."""
         return None
 
+    def _note_constant(self) -> None:
+        """Take note that but for :meth:`_tensors` nothing that was multiplied requires grad."""
+        return None
+
     def _eager(self, block: Tensor) -> Tensor:
         """:meth:`_apply` without compiled code."""
         return self._apply(block)
@@ -324,6 +328,9 @@ class _Affine(LinearOperator):
     def _check_fresh(self) -> None:
         self.base._check_fresh()
 
+    def _note_constant(self) -> None:
+        self.base._note_constant()
+
     def _traced_products(self, block: Tensor) -> Tensor:
         product = self.base._traced_products(block)
         return self._combined(product, block, plain(self.scale), plain(self.offset))
@@ -365,6 +372,10 @@ class _Sum(LinearOperator):
     def _check_fresh(self) -> None:
         self.left._check_fresh()
         self.right._check_fresh()
+
+    def _note_constant(self) -> None:
+        self.left._note_constant()
+        self.right._note_constant()
 
     def _traced_products(self, block: Tensor) -> Tensor:
         return self.left._traced_products(block) + self.right._traced_products(block)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,10 +36,15 @@ class Graph:
     Attributes:
         what: it computes, for the log and for warnings.
         proved: whether its results were compared with those of eager code, and agreed.
+        attached: whether the function reads a tensor that requires grad, besides its inputs, or
+            read one before that changed.
     """
 
-    def __init__(self, function: Callable[..., Any], what: str, instead: str, **options: Any):
-        self.what, self.instead, self.proved, self.used = what, instead, False, False
+    def __init__(
+        self, function: Callable[..., Any], what: str, instead: str, options: dict[str, Any]
+    ) -> None:
+        self.what, self.instead, self.options = what, instead, options
+        self.proved = self.used = self.attached = False
         _log.info("compiling %s", what)
         # Dynamo keeps what it compiled by code object, and counts how often: each has its own.
         own = types.FunctionType(
@@ -46,20 +52,34 @@ class Graph:
             function.__globals__,
             closure=function.__closure__,
         )
-        self.run: Callable[..., Any] | None = None
+        self.compiled: Callable[..., Any] | None = None
         try:
-            self.run = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND, **options)
+            self.compiled = torch.compile(
+                own, fullgraph=True, dynamic=False, backend=self._backend, options=_watching()
+            )
         except RuntimeError as error:  # this Python or platform has no torch.compile
             self.refuse(str(error))
 
-    def __call__(self, *inputs: Any) -> Any:
-        """The results; None, after a warning, where they cannot be had."""
-        if self.run is None:
+    def _backend(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """The code for what was captured; once more for each change of what the function reads."""
+        read = [*inputs, *module.parameters(), *module.buffers()]
+        self.attached |= any(isinstance(x, Tensor) and x.requires_grad for x in read)
+        patches = {"config_patches": self.options} if self.options else {}
+        return torch._dynamo.lookup_backend(BACKEND)(module, inputs, **patches)  # type: ignore[arg-type]
+
+    def run(self, operator: LinearOperator, *inputs: Any) -> Any:
+        """The results for an operator's tensors; None, after a warning, if they cannot be had.
+
+        Raises:
+            StaleOperatorError: the tensors were modified in place since the operator was made.
+        """
+        operator._check_fresh()
+        if self.compiled is None:
             return None
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                results = self.run(*inputs)
+                results = self.compiled([x.detach() for x in operator._tensors()], *inputs)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError | HypergradError):
                 raise
@@ -69,11 +89,13 @@ class Graph:
         if not self.used:
             self.used = True
             _log.info("compiled %s in %.1f s", self.what, time.perf_counter() - start)
+        if not self.attached:
+            operator._note_constant()
         return results
 
     def refuse(self, why: str) -> None:
         """Say why there are no compiled results, now and from now on."""
-        self.run = None
+        self.compiled = None
         warn(
             f"{self.instead}, which is slower: {why}. Install a C++ compiler (a CUDA device needs "
             "Triton), write the loss in PyTorch operations only, or leave out compile=True.",
@@ -129,7 +151,7 @@ def _described(leaf: Any) -> Hashable:
 
 def is_compiled(operator: HessianOperator) -> bool:
     """Whether an operator like this one was compiled before, and its loss looked at."""
-    own = signature(operator)
+    own = operator._signature()
     return any(key[0] == own and graph.proved for key, graph in _graphs.items())  # type: ignore[index]
 
 
@@ -147,9 +169,9 @@ def compiled_products(
     or changes what it reads, is another function in each evaluation and stays with the kept graph.
     """
     graph = graph_of(
-        (signature(operator), tuple(block.shape)), lambda: _products_of(operator, len(block))
+        (operator._signature(), tuple(block.shape)), lambda: _products_of(operator, len(block))
     )
-    products: Tensor | None = graph(inputs_of(operator), block.detach())
+    products: Tensor | None = graph.run(operator, block.detach())
     if products is None:
         return eager(block)
     if not graph.proved:
@@ -170,14 +192,8 @@ def _products_of(operator: HessianOperator, count: int) -> Graph:
         products,
         f"{count} products with {operator!r}",
         "products are made eagerly",
-        **options(operator.device),
+        options(operator.device),
     )
-
-
-def inputs_of(operator: LinearOperator) -> list[Tensor]:
-    """The operator's tensors as its graphs take them, after a look at whether they are as ever."""
-    operator._check_fresh()
-    return [x.detach() for x in operator._tensors()]
 
 
 def detached(operator: LinearOperator) -> LinearOperator:
@@ -186,7 +202,7 @@ def detached(operator: LinearOperator) -> LinearOperator:
 
 
 def options(device: torch.device) -> dict[str, Any]:
-    """How a graph is compiled for a device."""
+    """How PyTorch's compiler is to make code for a device."""
     if BACKEND != "inductor":
         return {}
     from . import loops  # takes as long to import as the rest of the library
@@ -197,7 +213,34 @@ def options(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":  # calls of kernels in C++ cost less than in Python
         chosen["cpp_wrapper"] = True
         logging.getLogger("torch._inductor.ir").addFilter(_not_of_shims)
-    return {"options": chosen}
+    return chosen
+
+
+#: Of what a graph's code was made from, that which does not change: the code of PyTorch, of Python
+#: and of this library, and how an operator's trees are laid out.
+_FIXED = re.compile(
+    r"G\['(__import_(torch|hypergrad|copyreg|contextlib|functools)(_dot_\w+)?|__builtins_dict\w*)'\]"
+    r"|template(\._point\._spec\b|\.__dict__\['(layout|_evaluating)'\])"
+)
+
+
+def _watching() -> dict[str, Any] | None:
+    """What is looked at before a graph runs, where PyTorch lets us say: not what never changes.
+
+    Its values are, as they may be switches; the rest are a thousand things, at a tenth of a
+    millisecond.
+    """
+    if not hasattr(torch.compiler, "keep_tensor_guards_unsafe"):
+        return None
+
+    def watched(entries: Sequence[Any]) -> list[bool]:
+        return [
+            _FIXED.match(entry.name) is None
+            or (entry.is_global and entry.guard_type in ("CONSTANT_MATCH", "EQUALS_MATCH"))
+            for entry in entries
+        ]
+
+    return {"guard_filter_fn": watched}
 
 
 def _not_of_shims(record: logging.LogRecord) -> bool:

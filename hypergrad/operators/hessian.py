@@ -69,6 +69,7 @@ class HessianOperator(LinearOperator):
         self._memory: Memory | None = None
         self._built: GradientGraph | None = None
         self._more: bool | None = None
+        self._key: Hashable = None
         # A solve under a transform builds it later, from the plain tensors; where products of this
         # loss are compiled already, it has been looked at and may never be needed.
         if not (building_no_graph() or (compile and is_compiled(self))):
@@ -103,15 +104,23 @@ class HessianOperator(LinearOperator):
         return self._point.tensors
 
     def _signature(self) -> Hashable:
-        return signature(self)
+        if self._key is not None:
+            return self._key
+        key = signature(self)
+        if key is not self:
+            self._key = key
+        return key
 
     def _check_fresh(self) -> None:
         self._point.check_fresh(self.layout)
 
+    def _note_constant(self) -> None:
+        self._more = False
+
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
         other = copy.copy(self)
         other._point, other._built, other._more = self._point.replaced(tensors), None, None
-        other._memory = None
+        other._memory = other._key = None
         other.batch = other._point.batch
         return other
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import CompilationWarning, warn
 from ..norms import powers_of_two
-from ..operators.compilation import IMPURE, Graph, detached, graph_of, inputs_of
+from ..operators.compilation import IMPURE, Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
 from ..operators.modes import agree
 from .base import DampedSystem, Outcome, Status
@@ -88,7 +88,7 @@ def _drawn(config: Nystrom, system: DampedSystem) -> NarrowSketch:
     graph = graph_of(
         (operator._signature(), "nystrom", k, len(system.b)), lambda: _products_of(system, k)
     )
-    results = graph(inputs_of(operator), omega, system.b)
+    results = graph.run(operator, omega, system.b)
     if results is not None:
         y, sums = results
         numbers = sums.cpu().numpy()  # one transfer from the device
@@ -108,8 +108,8 @@ def _answered(config: Nystrom, system: DampedSystem, sketch: FactoredSketch) -> 
         lambda: _answer_of(system),
     )
     weights = torch.from_numpy(sketch.weights(drawn.along, damping)).to(system.b)
-    results = graph(
-        inputs_of(operator),
+    results = graph.run(
+        operator,
         system.b,
         drawn.core.products,
         weights,
@@ -165,7 +165,7 @@ def _products_of(system: DampedSystem, rank: int) -> Graph:
         return y, torch.cat([sums.reshape(-1), own.reshape(-1).to(b.dtype)])
 
     what = f"a sketch of rank {rank} of {operator!r}"
-    return Graph(sketch, what, _INSTEAD, **compiler_options(operator.device))
+    return Graph(sketch, what, _INSTEAD, compiler_options(operator.device))
 
 
 def _answer_of(system: DampedSystem) -> Graph:
@@ -194,4 +194,4 @@ def _answer_of(system: DampedSystem) -> Graph:
         return x, residual, torch.stack([norms, along]), narrow, product
 
     what = f"an answer of Nyström with {operator!r}"
-    return Graph(answer, what, _INSTEAD, **compiler_options(operator.device))
+    return Graph(answer, what, _INSTEAD, compiler_options(operator.device))
