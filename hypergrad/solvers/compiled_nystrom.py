@@ -1,16 +1,16 @@
-"""Nyström for one solve by two compiled graphs, with the decisions on k x k numbers between them.
+"""Nyström for one solve as one compiled graph: products, the answer, and its residual.
 
-The first graph makes the products of the test matrix and their inner products, the second one the
-answer from them, and its residual.  Between them some k x k numbers come to the host, as they do
-eagerly, and the same code decides on them: LAPACK's calls within one graph would cost as much as
-the second one saves, and make a device wait more than once.  What leaves doubt goes on eagerly,
-with the same test matrix.
+What is decided on k x k numbers is decided on the host by the code that does so eagerly.  It is one
+operation of the graph: LAPACK's would cost as much there, and a device would wait for them more
+often.  What leaves doubt goes on eagerly, with the same test matrix and its products.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,35 +34,90 @@ _LARGEST = 2**22
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """An answer, the residual of which is known.
+    """An answer that is there already.
 
     Attributes:
         x: shape (m, n).
-        residual: of x as it is returned, shape (m, n).
+        residual: of x as it is returned, shape (m, n); None where no product was asked for.
         norms: of the rows of the residual, shape (m,).
         statuses: one a row; None where the numbers leave something to be looked at.
     """
 
     x: Tensor
-    residual: Tensor
-    norms: Tensor
-    statuses: list[Status] | None
+    residual: Tensor | None = None
+    norms: Tensor | None = None
+    statuses: list[Status] | None = None
+
+
+@dataclass(eq=False)
+class _Between:
+    """The step on the host, and what it leaves for the time after the graph."""
+
+    config: Nystrom
+    system: DampedSystem
+    omega: Tensor
+    drawn: NarrowSketch | None = None
+    error: Exception | None = None
+
+    def __call__(self, products: Tensor, sums: Tensor) -> Tensor:
+        """What multiplies the products in the answers, and the damping, on one after the other."""
+        rows, k = len(self.system.b), len(self.omega)
+        try:
+            numbers = sums.cpu().numpy()  # one transfer from the device
+            self.drawn = NarrowSketch.of_sums(self.system, self.omega, products, numbers)
+            sketch = FactoredSketch.of(self.drawn, vouched=False)
+            damping = self.config._damping(sketch, self.system)
+            weights = sketch.weights(self.drawn.along, damping)
+        except Exception as error:  # not to pass through compiled code; raised after it
+            self.error = error
+            weights, damping = np.zeros((rows, k)), 1.0
+        return torch.from_numpy(np.append(weights, damping)).to(sums.device)
+
+
+_local = threading.local()
+_library = torch.library.Library("hypergrad", "DEF")
+_library.define("nystrom_weights(Tensor products, Tensor sums, int rows) -> Tensor")
+
+
+def _weights(products: Tensor, sums: Tensor, rows: int) -> Tensor:
+    between: _Between = _local.between
+    return between(products, sums)
+
+
+def _fake_weights(products: Tensor, sums: Tensor, rows: int) -> Tensor:
+    return sums.new_empty(rows * len(products) + 1)
+
+
+_library.impl("nystrom_weights", _weights, "CompositeExplicitAutograd")
+torch.library.register_fake("hypergrad::nystrom_weights", _fake_weights, lib=_library)
 
 
 def run_compiled(config: Nystrom, system: DampedSystem) -> Outcome | None:
     """The solve with the sketch of ``config``, from zero; None where nothing was done."""
     if not _fits(config, system):
         return None
-    drawn = _drawn(config, system)
-    sketch = config._sketch(system, once=True, drawn=drawn)
+    operator, rank, checked = system.operator, config.rank, config.check is True
+    assert rank != "auto"
+    omega = gaussian_rows(rank, operator.layout.dim, config.generator, operator.device)
+    between = _Between(config, system, omega)
+    graph = graph_of(
+        (operator._signature(), "nystrom", rank, len(system.b), checked),
+        lambda: _graph(system, rank, checked),
+    )
+    results = _run(graph, between)
+    if results is None or between.drawn is None or not _proved(graph, system, omega, results):
+        drawn = NarrowSketch.multiplied(system, omega)
+        return config._finished(system, config._sketch(system, once=True, drawn=drawn), None)
+    system.num_hvps += rank + (len(system.b) if checked else 0)
+    sketch = config._sketch(system, once=True, drawn=between.drawn)
     answered = None
-    if isinstance(sketch, FactoredSketch) and config.check is True:
-        answered = _answered(config, system, sketch)
+    if isinstance(sketch, FactoredSketch):
+        answered = _answered(sketch, system, results) if checked else Answered(results[1])
     return config._finished(system, sketch, None, answered)
 
 
 def _fits(config: Nystrom, system: DampedSystem) -> bool:
-    """Whether the graphs are for this solve; a warning says so where they could have been."""
+    """Whether the graph is for this solve; a warning says so where it could have been."""
     operator, layout, rank = system.operator, system.operator.layout, config.rank
     if rank == "auto" or config.sketch != "gaussian" or config.test_matrix is not None:
         return False
@@ -80,118 +135,79 @@ def _fits(config: Nystrom, system: DampedSystem) -> bool:
     return False
 
 
-def _drawn(config: Nystrom, system: DampedSystem) -> NarrowSketch:
-    """What :meth:`NarrowSketch.draw` draws, and multiplies eagerly."""
-    operator, k = system.operator, config.rank
-    assert k != "auto"
-    omega = gaussian_rows(k, operator.layout.dim, config.generator, operator.device)
-    graph = graph_of(
-        (operator._signature(), "nystrom", k, len(system.b)), lambda: _products_of(system, k)
-    )
-    results = graph.run(operator, omega, system.b)
-    if results is not None:
-        y, sums = results
-        numbers = sums.cpu().numpy()  # one transfer from the device
-        finite = bool(np.isfinite(numbers).all())
-        if finite and (graph.proved or _proved(graph, system, omega, y)):
-            system.num_hvps += k
-            return NarrowSketch.of_sums(system, omega, y, numbers)
-        # Otherwise eager products say what is wrong.
-    return NarrowSketch.multiplied(system, omega)
+def _run(graph: Graph, between: _Between) -> Any:
+    """The graph's results; None where there are none, or none to be believed."""
+    system = between.system
+    _local.between = between
+    try:
+        results = graph.run(system.operator, between.omega, system.b, system.scales)
+    finally:
+        del _local.between
+    if between.error is not None:
+        if graph.proved:
+            raise between.error
+        return None  # eager products will tell what it was
+    return results
 
 
-def _answered(config: Nystrom, system: DampedSystem, sketch: FactoredSketch) -> Answered | None:
-    """The answer by the second graph; None where there is none."""
-    operator, drawn, damping = system.operator, sketch.drawn, config._damping(sketch, system)
-    graph = graph_of(
-        (operator._signature(), "answer of nystrom", *drawn.omega.shape, len(system.b)),
-        lambda: _answer_of(system),
-    )
-    weights = torch.from_numpy(sketch.weights(drawn.along, damping)).to(system.b)
-    results = graph.run(
-        operator,
-        system.b,
-        drawn.core.products,
-        weights,
-        system.b.new_tensor(damping),
-        system.scales,
-    )
-    if results is None:
-        return None
-    x, residual, numbers, narrow, product = results
+def _proved(graph: Graph, system: DampedSystem, omega: Tensor, results: Any) -> bool:
+    """Whether the products are those of eager code; the graph is not used again if not."""
+    if graph.proved:
+        return True
+    products, _, *checks = results
+    pairs = [(omega, products), *([checks[2:]] if checks else [])]
+    for rows, found in pairs:
+        system.num_hvps += 1
+        if not agree(found[:1], system.operator._eager(rows[:1])):
+            graph.refuse(IMPURE)
+            return False
+    graph.proved = True
+    return True
+
+
+def _answered(sketch: FactoredSketch, system: DampedSystem, results: Any) -> Answered | None:
+    """The answer with what is known of it; None where the product with it was not finite."""
+    _, x, residual, numbers, *_ = results
     norms, along = numbers.tolist()  # one transfer from the device
     if not all(math.isfinite(norm) for norm in norms):
-        return None  # where the eager product says what is wrong
-    if not (graph.proved or _proved(graph, system, narrow, product)):
-        return None
-    system.num_hvps += len(x)
-    sizes = system.b_norms.tolist()
-    return Answered(x, residual, numbers[0], _clear(config, sketch, norms, along, sizes))
-
-
-def _clear(
-    config: Nystrom,
-    sketch: FactoredSketch,
-    norms: list[float],
-    along: list[float],
-    sizes: list[float],
-) -> list[Status] | None:
-    """The statuses, where all answers are as good as the usual one; else None."""
+        return None  # the eager product says what is wrong
     part = 1.0 if sketch.vouched else NO_DOUBT
-    for norm, curvature, size in zip(norms, along, sizes, strict=True):
-        if not (norm < part * size and curvature > 0):
-            return None
-    return [Status.FIXED_ITERATIONS] * len(norms)
+    good = [
+        norm < part * size and curvature > 0
+        for norm, curvature, size in zip(norms, along, system.b_norms.tolist(), strict=True)
+    ]
+    statuses = [Status.FIXED_ITERATIONS] * len(good) if all(good) else None
+    return Answered(x, residual, numbers[0], statuses)
 
 
-def _proved(graph: Graph, system: DampedSystem, rows: Tensor, products: Tensor) -> bool:
-    """Whether the first product is that of eager code; the graph is not used again if not."""
-    system.num_hvps += 1
-    graph.proved = agree(products[:1], system.operator._eager(rows[:1]))
-    if not graph.proved:
-        graph.refuse(IMPURE)
-    return graph.proved
-
-
-def _products_of(system: DampedSystem, rank: int) -> Graph:
-    operator = system.operator
+def _graph(system: DampedSystem, rank: int, checked: bool) -> Graph:
+    operator, rows = system.operator, len(system.b)
     template = detached(operator)
 
-    def sketch(tensors: list[Tensor], omega: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        y = template._with_tensors(tensors)._traced_products(omega)
+    def nystrom(
+        tensors: list[Tensor], omega: Tensor, b: Tensor, scales: Tensor
+    ) -> tuple[Tensor, ...]:
+        now = template._with_tensors(tensors)
+        y = now._traced_products(omega)
         wide = y.to(b.dtype)
         sums = torch.cat([wide, b]) @ torch.cat([omega.to(b.dtype), wide]).T
         own = omega @ omega.T  # it only says which combinations are orthonormal
-        return y, torch.cat([sums.reshape(-1), own.reshape(-1).to(b.dtype)])
-
-    what = f"a sketch of rank {rank} of {operator!r}"
-    return Graph(sketch, what, _INSTEAD, compiler_options(operator.device))
-
-
-def _answer_of(system: DampedSystem) -> Graph:
-    operator = system.operator
-    template = detached(operator)
-
-    def answer(
-        tensors: list[Tensor],
-        b: Tensor,
-        y: Tensor,
-        weights: Tensor,
-        damping: Tensor,
-        scales: Tensor,
-    ) -> tuple[Tensor, ...]:
-        now, wide = template._with_tensors(tensors), b.dtype
-        x = b / damping + weights @ y.to(wide)
+        sums = torch.cat([sums.reshape(-1), own.reshape(-1).to(b.dtype)])
+        found = torch.ops.hypergrad.nystrom_weights(y, sums, rows)
+        weights, damping = found[:-1].reshape(rows, rank), found[-1]
+        x = b / damping + weights @ wide
+        if not checked:
+            return y, x
         # As it will be returned.
-        rounded = (x * scales[:, None]).to(now.dtype).to(wide) / scales[:, None]
+        rounded = (x * scales[:, None]).to(now.dtype).to(b.dtype) / scales[:, None]
         # Products of rows of norm one lose no digits to the narrow dtype's smallest numbers.
         unit = powers_of_two(torch.linalg.vector_norm(rounded, dim=1))[:, None]
         narrow = (rounded / unit).to(now.dtype)
         product = now._traced_products(narrow)
-        residual = b - product.to(wide) * unit - damping * rounded
+        residual = b - product.to(b.dtype) * unit - damping * rounded
         norms = torch.linalg.vector_norm(residual, dim=1)
         along = torch.linalg.vecdot(x, b - residual)
-        return x, residual, torch.stack([norms, along]), narrow, product
+        return y, x, residual, torch.stack([norms, along]), narrow, product
 
-    what = f"an answer of Nyström with {operator!r}"
-    return Graph(answer, what, _INSTEAD, compiler_options(operator.device))
+    what = f"Nyström of rank {rank} with {operator!r}"
+    return Graph(nystrom, what, _INSTEAD, compiler_options(operator.device))

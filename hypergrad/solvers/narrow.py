@@ -9,6 +9,7 @@ transfer and are looked at there.  Where the sketch serves one solve no wide blo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -95,6 +96,7 @@ class NarrowSketch:
         )
         return cls(core, omega, unmixing, cross, squares, system.b, along)
 
+    @cached_property
     def eigenpairs(self) -> tuple[Numbers, Numbers]:
         """L of Y W^+ Y', and the combination of the products of Omega that U' is."""
         eigenvalues, combination = self.core.combinations()
@@ -178,6 +180,14 @@ class FactoredSketch:
     tail: float
     complete: bool
     vouched: bool
+
+    @classmethod
+    def of(cls, drawn: NarrowSketch, vouched: bool) -> FactoredSketch:
+        """Of what was drawn, as if A were positive."""
+        eigenvalues, combination = drawn.eigenpairs
+        complete = len(eigenvalues) < len(drawn.core.values)
+        tail = 0.0 if complete else float(eigenvalues[-1])
+        return cls(drawn, eigenvalues, combination, tail, complete, vouched)
 
     @property
     def rank(self) -> int:

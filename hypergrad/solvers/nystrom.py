@@ -235,7 +235,9 @@ class Nystrom(Solver):
         elif known is not None:
             norms, statuses = known
         elif self.check:
-            residual = system.residual(x, damping) if answered is None else answered.residual
+            residual = None if answered is None else answered.residual
+            if residual is None:
+                residual = system.residual(x, damping)
             if isinstance(sketch, FactoredSketch) and not sketch.vouched:
                 better = self._doubted(sketch, system, x, residual)
                 if better is not None:

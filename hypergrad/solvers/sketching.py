@@ -239,7 +239,7 @@ def _narrow_approximation(
 ) -> Approximation | FactoredSketch:
     """:func:`_approximate` from inner products; wide blocks are formed where they are needed."""
     core = drawn.core
-    eigenvalues, combination = drawn.eigenpairs()
+    eigenvalues, combination = drawn.eigenpairs
     # The residual of the one answer will tell more of it than a product with an eigenvector.
     later = once and options.check is True and options.negative_curvature == "keep"
     check: Check = "estimate" if later else options.check
@@ -247,13 +247,11 @@ def _narrow_approximation(
     if core.indefinite or not drawn.vouched(system, eigenvalues, combination, check):
         return _not_positive(system, drawn, large)
     later = later and system.num_hvps == asked
-    complete = len(eigenvalues) < len(core.values)
-    tail = 0.0 if complete else float(eigenvalues[-1])
-    found = FactoredSketch(drawn, eigenvalues, combination, tail, complete, not later)
+    found = FactoredSketch.of(drawn, vouched=not later)
     damping = _damping_of(found, system)
     largest = float(eigenvalues[0]) if len(eigenvalues) else 0.0
     vague = core.blurred(damping) or core.noisy(largest, damping)
-    outside = options.complement != "zero" and tail > TAIL_THAT_MATTERS * damping
+    outside = options.complement != "zero" and found.tail > TAIL_THAT_MATTERS * damping
     if not (vague or outside) and once and drawn.resolved(eigenvalues):
         return found
     if later and not drawn.vouched(system, eigenvalues, combination, True):
