@@ -79,7 +79,7 @@ class Graph:
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                results = self.compiled([x.detach() for x in operator._tensors()], *inputs)
+                results = self.compiled([_plain(x) for x in operator._tensors()], *inputs)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError | HypergradError):
                 raise
@@ -101,6 +101,11 @@ class Graph:
             "Triton), write the loss in PyTorch operations only, or leave out compile=True.",
             CompilationWarning,
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    plain = type(tensor) is Tensor and not tensor.requires_grad
+    return tensor if plain else tensor.detach()
 
 
 _graphs: OrderedDict[Hashable, Graph] = OrderedDict()
@@ -216,27 +221,34 @@ def options(device: torch.device) -> dict[str, Any]:
     return chosen
 
 
-#: Of what a graph's code was made from, that which does not change: the code of PyTorch, of Python
-#: and of this library, and how an operator's trees are laid out.
+#: Of what a graph was made from, that which does not change: the code of PyTorch, of Python and of
+#: this library, and how an operator is put together.
 _FIXED = re.compile(
-    r"G\['(__import_(torch|hypergrad|copyreg|contextlib|functools)(_dot_\w+)?|__builtins_dict\w*)'\]"
-    r"|template(\._point\._spec\b|\.__dict__\['(layout|_evaluating)'\])"
+    r".*\b(G\['__import_(torch|hypergrad)(_dot_\w+)?'\]|G\['__builtins_dict\w*'\]"
+    r"|G\['(torch|__import_(copy|copyreg|contextlib|functools))'\]|__import__\('torch'\))"
+    r"|(type\()?template(\)|\._point((\.params|\._leaves)(\[\d+\])?|\._spec\b.*)?)?$"
+    r"|template\.__dict__\['(layout|mode)'\]|.*template\.__dict__\['_evaluating'\]"
 )
+#: What may change there all the same: a switch, unless it is the default of an argument.
+_SWITCH = re.compile(r"(?!.*__(kw)?defaults__|.*__closure__)")
 
 
 def _watching() -> dict[str, Any] | None:
     """What is looked at before a graph runs, where PyTorch lets us say: not what never changes.
 
-    Its values are, as they may be switches; the rest are a thousand things, at a tenth of a
-    millisecond.
+    That would be a thousand things, which take a tenth of a millisecond.
     """
     if not hasattr(torch.compiler, "keep_tensor_guards_unsafe"):
         return None
 
     def watched(entries: Sequence[Any]) -> list[bool]:
         return [
-            _FIXED.match(entry.name) is None
-            or (entry.is_global and entry.guard_type in ("CONSTANT_MATCH", "EQUALS_MATCH"))
+            not _FIXED.match(entry.name)
+            or (
+                entry.is_global
+                and entry.guard_type in ("CONSTANT_MATCH", "EQUALS_MATCH")
+                and _SWITCH.match(entry.name) is not None
+            )
             for entry in entries
         ]
 
