@@ -11,10 +11,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import CompilationWarning, HypergradError, warn
+from ..pytree import flat_batch
 from .modes import agree
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def signature(operator: HessianOperator) -> Hashable:
 
 def signature_of(operator: LinearOperator, batch: tuple[Any, ...], *rest: Any) -> Hashable:
     """The same of any operator of a batch and ``rest``, which no tensor is part of."""
-    leaves, spec = torch_pytree.tree_flatten(batch)
+    leaves, spec = flat_batch(batch)
     layout = operator.layout
     try:
         key = (

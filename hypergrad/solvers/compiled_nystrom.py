@@ -12,7 +12,6 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,16 +61,17 @@ class _Between:
     def __call__(self, products: Tensor, sums: Tensor) -> Tensor:
         """What multiplies the products in the answers, and the damping, on one after the other."""
         rows, k = len(self.system.b), len(self.omega)
+        out = sums.new_zeros(rows * k + 1, device="cpu")
+        found = out.numpy()
         try:
             numbers = sums.cpu().numpy()  # one transfer from the device
             self.drawn = NarrowSketch.of_sums(self.system, self.omega, products, numbers)
             sketch = FactoredSketch.of(self.drawn, vouched=False)
-            damping = self.config._damping(sketch, self.system)
-            weights = sketch.weights(self.drawn.along, damping)
+            found[-1] = damping = self.config._damping(sketch, self.system)
+            found[:-1] = sketch.weights(self.drawn.along, damping).reshape(-1)
         except Exception as error:  # not to pass through compiled code; raised after it
             self.error = error
-            weights, damping = np.zeros((rows, k)), 1.0
-        return torch.from_numpy(np.append(weights, damping)).to(sums.device)
+        return out.to(sums.device)
 
 
 _local = threading.local()
@@ -155,7 +155,7 @@ def _proved(graph: Graph, system: DampedSystem, omega: Tensor, results: Any) -> 
     if graph.proved:
         return True
     products, _, *checks = results
-    pairs = [(omega, products), *([checks[2:]] if checks else [])]
+    pairs = [(omega, products), *([checks[2:4]] if checks else [])]
     for rows, found in pairs:
         system.num_hvps += 1
         if not agree(found[:1], system.operator._eager(rows[:1])):
@@ -167,10 +167,11 @@ def _proved(graph: Graph, system: DampedSystem, omega: Tensor, results: Any) -> 
 
 def _answered(sketch: FactoredSketch, system: DampedSystem, results: Any) -> Answered | None:
     """The answer with what is known of it; None where the product with it was not finite."""
-    _, x, residual, numbers, *_ = results
+    _, x, residual, numbers, *_, answer = results
     norms, along = numbers.tolist()  # one transfer from the device
     if not all(math.isfinite(norm) for norm in norms):
         return None  # the eager product says what is wrong
+    system.note_delivered(x, answer)
     part = 1.0 if sketch.vouched else NO_DOUBT
     good = [
         norm < part * size and curvature > 0
@@ -190,16 +191,18 @@ def _graph(system: DampedSystem, rank: int, checked: bool) -> Graph:
         now = template._with_tensors(tensors)
         y = now._traced_products(omega)
         wide = y.to(b.dtype)
-        sums = torch.cat([wide, b]) @ torch.cat([omega.to(b.dtype), wide]).T
+        test = omega.to(b.dtype)
         own = omega @ omega.T  # it only says which combinations are orthonormal
-        sums = torch.cat([sums.reshape(-1), own.reshape(-1).to(b.dtype)])
+        known = [torch.cat([x @ test.T, x @ wide.T], dim=1) for x in (wide, b)]
+        sums = torch.cat([x.reshape(-1) for x in (*known, own.to(b.dtype))])
         found = torch.ops.hypergrad.nystrom_weights(y, sums, rows)
         weights, damping = found[:-1].reshape(rows, rank), found[-1]
         x = b / damping + weights @ wide
         if not checked:
             return y, x
         # As it will be returned.
-        rounded = (x * scales[:, None]).to(now.dtype).to(b.dtype) / scales[:, None]
+        answer = (x * scales[:, None]).to(now.dtype)
+        rounded = answer.to(b.dtype) / scales[:, None]
         # Products of rows of norm one lose no digits to the narrow dtype's smallest numbers.
         unit = powers_of_two(torch.linalg.vector_norm(rounded, dim=1))[:, None]
         narrow = (rounded / unit).to(now.dtype)
@@ -207,7 +210,7 @@ def _graph(system: DampedSystem, rank: int, checked: bool) -> Graph:
         residual = b - product.to(b.dtype) * unit - damping * rounded
         norms = torch.linalg.vector_norm(residual, dim=1)
         along = torch.linalg.vecdot(x, b - residual)
-        return y, x, residual, torch.stack([norms, along]), narrow, product
+        return y, x, residual, torch.stack([norms, along]), narrow, product, answer
 
     what = f"Nyström of rank {rank} with {operator!r}"
     return Graph(nystrom, what, _INSTEAD, compiler_options(operator.device))
