@@ -70,12 +70,12 @@ class _Between:
             found[-1] = damping = self.config._damping(sketch, self.system)
             found[:-1] = sketch.weights(self.drawn.along, damping).reshape(-1)
         except Exception as error:  # not to pass through compiled code; raised after it
-            self.error = error
+            self.error, found[-1] = error, 1.0
         return out.to(sums.device)
 
 
 _local = threading.local()
-_library = torch.library.Library("hypergrad", "DEF")
+_library: Any = torch.library.Library("hypergrad", "DEF")  # type: ignore[no-untyped-call]
 _library.define("nystrom_weights(Tensor products, Tensor sums, int rows) -> Tensor")
 
 
@@ -193,8 +193,9 @@ def _graph(system: DampedSystem, rank: int, checked: bool) -> Graph:
         wide = y.to(b.dtype)
         test = omega.to(b.dtype)
         own = omega @ omega.T  # it only says which combinations are orthonormal
-        known = [torch.cat([x @ test.T, x @ wide.T], dim=1) for x in (wide, b)]
-        sums = torch.cat([x.reshape(-1) for x in (*known, own.to(b.dtype))])
+        known = torch.cat([wide @ test.T, wide @ wide.T], dim=1)
+        along = torch.cat([b.new_zeros(rows, rank), b @ wide.T], dim=1)  # B Omega' is not needed
+        sums = torch.cat([x.reshape(-1) for x in (known, along, own.to(b.dtype))])
         found = torch.ops.hypergrad.nystrom_weights(y, sums, rows)
         weights, damping = found[:-1].reshape(rows, rank), found[-1]
         x = b / damping + weights @ wide
@@ -209,8 +210,8 @@ def _graph(system: DampedSystem, rank: int, checked: bool) -> Graph:
         product = now._traced_products(narrow)
         residual = b - product.to(b.dtype) * unit - damping * rounded
         norms = torch.linalg.vector_norm(residual, dim=1)
-        along = torch.linalg.vecdot(x, b - residual)
-        return y, x, residual, torch.stack([norms, along]), narrow, product, answer
+        curvatures = torch.linalg.vecdot(x, b - residual)
+        return y, x, residual, torch.stack([norms, curvatures]), narrow, product, answer
 
     what = f"Nyström of rank {rank} with {operator!r}"
     return Graph(nystrom, what, _INSTEAD, compiler_options(operator.device))

@@ -91,12 +91,26 @@ class Nystrom(Solver):
             residuals in the report are then the estimates, within a factor of two of the true ones
             as a rule and for a rank less by one.  That is for Gaussian sketches of fixed rank, of
             a float32 operator, without ``x0``; elsewhere it is as with True.
+        compile: whether a solve is one graph of ``torch.compile``: the products, the answer, and
+            its residual, while all decisions are those of the eager code.  The test matrix is the
+            same, and so is the answer to rounding.  What leaves doubt, such as negative curvature,
+            goes on eagerly with the products that are there.  For Gaussian sketches of fixed rank,
+            at most a quarter of the dimension and up to 2^22 numbers in a block, of a float32
+            operator that ``CG(compile=True)`` takes; elsewhere it is as with False.  Operators of
+            the same functions, shapes and dtypes share a graph; compiling takes seconds, which the
+            logger ``"hypergrad"`` tells.
+
+    Warns (when solving):
+        CompilationWarning: with ``compile``, an operator that is not known to be tensor code, or
+            no compiler; the solve is then an eager one.
 
     Cost: ``rank`` HVPs and one to check the sketch, 5 for the complement where the sketch's last
     eigenvalue exceeds half the damping (see :func:`nystrom_sketch` for when more are spent), one
     a right-hand side to check the answer; with a ``test_matrix`` 2 ``rank`` and that one.  With
     ``check=False`` without the two that check.  Of a float32 operator under policy ``"keep"`` the
     answer's check serves for the sketch's, too, where it leaves a residual below a fifth of v.
+    With ``compile`` two more once a graph, which prove it, and the answer's check is one that is
+    made too soon where the sketch turns out to need more.
 
     Examples:
         >>> import torch, hypergrad
@@ -231,6 +245,7 @@ class Nystrom(Solver):
         x = self._answer(sketch, system, x0, damping) if answered is None else answered.x
         known = self._estimated(sketch, system, damping) if x0 is None else None
         if answered is not None and answered.statuses is not None:
+            assert answered.norms is not None
             norms, statuses = answered.norms, answered.statuses
         elif known is not None:
             norms, statuses = known
