@@ -81,6 +81,81 @@ def test_what_a_closure_holds_is_not_frozen() -> None:
         assert_close(got, {name: size * leaf for name, leaf in plain.items()})
 
 
+class Settings:
+    power = 2.0
+
+
+SETTINGS = Settings()
+GAIN = 1.0
+
+
+def test_what_a_function_reads_elsewhere_is_not_frozen() -> None:
+    global GAIN
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(1.0))
+
+    class Loss:
+        shift = 0.0
+
+        def __call__(self, p: Tensor) -> Tensor:
+            doubled = 2.0 if net.training else 1.0
+            return doubled * GAIN * ((p + self.shift).abs() ** SETTINGS.power).sum()
+
+    function = Loss()
+
+    def curvature() -> float:
+        operator = hypergrad.hessian(function, torch.tensor([2.0]), compile=True)
+        product = operator.matvec(torch.ones(1))
+        assert isinstance(product, Tensor)
+        return float(product)
+
+    assert curvature() == pytest.approx(4.0)
+    net.eval()
+    assert curvature() == pytest.approx(2.0)
+    SETTINGS.power = 3.0
+    assert curvature() == pytest.approx(12.0)
+    GAIN = 2.0
+    assert curvature() == pytest.approx(24.0)
+    function.shift = 1.0
+    assert curvature() == pytest.approx(36.0)
+    SETTINGS.power, GAIN = 2.0, 1.0
+    assert len(compilation._graphs) == 1
+
+
+def test_what_requires_grad_in_a_closure_is_known_from_the_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = torch.tensor(3.0)
+    net = torch.nn.Linear(1, 1, dtype=torch.float32).requires_grad_(False)
+
+    def weighted(p: Tensor) -> Tensor:
+        return weight * torch.cosh(p).sum() + net(p[:1]).sum() * p[0]
+
+    def looked_at() -> tuple[bool, int]:
+        """Whether it depends on more, and how often the loss was evaluated to say so."""
+        operator = hypergrad.hessian(weighted, torch.ones(3), compile=True)
+        operator.matvec(torch.ones(3))
+        looks: list[int] = []
+        alone = type(operator)._forward_alone
+
+        def counted(one: Any) -> bool:
+            looks.append(1)
+            return alone(one)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(operator), "_forward_alone", counted)
+            return operator._depends_on_more(), len(looks)
+
+    looked_at()  # the first operator has a graph of its own
+    assert looked_at() == (False, 0)
+    weight.requires_grad_()
+    assert looked_at() == (True, 1)
+    weight.requires_grad_(False)
+    net.requires_grad_()
+    assert looked_at() == (True, 1)
+    net.requires_grad_(False)
+    assert looked_at() == (False, 1)  # a graph that was once attached is not relied upon
+
+
 def test_solvers_check_and_report_as_ever() -> None:
     point = inputs(0)
     v = {name: leaf[0] for name, leaf in block(1).items()}

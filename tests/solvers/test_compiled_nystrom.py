@@ -276,7 +276,7 @@ def test_an_operator_with_compiled_products_has_the_named_call_compiled() -> Non
 
 def test_a_derivative_goes_through_the_same_sketch() -> None:
     a = matrix()
-    gradients = []
+    gradients: list[Tensor] = []
     for compile in (False, True):
         v = gaussian(N).to(F32).requires_grad_()
         solver = hypergrad.Nystrom(RANK, generator=generator(3), compile=compile)
