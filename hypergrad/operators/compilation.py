@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import CompilationWarning, HypergradError, warn
+from ..errors import CompilationWarning, HypergradError, SolverOptionError, warn
 from ..pytree import flat_batch
 from .modes import agree
 
 if TYPE_CHECKING:
     from .base import LinearOperator
-    from .hessian import HessianOperator
 
 _log = logging.getLogger("hypergrad")
 #: As many graphs are kept.
@@ -122,18 +121,13 @@ def graph_of(key: tuple[Hashable, ...], make: Callable[[], Graph]) -> Graph:
     return graph
 
 
-def signature(operator: HessianOperator) -> Hashable:
+def signature_of(operator: LinearOperator, batch: tuple[Any, ...], *rest: Any) -> Hashable:
     """What operators have in common whose products one graph can make; their tensors differ.
 
-    The loss counts as the object that it is: of two functions of the same code, made one after the
-    other, the closures may hold different things.  (What one closure holds, ``torch.compile``
-    itself watches.)
+    They have a batch, and ``rest``, which no tensor is part of.  Functions count as the objects
+    that they are: of two of the same code, made one after the other, the closures may hold
+    different things.  (What one closure holds, ``torch.compile`` itself watches.)
     """
-    return signature_of(operator, operator.batch, operator.loss_fn, operator.mode)
-
-
-def signature_of(operator: LinearOperator, batch: tuple[Any, ...], *rest: Any) -> Hashable:
-    """The same of any operator of a batch and ``rest``, which no tensor is part of."""
     leaves, spec = flat_batch(batch)
     layout = operator.layout
     try:
@@ -154,7 +148,13 @@ def _described(leaf: Any) -> Hashable:
     return leaf  # type: ignore[no-any-return]
 
 
-def is_compiled(operator: HessianOperator) -> bool:
+def check_compile(compile: Any) -> None:
+    """Raise :class:`SolverOptionError` unless it is True or False."""
+    if not isinstance(compile, bool):
+        raise SolverOptionError(f"compile is {compile!r}, expected True or False.")
+
+
+def is_compiled(operator: LinearOperator) -> bool:
     """Whether an operator like this one was compiled before, and its loss looked at."""
     own = operator._signature()
     return any(key[0] == own and graph.proved for key, graph in _graphs.items())  # type: ignore[index]
@@ -166,7 +166,7 @@ def forget_compiled() -> None:
 
 
 def compiled_products(
-    operator: HessianOperator, block: Tensor, eager: Callable[[Tensor], Tensor]
+    operator: LinearOperator, block: Tensor, eager: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The products of a block, compiled; ``eager`` ones where there is no way to compile them.
 
@@ -187,7 +187,7 @@ def compiled_products(
     return products
 
 
-def _products_of(operator: HessianOperator, count: int) -> Graph:
+def _products_of(operator: LinearOperator, count: int) -> Graph:
     template = detached(operator)
 
     def products(tensors: list[Tensor], rows: Tensor) -> Tensor:

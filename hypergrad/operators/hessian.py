@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SolverOptionError
 from ..pytree import Tree, TreeLayout
 from ..transforms import (
     building_no_graph,
@@ -21,7 +20,7 @@ from ..transforms import (
     transforming,
 )
 from .base import LinearOperator
-from .compilation import compiled_products, detached, is_compiled, signature
+from .compilation import check_compile, compiled_products, detached, is_compiled, signature_of
 from .evaluation import Evaluation
 from .gradient_graph import GradientGraph, owned, pulled, room_for
 from .modes import (
@@ -57,8 +56,7 @@ class HessianOperator(LinearOperator):
     ) -> None:
         super().__init__(TreeLayout.of(params, name="params"))
         check_modes(mode, chunk_size, memory_cap)
-        if not isinstance(compile, bool):
-            raise SolverOptionError(f"compile is {compile!r}, expected True or False.")
+        check_compile(compile)
         self.loss_fn, self.batch, self.mode, self.compile = loss_fn, batch, mode, compile
         self.chunk_size, self.memory_cap = chunk_size, memory_cap
         originals = self.layout.leaves(params, name="params")
@@ -104,12 +102,12 @@ class HessianOperator(LinearOperator):
         return self._point.tensors
 
     def _signature(self) -> Hashable:
-        if self._key is not None:
-            return self._key
-        key = signature(self)
-        if key is not self:
+        if self._key is None:
+            key = signature_of(self, self.batch, self.loss_fn, self.mode)
+            if key is self:  # not to be held by itself
+                return self
             self._key = key
-        return key
+        return self._key
 
     def _check_fresh(self) -> None:
         self._point.check_fresh(self.layout)

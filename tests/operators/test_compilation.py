@@ -1,4 +1,4 @@
-"""``hessian(..., compile=True)``: the same products, of whatever the tensors hold now.
+"""``hessian`` and ``ggn`` with ``compile=True``: the same products, of what the tensors hold now.
 
 The backend runs the captured graph without generating code: what is tested is the capture.
 """
@@ -201,3 +201,56 @@ def test_compilation_is_logged_and_checked(caplog: pytest.LogCaptureFixture) -> 
     assert [record.message.split()[0] for record in caplog.records] == ["compiling", "compiled"]
     with pytest.raises(hypergrad.SolverOptionError, match="compile is 'yes'"):
         hypergrad.hessian(loss, *inputs(0), compile="yes")  # type: ignore[arg-type]
+
+
+def outputs(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.tanh(x @ p["w"] + p["b"])
+
+
+def squares(out: Tensor, y: Tensor) -> Tensor:
+    return (out - y).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 3])
+def test_gauss_newton_products_are_compiled_too(count: int, dtype: torch.dtype) -> None:
+    vectors = {name: leaf.to(dtype) for name, leaf in block(count).items()}
+    for seed in range(3):
+        params, x, y = inputs(seed)
+        point = {name: leaf.to(dtype) for name, leaf in params.items()}, x.to(dtype), y.to(dtype)
+        compiled = hypergrad.ggn(outputs, squares, *point, compile=True)
+        expected = hypergrad.ggn(outputs, squares, *point).matmat(vectors)
+        assert_close(compiled.matmat(vectors), expected)
+        # After the first, an operator is made without an evaluation of its own.
+        assert (compiled._built is None) == (seed > 0)
+        torch.testing.assert_close(compiled.outputs, outputs(*point[:2]))
+    assert len(compilation._graphs) == 1
+    with torch.no_grad():
+        point[0]["w"].add_(1.0)
+    with pytest.raises(hypergrad.StaleOperatorError):
+        compiled.matmat(vectors)
+
+
+def test_compiled_gauss_newton_operators_are_solved_with_and_differentiated() -> None:
+    params, x, y = inputs(0)
+    v = {name: leaf[0] for name, leaf in block(1).items()}
+    gradients: list[Tensor] = []
+    for compile in (False, True):
+        x = x.detach().requires_grad_()
+        operator = hypergrad.ggn(outputs, squares, params, x, y, compile=compile)
+        solution = hypergrad.solve(operator, v, hypergrad.CG(rtol=1e-6), damping=0.5)
+        assert solution.info.converged
+        gradients += torch.autograd.grad(solution.value["w"].sum(), x)
+        exact = hypergrad.solve(operator, v, hypergrad.Gram(), damping=0.5)
+        assert_close(exact.value, solution.value)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+def test_gauss_newton_options_are_looked_at() -> None:
+    with pytest.raises(hypergrad.SolverOptionError, match="compile is 1"):
+        hypergrad.ggn(outputs, squares, *inputs(0), compile=1)  # type: ignore[arg-type]
+    for _ in range(2):
+        compiled = hypergrad.ggn(outputs, lambda out, y: -squares(out, y), *inputs(0), compile=True)
+        compiled.matmat(block(1))
+        with pytest.raises(hypergrad.NegativeCurvatureError):
+            hypergrad.ggn(outputs, compiled.loss_fn, *inputs(0), compile=True, check_convex=True)
