@@ -61,6 +61,7 @@ class _Between:
     def __call__(self, products: Tensor, sums: Tensor) -> Tensor:
         """What multiplies the products in the answers, and the damping, on one after the other."""
         rows, k = len(self.system.b), len(self.omega)
+        self.system.num_hvps += k
         out = sums.new_zeros(rows * k + 1, device="cpu")
         found = out.numpy()
         try:
@@ -104,14 +105,13 @@ def run_compiled(config: Nystrom, system: DampedSystem) -> Outcome | None:
         (operator._signature(), "nystrom", rank, len(system.b), checked),
         lambda: _graph(system, rank, checked),
     )
-    results = _run(graph, between)
-    if results is None or between.drawn is None or not _proved(graph, system, omega, results):
-        drawn = NarrowSketch.multiplied(system, omega)
-        return config._finished(system, config._sketch(system, once=True, drawn=drawn), None)
-    system.num_hvps += rank + (len(system.b) if checked else 0)
-    sketch = config._sketch(system, once=True, drawn=between.drawn)
-    answered = None
-    if isinstance(sketch, FactoredSketch):
+    results, drawn = _run(graph, between), between.drawn
+    if results is not None and checked:
+        system.num_hvps += len(system.b)
+    if results is None or drawn is None or not _proved(graph, system, omega, results):
+        results, drawn = None, NarrowSketch.multiplied(system, omega)
+    sketch, answered = config._sketch(system, once=True, drawn=drawn), None
+    if results is not None and isinstance(sketch, FactoredSketch):
         answered = _answered(sketch, system, results) if checked else Answered(results[1])
     return config._finished(system, sketch, None, answered)
 

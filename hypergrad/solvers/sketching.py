@@ -86,7 +86,7 @@ def make_sketch(
             f"rank is {options.rank}, but the operator has dimension {n}; expected "
             f"1 <= rank <= {n}."
         )
-    before = system.num_hvps
+    before = system.num_hvps - (0 if drawn is None else len(drawn.omega))
     fixed = options.rank if options.rank != "auto" and options.sketch == "gaussian" else None
     large = fixed is not None and worth_streaming(fixed, n)
     narrow_products = fixed is not None and is_narrow(system, fixed)

@@ -142,6 +142,7 @@ def test_it_decides_as_the_eager_solver_does(
 def test_a_product_is_spent_on_the_answer_and_none_on_the_graph() -> None:
     a, v = matrix(), gaussian(N).to(F32)
     eager, first = both(a, v)
+    assert all(graph.proved for graph in graphs())
     assert first.info.num_hvps == eager.info.num_hvps + 2  # once: its products against eager ones
     _, compiled = both(a, v)
     assert compiled.info.num_hvps == eager.info.num_hvps == RANK + 1
@@ -299,6 +300,10 @@ def test_what_has_no_graph_runs_eagerly() -> None:
         solver = hypergrad.Nystrom(**{**usual, **options})
         hypergrad.solve(a, v, solver, damping=0.5, on_failure="ignore")
         assert not graphs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hypergrad.solvers.compiled_nystrom._LARGEST", RANK * N - 1)
+        hypergrad.solve(a, v, hypergrad.Nystrom(**usual), damping=0.5)
+    assert not graphs()
     x0 = torch.ones(N)
     solver = hypergrad.Nystrom(RANK, generator=generator(3), compile=True)
     hypergrad.solve(a, v, solver, damping=0.5, x0=x0)
