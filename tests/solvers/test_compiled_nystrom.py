@@ -317,12 +317,13 @@ def test_what_has_no_graph_runs_eagerly() -> None:
 
 def test_a_graph_that_cannot_be_had_draws_no_second_test_matrix() -> None:
     calls = iter(range(1000))
+    scales = 1.0 / torch.arange(1.0, N + 1)
 
     def restless(p: Tensor) -> Tensor:
-        return (p**2).sum() * (1.0 + 1e-3 * next(calls))
+        return (scales * p**2).sum() * (1.0 + 1e-3 * next(calls))
 
     def branching(p: Tensor) -> Tensor:
-        return (p**2).sum() if bool(p[0] > 0) else (p**4).sum()
+        return (scales * p**2).sum() if bool(p[0] > 0) else (p**4).sum()
 
     v = gaussian(N).to(F32)
     for function in (restless, branching):
