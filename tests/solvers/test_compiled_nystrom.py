@@ -109,8 +109,7 @@ def graphs() -> list[compilation.Graph]:
     return [g for g in compilation._graphs.values() if g.what.startswith("Nystr")]
 
 
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, F32) for name in OPERATORS), ("ggn", F64)])
 def test_the_answer_is_that_of_the_eager_solver(name: str, dtype: torch.dtype) -> None:
     for damping in ("auto", 0.5):
         assert_same(*both(OPERATORS[name](dtype), right_hand_side(dtype), damping))
@@ -247,19 +246,17 @@ def test_what_is_not_finite_or_not_symmetric_is_refused() -> None:
 def test_params_that_were_modified_in_place_are_refused() -> None:
     params, x, y = point(0)
     solver = hypergrad.Nystrom(RANK, compile=True)
-    for compile in (True, False):
-        operator = hypergrad.hessian(loss, params, x, y, compile=compile)
-        hypergrad.solve(operator, right_hand_side(), solver, on_failure="ignore")
-        with torch.no_grad():
-            params["w"] *= 0.9
-        with pytest.raises(hypergrad.StaleOperatorError):
-            hypergrad.solve(operator, right_hand_side(), solver)
+    operator = hypergrad.hessian(loss, params, x, y)
+    hypergrad.solve(operator, right_hand_side(), solver, on_failure="ignore")
+    with torch.no_grad():
+        params["w"] *= 0.9
+    with pytest.raises(hypergrad.StaleOperatorError):
+        hypergrad.solve(operator, right_hand_side(), solver)
 
 
 def test_new_parameters_are_solved_with_by_the_same_graph() -> None:
-    for seed in range(3):
-        params, x, y = point(seed)
-        operator = hypergrad.hessian(loss, params, x, y, compile=True)
+    for seed in range(2):
+        operator = hypergrad.hessian(loss, *point(seed))
         assert_same(*both(operator, right_hand_side(), 1.0))
     assert len(graphs()) == 1
 
