@@ -1,17 +1,14 @@
-"""Loops in compiled graphs: one is run by PyTorch, and computes what never changes only once.
-
-And in all graphs: what is computed twice from the same is computed once.
-"""
+"""Loops in compiled graphs: one is run by PyTorch, and computes what never changes only once."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 try:
+    from torch._functorch.compile_utils import fx_graph_cse
     from torch._higher_order_ops.while_loop import while_loop
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -34,9 +31,8 @@ class HoistInvariants(CustomGraphPass):
     """What each turn of a ``while_loop`` computes from what is the same in all moves out of it.
 
     A product with a Hessian is linear in the vector that changes; what is not, the loss and its
-    gradient, would be computed again in every turn.  So they would in each of two products one
-    after the other: what they have in common is merged.  (PyTorch does that before it drops the
-    aliases that make the two look different.)
+    gradient, would be computed again in every turn. Nor is it computed twice by what surrounds the
+    loop: another product that begins or checks.
     """
 
     def __call__(self, graph: Graph) -> None:
@@ -46,39 +42,12 @@ class HoistInvariants(CustomGraphPass):
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is torch.ops.higher_order.while_loop:
                 _hoist(module, graph, node)
-        _merge(graph)
+        module.graph = fx_graph_cse(graph)
 
     def uuid(self) -> bytes:
         """What PyTorch's cache of compiled graphs knows this pass by."""
         code: bytes = get_hash_for_files((__file__,))
         return code
-
-
-def _merge(graph: Graph) -> None:
-    """Leave one of several nodes that compute the same from the same.
-
-    But not where the result is handed over: what a loop reads may share no memory, and what the
-    graph returns should not.
-    """
-    seen: dict[Any, Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not node.all_input_nodes or not _pure(node):
-            continue
-        if not all(isinstance(user.target, torch._ops.OpOverload) for user in node.users):
-            continue
-        first = seen.setdefault((node.target, _frozen(node.args), _frozen(node.kwargs)), node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-
-
-def _frozen(value: Any) -> Any:
-    """Arguments of a node, to be compared: 1, 1.0 and True are different ones."""
-    if isinstance(value, list | tuple):
-        return tuple(_frozen(x) for x in value)
-    if isinstance(value, dict):
-        return tuple((name, _frozen(x)) for name, x in value.items())
-    return type(value), value if isinstance(value, Hashable) else id(value)
 
 
 def _hoist(module: GraphModule, graph: Graph, loop: Node) -> None:
