@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,8 +63,7 @@ class _Between:
         """What multiplies the products in the answers, and the damping, on one after the other."""
         rows, k = len(self.system.b), len(self.omega)
         self.system.num_hvps += k
-        out = sums.new_zeros(rows * k + 1, device="cpu")
-        found = out.numpy()
+        found = np.zeros(rows * k + 1)
         try:
             numbers = sums.cpu().numpy()  # one transfer from the device
             self.drawn = NarrowSketch.of_sums(self.system, self.omega, products, numbers)
@@ -72,7 +72,7 @@ class _Between:
             found[:-1] = sketch.weights(self.drawn.along, damping).reshape(-1)
         except Exception as error:  # not to pass through compiled code; raised after it
             self.error, found[-1] = error, 1.0
-        return out.to(sums.device)
+        return torch.from_numpy(found).to(sums.device)
 
 
 _local = threading.local()
@@ -106,8 +106,6 @@ def run_compiled(config: Nystrom, system: DampedSystem) -> Outcome | None:
         lambda: _graph(system, rank, checked),
     )
     results, drawn = _run(graph, between), between.drawn
-    if results is not None and checked:
-        system.num_hvps += len(system.b)
     if results is None or drawn is None or not _proved(graph, system, omega, results):
         results, drawn = None, NarrowSketch.multiplied(system, omega)
     sketch, answered = config._sketch(system, once=True, drawn=drawn), None
@@ -147,15 +145,22 @@ def _run(graph: Graph, between: _Between) -> Any:
         if graph.proved:
             raise between.error
         return None  # eager products will tell what it was
-    return results
+    if results is None or between.config.check is not True:
+        return results
+    system.num_hvps += len(system.b)
+    y, x, residual, numbers, *rest = results
+    figures = numbers.tolist()  # one transfer from the device
+    if not all(math.isfinite(norm) for norm in figures[0]):
+        return None  # where the eager product says what is wrong
+    return y, x, residual, numbers, figures, *rest
 
 
 def _proved(graph: Graph, system: DampedSystem, omega: Tensor, results: Any) -> bool:
     """Whether the products are those of eager code; the graph is not used again if not."""
     if graph.proved:
         return True
-    products, _, *checks = results
-    pairs = [(omega, products), *([checks[2:4]] if checks else [])]
+    y, _, *checked = results
+    pairs = [(omega, y), *([checked[3:5]] if checked else [])]
     for rows, found in pairs:
         system.num_hvps += 1
         if not agree(found[:1], system.operator._eager(rows[:1])):
@@ -165,12 +170,9 @@ def _proved(graph: Graph, system: DampedSystem, omega: Tensor, results: Any) -> 
     return True
 
 
-def _answered(sketch: FactoredSketch, system: DampedSystem, results: Any) -> Answered | None:
-    """The answer with what is known of it; None where the product with it was not finite."""
-    _, x, residual, numbers, *_, answer = results
-    norms, along = numbers.tolist()  # one transfer from the device
-    if not all(math.isfinite(norm) for norm in norms):
-        return None  # the eager product says what is wrong
+def _answered(sketch: FactoredSketch, system: DampedSystem, results: Any) -> Answered:
+    """The answer with what is known of it."""
+    _, x, residual, numbers, (norms, along), *_, answer = results
     system.note_delivered(x, answer)
     part = 1.0 if sketch.vouched else NO_DOUBT
     good = [

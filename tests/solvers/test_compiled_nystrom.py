@@ -219,6 +219,17 @@ def test_a_small_damping_makes_a_large_answer() -> None:
         both(a, 1e35 * v, 1e-9)
 
 
+def test_an_answer_that_overflows_does_not_speak_against_the_graph() -> None:
+    values = torch.zeros(N, dtype=F64)
+    values[:3] = torch.tensor([1.0, 0.5, 0.25])
+    a, v = symmetric(values, seed=1).matrix.to(F32), gaussian(N).to(F32)
+    solver = hypergrad.Nystrom(RANK, generator=generator(3), compile=True)
+    with pytest.raises(hypergrad.NonFiniteError, match="overflows"):
+        hypergrad.solve(a, 1e35 * v, solver, damping=1e-9)
+    assert [(graph.compiled is None, graph.proved) for graph in graphs()] == [(False, False)]
+    assert_same(*both(a, v, 0.5))
+
+
 def test_the_zero_operator_and_v_zero() -> None:
     v = gaussian(N).to(F32)
     assert_same(*both(torch.zeros(N, N), v))
