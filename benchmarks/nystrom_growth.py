@@ -6,7 +6,8 @@ that checks nothing, over the time of ten calls of the same ``hvp_fn``.  Eager, 
 processor time; minima of runs that take turns.  The last size takes minutes and some 4 GB.
 
 ``--compiled`` prints instead what ``nystrom_ihvp`` of rank 10 takes on the Hessian of a critic of
-two layers of 64 with a minibatch of 128, its products compiled, in units of 20 eager gradients.
+two layers of 64 with a minibatch of 128, as one compiled graph, in units of 20 eager gradients; and
+what it takes when only its products are compiled.
 """
 
 from __future__ import annotations
@@ -57,17 +58,18 @@ def row(width: int, batch: int, repeats: int) -> str:
     return f"| {size:,} | {1e3 * products:.1f} | {ratios} |"
 
 
-def compiled(problem: Problem) -> Callable[[], object]:
-    """Nyström on compiled products; the operator is made anew each time, as in training."""
+def compiled(problem: Problem, *, whole: bool) -> Callable[[], object]:
+    """Nyström of compiled products, or as a whole; the operator is made anew, as in training."""
     loss_fn, v = problem.loss_fn, problem.right_hand_side()
 
     def run() -> object:
         operator = hypergrad.hessian(
             loss_fn, problem.params, problem.inputs, problem.targets, compile=True
         )
-        return hypergrad.nystrom_ihvp(
-            operator, v, rank=RANK, generator=torch.Generator().manual_seed(0)
-        )
+        source = torch.Generator().manual_seed(0)
+        if whole:
+            return hypergrad.nystrom_ihvp(operator, v, rank=RANK, generator=source)
+        return hypergrad.solve(operator, v, hypergrad.Nystrom(RANK, generator=source))
 
     run()  # compiles
     return run
@@ -87,12 +89,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=640)
     parser.add_argument("--seconds", type=float, default=20.0, help="of work for one size")
     parser.add_argument("--compiled", action="store_true", help="one compiled case instead")
+    parser.add_argument("--rounds", type=int, default=100, help="of that case")
     options = parser.parse_args(argv)
     single_threaded()
     if options.compiled:
         minibatch = critic(128)
-        value = ratio(compiled(minibatch), twenty_gradients(minibatch), 30)
-        print(f"compiled nystrom_ihvp of rank {RANK} / {2 * RANK} eager gradients: {value:.2f}")
+        for whole, what in ((True, "nystrom_ihvp"), (False, "products of an eager solve")):
+            work = compiled(minibatch, whole=whole)
+            value = ratio(work, twenty_gradients(minibatch), options.rounds)
+            print(f"compiled {what}, rank {RANK} / {2 * RANK} eager gradients: {value:.2f}")
         return
     print("| parameters | ten products, ms | estimated | checked | unchecked |")
     print("|---|---|---|---|---|")

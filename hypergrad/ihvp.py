@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from .operators import LinearOperator
 from .pytree import Tree
 from .solvers import CG, MINRES, Exact, Neumann, Nystrom, NystromPCG, Solver
 from .solvers.base import Damping
@@ -187,7 +188,8 @@ def nystrom_ihvp(
     any dtype.  Where the approximation is too coarse (a residual no smaller than v) it warns.
 
     Args:
-        hvp_fn: the product v -> A v.
+        hvp_fn: the product v -> A v.  Of an operator made with ``compile=True`` the whole solve is
+            compiled, as by ``Nystrom(rank, compile=True)``.
         v: right-hand side, any tree of floating-point tensors.
         rank: size of the sketch, from 1 to the dimension; or ``"auto"``: see
             :class:`hypergrad.Nystrom`.
@@ -219,7 +221,9 @@ def nystrom_ihvp(
         >>> hypergrad.nystrom_ihvp(lambda v: a @ v, v, rank=2, damping=1.0)
         tensor([1., 1., 0., 1.])
     """
-    solver = Nystrom(rank=rank, sketch=sketch, generator=generator)
+    # Its products would be compiled, one graph for the sketch and one for the check of the answer.
+    compiled = isinstance(hvp_fn, LinearOperator) and getattr(hvp_fn, "compile", False)
+    solver = Nystrom(rank=rank, sketch=sketch, generator=generator, compile=bool(compiled))
     return _one_call(hvp_fn, v, solver, damping, None, return_info)
 
 

@@ -74,6 +74,25 @@ def _key(tree: Tree) -> Any:
     return None if None in kinds else (tuple((type(k), k) for k in tree), tuple(kinds))
 
 
+def flat_batch(batch: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """What a batch holds, and its structure; that is None for a tuple of tensors.
+
+    PyTorch's walk through one costs more than a kernel.
+    """
+    if all(isinstance(x, Tensor) for x in batch):
+        return list(batch), None
+    leaves, spec = torch_pytree.tree_flatten(batch)
+    return leaves, spec
+
+
+def rebuilt_batch(leaves: list[Any], spec: Any) -> tuple[Any, ...]:
+    """The batch that :func:`flat_batch` took apart, of other leaves."""
+    batch: tuple[Any, ...] = (
+        tuple(leaves) if spec is None else torch_pytree.tree_unflatten(leaves, spec)
+    )
+    return batch
+
+
 def tree_leaves(tree: Tree, name: str = "the tree") -> list[Tensor]:
     """The leaves of a tree in its own order, each checked to be a real floating tensor."""
     return [_check_leaf(leaf, path, name) for path, leaf in _leaves_by_path(tree).items()]

@@ -80,6 +80,14 @@ class LinearOperator(ABC):
         """:meth:`_apply` as a compiled graph is made of it."""
         return self._apply(block)
 
+    def _check_fresh(self) -> None:
+        """Raise :class:`StaleOperatorError` if :meth:`_tensors` are not as they were."""
+        return None
+
+    def _note_constant(self) -> None:
+        """Take note that but for :meth:`_tensors` nothing that was multiplied requires grad."""
+        return None
+
     def _eager(self, block: Tensor) -> Tensor:
         """:meth:`_apply` without compiled code."""
         return self._apply(block)
@@ -317,6 +325,12 @@ class _Affine(LinearOperator):
         known = base is not None and not any(isinstance(x, Tensor) for x in fixed)
         return (_Affine, base, *fixed) if known else None
 
+    def _check_fresh(self) -> None:
+        self.base._check_fresh()
+
+    def _note_constant(self) -> None:
+        self.base._note_constant()
+
     def _traced_products(self, block: Tensor) -> Tensor:
         product = self.base._traced_products(block)
         return self._combined(product, block, plain(self.scale), plain(self.offset))
@@ -354,6 +368,14 @@ class _Sum(LinearOperator):
     def _signature(self) -> Hashable:
         both = self.left._signature(), self.right._signature()
         return None if None in both else (_Sum, *both)
+
+    def _check_fresh(self) -> None:
+        self.left._check_fresh()
+        self.right._check_fresh()
+
+    def _note_constant(self) -> None:
+        self.left._note_constant()
+        self.right._note_constant()
 
     def _traced_products(self, block: Tensor) -> Tensor:
         return self.left._traced_products(block) + self.right._traced_products(block)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from ..errors import CompilationWarning, HypergradError, warn
+from ..errors import CompilationWarning, HypergradError, SolverOptionError, warn
+from ..pytree import flat_batch
 from .modes import agree
 
 if TYPE_CHECKING:
     from .base import LinearOperator
-    from .hessian import HessianOperator
 
 _log = logging.getLogger("hypergrad")
 #: As many graphs are kept.
@@ -35,10 +35,15 @@ class Graph:
     Attributes:
         what: it computes, for the log and for warnings.
         proved: whether its results were compared with those of eager code, and agreed.
+        attached: whether the function reads a tensor that requires grad, besides its inputs, or
+            read one before that changed.
     """
 
-    def __init__(self, function: Callable[..., Any], what: str, instead: str, **options: Any):
-        self.what, self.instead, self.proved, self.used = what, instead, False, False
+    def __init__(
+        self, function: Callable[..., Any], what: str, instead: str, options: dict[str, Any]
+    ) -> None:
+        self.what, self.instead, self.options = what, instead, options
+        self.proved = self.used = self.attached = False
         _log.info("compiling %s", what)
         # Dynamo keeps what it compiled by code object, and counts how often: each has its own.
         own = types.FunctionType(
@@ -46,20 +51,34 @@ class Graph:
             function.__globals__,
             closure=function.__closure__,
         )
-        self.run: Callable[..., Any] | None = None
+        self.compiled: Callable[..., Any] | None = None
         try:
-            self.run = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND, **options)
+            self.compiled = torch.compile(
+                own, fullgraph=True, dynamic=False, backend=self._backend, options=_watching()
+            )
         except RuntimeError as error:  # this Python or platform has no torch.compile
             self.refuse(str(error))
 
-    def __call__(self, *inputs: Any) -> Any:
-        """The results; None, after a warning, where they cannot be had."""
-        if self.run is None:
+    def _backend(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """The code for what was captured; once more for each change of what the function reads."""
+        read = [*inputs, *module.parameters(), *module.buffers()]
+        self.attached |= any(isinstance(x, Tensor) and x.requires_grad for x in read)
+        patches = {"config_patches": self.options} if self.options else {}
+        return torch._dynamo.lookup_backend(BACKEND)(module, inputs, **patches)  # type: ignore[arg-type]
+
+    def run(self, operator: LinearOperator, *inputs: Any) -> Any:
+        """The results for an operator's tensors; None, after a warning, if they cannot be had.
+
+        Raises:
+            StaleOperatorError: the tensors were modified in place since the operator was made.
+        """
+        operator._check_fresh()
+        if self.compiled is None:
             return None
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                results = self.run(*inputs)
+                results = self.compiled([_plain(x) for x in operator._tensors()], *inputs)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError | HypergradError):
                 raise
@@ -69,16 +88,23 @@ class Graph:
         if not self.used:
             self.used = True
             _log.info("compiled %s in %.1f s", self.what, time.perf_counter() - start)
+        if not self.attached:
+            operator._note_constant()
         return results
 
     def refuse(self, why: str) -> None:
         """Say why there are no compiled results, now and from now on."""
-        self.run = None
+        self.compiled = None
         warn(
             f"{self.instead}, which is slower: {why}. Install a C++ compiler (a CUDA device needs "
             "Triton), write the loss in PyTorch operations only, or leave out compile=True.",
             CompilationWarning,
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    plain = type(tensor) is Tensor and not tensor.requires_grad
+    return tensor if plain else tensor.detach()
 
 
 _graphs: OrderedDict[Hashable, Graph] = OrderedDict()
@@ -95,19 +121,14 @@ def graph_of(key: tuple[Hashable, ...], make: Callable[[], Graph]) -> Graph:
     return graph
 
 
-def signature(operator: HessianOperator) -> Hashable:
+def signature_of(operator: LinearOperator, batch: tuple[Any, ...], *rest: Any) -> Hashable:
     """What operators have in common whose products one graph can make; their tensors differ.
 
-    The loss counts as the object that it is: of two functions of the same code, made one after the
-    other, the closures may hold different things.  (What one closure holds, ``torch.compile``
-    itself watches.)
+    They have a batch, and ``rest``, which no tensor is part of.  Functions count as the objects
+    that they are: of two of the same code, made one after the other, the closures may hold
+    different things.  (What one closure holds, ``torch.compile`` itself watches.)
     """
-    return signature_of(operator, operator.batch, operator.loss_fn, operator.mode)
-
-
-def signature_of(operator: LinearOperator, batch: tuple[Any, ...], *rest: Any) -> Hashable:
-    """The same of any operator of a batch and ``rest``, which no tensor is part of."""
-    leaves, spec = torch_pytree.tree_flatten(batch)
+    leaves, spec = flat_batch(batch)
     layout = operator.layout
     try:
         key = (
@@ -127,9 +148,15 @@ def _described(leaf: Any) -> Hashable:
     return leaf  # type: ignore[no-any-return]
 
 
-def is_compiled(operator: HessianOperator) -> bool:
+def check_compile(compile: Any) -> None:
+    """Raise :class:`SolverOptionError` unless it is True or False."""
+    if not isinstance(compile, bool):
+        raise SolverOptionError(f"compile is {compile!r}, expected True or False.")
+
+
+def is_compiled(operator: LinearOperator) -> bool:
     """Whether an operator like this one was compiled before, and its loss looked at."""
-    own = signature(operator)
+    own = operator._signature()
     return any(key[0] == own and graph.proved for key, graph in _graphs.items())  # type: ignore[index]
 
 
@@ -139,7 +166,7 @@ def forget_compiled() -> None:
 
 
 def compiled_products(
-    operator: HessianOperator, block: Tensor, eager: Callable[[Tensor], Tensor]
+    operator: LinearOperator, block: Tensor, eager: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The products of a block, compiled; ``eager`` ones where there is no way to compile them.
 
@@ -147,9 +174,9 @@ def compiled_products(
     or changes what it reads, is another function in each evaluation and stays with the kept graph.
     """
     graph = graph_of(
-        (signature(operator), tuple(block.shape)), lambda: _products_of(operator, len(block))
+        (operator._signature(), tuple(block.shape)), lambda: _products_of(operator, len(block))
     )
-    products: Tensor | None = graph([x.detach() for x in operator._tensors()], block.detach())
+    products: Tensor | None = graph.run(operator, block.detach())
     if products is None:
         return eager(block)
     if not graph.proved:
@@ -160,7 +187,7 @@ def compiled_products(
     return products
 
 
-def _products_of(operator: HessianOperator, count: int) -> Graph:
+def _products_of(operator: LinearOperator, count: int) -> Graph:
     template = detached(operator)
 
     def products(tensors: list[Tensor], rows: Tensor) -> Tensor:
@@ -170,7 +197,7 @@ def _products_of(operator: HessianOperator, count: int) -> Graph:
         products,
         f"{count} products with {operator!r}",
         "products are made eagerly",
-        **options(operator.device),
+        options(operator.device),
     )
 
 
@@ -180,7 +207,7 @@ def detached(operator: LinearOperator) -> LinearOperator:
 
 
 def options(device: torch.device) -> dict[str, Any]:
-    """How a graph is compiled for a device."""
+    """How PyTorch's compiler is to make code for a device."""
     if BACKEND != "inductor":
         return {}
     from . import loops  # takes as long to import as the rest of the library
@@ -191,7 +218,41 @@ def options(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":  # calls of kernels in C++ cost less than in Python
         chosen["cpp_wrapper"] = True
         logging.getLogger("torch._inductor.ir").addFilter(_not_of_shims)
-    return {"options": chosen}
+    return chosen
+
+
+#: Of what a graph was made from, that which does not change: the code of PyTorch, of Python and of
+#: this library, and how an operator is put together.
+_FIXED = re.compile(
+    r".*\b(G\['__import_(torch|hypergrad)(_dot_\w+)?'\]|G\['__builtins_dict\w*'\]"
+    r"|G\['(torch|__import_(copy|copyreg|contextlib|functools))'\]|__import__\('torch'\))"
+    r"|(type\()?template(\)|\._point((\.params|\._leaves)(\[\d+\])?|\._spec\b.*)?)?$"
+    r"|template\.__dict__\['(layout|mode)'\]|.*template\.__dict__\['_evaluating'\]"
+)
+#: What may change there all the same: a switch, unless it is the default of an argument.
+_SWITCH = re.compile(r"(?!.*__(kw)?defaults__|.*__closure__)")
+
+
+def _watching() -> dict[str, Any] | None:
+    """What is looked at before a graph runs, where PyTorch lets us say: not what never changes.
+
+    That would be a thousand things, which take a tenth of a millisecond.
+    """
+    if not hasattr(torch.compiler, "keep_tensor_guards_unsafe"):
+        return None
+
+    def watched(entries: Sequence[Any]) -> list[bool]:
+        return [
+            not _FIXED.match(entry.name)
+            or (
+                entry.is_global
+                and entry.guard_type in ("CONSTANT_MATCH", "EQUALS_MATCH")
+                and _SWITCH.match(entry.name) is not None
+            )
+            for entry in entries
+        ]
+
+    return {"guard_filter_fn": watched}
 
 
 def _not_of_shims(record: logging.LogRecord) -> bool:

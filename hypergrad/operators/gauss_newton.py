@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import LossError, NegativeCurvatureError, NonFiniteError
 from ..pytree import Tree, working_dtype
 from ..transforms import building_no_graph
-from .compilation import signature_of
+from .compilation import check_compile, compiled_products, is_compiled, signature_of
 from .outputs import OutputOperator, Weight
 
 
@@ -28,21 +28,33 @@ class GaussNewtonOperator(OutputOperator):
         *,
         chunk_size: int | None = None,
         check_convex: bool = False,
+        compile: bool = False,
     ) -> None:
+        check_compile(compile)
         if not batch:
             raise LossError(
                 "ggn needs at least the model's inputs: ggn(model_fn, loss_fn, params, inputs, "
                 "*targets) with model_fn(params, inputs) and loss_fn(outputs, *targets)."
             )
         super().__init__(model_fn, params, batch, chunk_size=chunk_size)
-        self.loss_fn = loss_fn
-        if not building_no_graph():  # a solve builds it later, from the plain tensors
+        self.loss_fn, self.compile = loss_fn, compile
+        if building_no_graph():  # a solve builds it later, from the plain tensors
+            return
+        if check_convex:
+            self._roots(self.outputs)
+        elif not (compile and is_compiled(self)):  # else it was looked at, and may not be needed
             self._build()
-            if check_convex:
-                self._roots(self.outputs)
 
     def _signature(self) -> Hashable:
         return signature_of(self, self._point.batch, self.model_fn, self.loss_fn)
+
+    def _apply(self, block: Tensor) -> Tensor:
+        if self.compile and not building_no_graph():
+            return compiled_products(self, block, self._eager)
+        return super()._apply(block)
+
+    def _eager(self, block: Tensor) -> Tensor:
+        return super()._apply(block)
 
     def _loss(self, outputs: Tensor) -> Tensor:
         return self.loss_fn(outputs, *self._point.batch[1:])
@@ -164,6 +176,7 @@ def ggn(
     *batch: Any,
     chunk_size: int | None = None,
     check_convex: bool = False,
+    compile: bool = False,
 ) -> GaussNewtonOperator:
     """The generalised Gauss-Newton matrix J' H J of ``loss_fn(model_fn(params, inputs), ...)``.
 
@@ -179,6 +192,9 @@ def ggn(
             rows of the factor; None for all vectors, and as many rows as hold 2^24 numbers.
         check_convex: whether to look at the eigenvalues of H, and refuse a loss that is not convex
             at these outputs; not under ``torch.compile`` and transforms, which hide values.
+        compile: whether products are compiled, all vectors of a block together: as by
+            :func:`hypergrad.hessian`.  Operators of the same two functions, shapes and dtypes
+            share their graphs, and after the first one are made without an evaluation.
 
     Returns:
         An operator J'HJ = F'F with, at most, a row for each number in the outputs, for
@@ -194,6 +210,8 @@ def ggn(
 
     Warns:
         UnusedParameterWarning: the outputs do not depend on some leaves; their rows are zero.
+        CompilationWarning: with ``compile``, once a graph: there is no compiler, or it cannot
+            trace the functions, or they draw random numbers; products are then eager ones.
 
     Cost: one gradient and one forward pass when made.  A product is one forward-mode pass, one
     product with H and one reverse pass, about two gradients.  H is taken apart only for F and for
@@ -211,5 +229,11 @@ def ggn(
         tensor([ 9., 18.])
     """
     return GaussNewtonOperator(
-        model_fn, loss_fn, params, batch, chunk_size=chunk_size, check_convex=check_convex
+        model_fn,
+        loss_fn,
+        params,
+        batch,
+        chunk_size=chunk_size,
+        check_convex=check_convex,
+        compile=compile,
     )

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SolverOptionError
 from ..pytree import Tree, TreeLayout
 from ..transforms import (
     building_no_graph,
@@ -21,7 +20,7 @@ from ..transforms import (
     transforming,
 )
 from .base import LinearOperator
-from .compilation import compiled_products, detached, is_compiled, signature
+from .compilation import check_compile, compiled_products, detached, is_compiled, signature_of
 from .evaluation import Evaluation
 from .gradient_graph import GradientGraph, owned, pulled, room_for
 from .modes import (
@@ -57,8 +56,7 @@ class HessianOperator(LinearOperator):
     ) -> None:
         super().__init__(TreeLayout.of(params, name="params"))
         check_modes(mode, chunk_size, memory_cap)
-        if not isinstance(compile, bool):
-            raise SolverOptionError(f"compile is {compile!r}, expected True or False.")
+        check_compile(compile)
         self.loss_fn, self.batch, self.mode, self.compile = loss_fn, batch, mode, compile
         self.chunk_size, self.memory_cap = chunk_size, memory_cap
         originals = self.layout.leaves(params, name="params")
@@ -69,6 +67,7 @@ class HessianOperator(LinearOperator):
         self._memory: Memory | None = None
         self._built: GradientGraph | None = None
         self._more: bool | None = None
+        self._key: Hashable = None
         # A solve under a transform builds it later, from the plain tensors; where products of this
         # loss are compiled already, it has been looked at and may never be needed.
         if not (building_no_graph() or (compile and is_compiled(self))):
@@ -103,12 +102,23 @@ class HessianOperator(LinearOperator):
         return self._point.tensors
 
     def _signature(self) -> Hashable:
-        return signature(self)
+        if self._key is None:
+            key = signature_of(self, self.batch, self.loss_fn, self.mode)
+            if key is self:  # not to be held by itself
+                return self
+            self._key = key
+        return self._key
+
+    def _check_fresh(self) -> None:
+        self._point.check_fresh(self.layout)
+
+    def _note_constant(self) -> None:
+        self._more = False
 
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
         other = copy.copy(self)
         other._point, other._built, other._more = self._point.replaced(tensors), None, None
-        other._memory = None
+        other._memory = other._key = None
         other.batch = other._point.batch
         return other
 
@@ -210,7 +220,6 @@ class HessianOperator(LinearOperator):
                 return self._flat(self._forward_over_reverse(directions))
             return self._functional(block).detach()
         if self.compile:
-            self._point.check_fresh(self.layout)
             return compiled_products(self, block, self._eager)
         return self._eager(block)
 

@@ -143,6 +143,12 @@ class OutputOperator(RootOperator):
     def _tensors(self) -> list[Tensor]:
         return self._point.tensors
 
+    def _check_fresh(self) -> None:
+        self._point.check_fresh(self.layout)
+
+    def _note_constant(self) -> None:
+        self._more = False
+
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
         other = copy.copy(self)
         other._point, other._built, other._more = self._point.replaced(tensors), None, None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from ..errors import (
@@ -16,7 +15,7 @@ from ..errors import (
     UnusedParameterWarning,
     warn,
 )
-from ..pytree import TreeLayout
+from ..pytree import TreeLayout, flat_batch, rebuilt_batch
 from ..transforms import carries_derivatives, unwrapped
 from .base import LinearOperator
 
@@ -26,7 +25,7 @@ class Point:
 
     def __init__(self, params: Sequence[Tensor], batch: tuple[Any, ...]) -> None:
         self.params, self.batch = list(params), batch
-        self._leaves, self._spec = torch_pytree.tree_flatten(batch)
+        self._leaves, self._spec = flat_batch(batch)
         compiling = torch.compiler.is_compiling()
         self._versions = [] if compiling else [_version(x) for x in self.tensors]
 
@@ -45,8 +44,7 @@ class Point:
         count = len(self.params)
         rest = iter(tensors[count:])
         leaves = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        batch = torch_pytree.tree_unflatten(leaves, self._spec)
-        return Point(tensors[:count], batch)
+        return Point(tensors[:count], rebuilt_batch(leaves, self._spec))
 
     def check_fresh(self, layout: TreeLayout) -> None:
         """Raise :class:`StaleOperatorError` if a tensor was modified in place since.

@@ -259,9 +259,14 @@ class DampedSystem:
                 " the answer is too large for the dtype of v. Raise damping, rescale the problem, "
                 "or use a wider dtype."
             )
-        if rows is None and not x.is_inference():
-            self._delivered = (x, x._version, answer)
+        if rows is None:
+            self.note_delivered(x, answer)
         return answer
+
+    def note_delivered(self, x: Tensor, answer: Tensor) -> None:
+        """Take note that ``x`` is ``answer`` as the caller will receive it, and finite."""
+        if not x.is_inference():
+            self._delivered = (x, x._version, answer)
 
     def residual(self, x: Tensor, damping: float, rows: Tensor | None = None) -> Tensor:
         """True residual b - (A + damping I) x of ``x`` as it will be returned."""

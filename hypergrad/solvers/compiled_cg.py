@@ -70,13 +70,12 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
         (operator._signature(), "cg", fixed, kept, system.b.dtype),
         lambda: _graph(operator, fixed, kept),
     )
-    tensors = [x.detach() for x in operator._tensors()]
     claim = 0.0 if fixed else _SHARE * max(tolerance, torch.finfo(system.b.dtype).eps ** 2)
     scalars = system.b.new_tensor(claim), system.b.new_tensor(damping)
     done, status = 0, Status.STAGNATED
     for _ in range(PATIENCE):
         left = torch.tensor(budget - done, device=system.b.device)
-        results = graph(tensors, system.b[0], start[0], residual[0], *scalars, left)
+        results = graph.run(operator, system.b[0], start[0], residual[0], *scalars, left)
         if results is None:
             return None
         x, rest, numbers = results
@@ -178,7 +177,7 @@ def _graph(operator: LinearOperator, fixed: bool, kept: int) -> Graph:
         conjugate_gradients,
         f"CG with {operator!r}",
         "CG(compile=True) runs eagerly",
-        **compiler_options(operator.device),
+        compiler_options(operator.device),
     )
 
 

@@ -8,7 +8,9 @@ transfer and are looked at there.  Where the sketch serves one solve no wide blo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -70,10 +72,24 @@ class NarrowSketch:
         """Draw a test matrix and multiply it: ``rank`` products in one block."""
         operator = system.operator
         omega = gaussian_rows(rank, operator.layout.dim, generator, operator.device)
+        return cls.multiplied(system, omega)
+
+    @classmethod
+    def multiplied(cls, system: DampedSystem, omega: Tensor) -> NarrowSketch:
+        """Multiply a test matrix that is drawn."""
+        operator = system.operator
         y = operator._apply(omega)
-        system.num_hvps += rank
-        own, cross, squares, along = _inner_products(omega, y, system.b)
-        if not np.isfinite(squares).all():  # as soon as one entry is not
+        system.num_hvps += len(omega)
+        return cls.of_sums(system, omega, y, _inner_products(omega, y, system.b))
+
+    @classmethod
+    def of_sums(cls, system: DampedSystem, omega: Tensor, y: Tensor, sums: Numbers) -> NarrowSketch:
+        """Of a test matrix, its products, and their inner products as they come to the host."""
+        operator, k = system.operator, len(omega)
+        known = sums[: -k * k].reshape(-1, 2 * k)
+        own, cross, squares = sums[-k * k :].reshape(k, k), known[:k, :k].T, known[:k, k:]
+        along = known[k:, k:].T
+        if not math.isfinite(squares.sum()):  # as soon as one entry is not
             operator.layout.check_finite(y, "the output of the operator")
         unmixing = np.linalg.inv(np.linalg.cholesky(own))
         core = Core.of_sums(
@@ -81,6 +97,7 @@ class NarrowSketch:
         )
         return cls(core, omega, unmixing, cross, squares, system.b, along)
 
+    @cached_property
     def eigenpairs(self) -> tuple[Numbers, Numbers]:
         """L of Y W^+ Y', and the combination of the products of Omega that U' is."""
         eigenvalues, combination = self.core.combinations()
@@ -165,6 +182,14 @@ class FactoredSketch:
     complete: bool
     vouched: bool
 
+    @classmethod
+    def of(cls, drawn: NarrowSketch, vouched: bool) -> FactoredSketch:
+        """Of what was drawn, as if A were positive."""
+        eigenvalues, combination = drawn.eigenpairs
+        complete = len(eigenvalues) < len(drawn.core.values)
+        tail = 0.0 if complete else float(eigenvalues[-1])
+        return cls(drawn, eigenvalues, combination, tail, complete, vouched)
+
     @property
     def rank(self) -> int:
         """How many eigenpairs are kept."""
@@ -193,13 +218,18 @@ class FactoredSketch:
             for part in _slices(products):
                 out.addmm_(block[:, part], products[:, part].to(block.dtype).T)
             along = out.cpu().numpy().T
-        share = self.eigenvalues / (self.eigenvalues + damping)
-        coefficients = self.combination.T @ (share[:, None] * (self.combination @ along))
-        taken = torch.from_numpy(coefficients.T / -damping).to(block)
+        taken = torch.from_numpy(self.weights(along, damping)).to(block)
         x = block / damping
         for part in _slices(products):
             x[:, part].addmm_(taken, products[:, part].to(block.dtype))
         return x
+
+    def weights(self, along: Numbers, damping: float) -> Numbers:
+        """What multiplies the products in answers to rows with Y v = ``along``: shape (m, k)."""
+        share = self.eigenvalues / (self.eigenvalues + damping)
+        coefficients = self.combination.T @ (share[:, None] * (self.combination @ along))
+        weights: Numbers = coefficients.T / -damping
+        return weights
 
     def residual_estimates(self, damping: float) -> Numbers:
         """Estimates of |v - (A + damping I) x| for the rows of ``drawn.block``, at no product.
@@ -247,10 +277,10 @@ def combined_wide(coefficients: Numbers, rows: Tensor, wide: torch.dtype) -> Ten
     return out
 
 
-def _inner_products(omega: Tensor, y: Tensor, b: Tensor) -> tuple[Numbers, ...]:
-    """Omega Omega', Omega Y', Y Y' and Y B' on the host, summed in the dtype of B.
+def _inner_products(omega: Tensor, y: Tensor, b: Tensor) -> Numbers:
+    """[Y; B] [Omega; Y]' and Omega Omega' on the host, one after the other, summed in B's dtype.
 
-    The first in that of Omega: it only says which combinations are orthonormal, to a few digits.
+    The last in that of Omega: it only says which combinations are orthonormal, to a few digits.
     """
     (k, _), m, wide = omega.shape, len(b), b.dtype
     total = torch.zeros(k + m, 2 * k, dtype=wide, device=y.device)
@@ -264,9 +294,8 @@ def _inner_products(omega: Tensor, y: Tensor, b: Tensor) -> tuple[Numbers, ...]:
         both[2 * k :] = b[:, part]
         total.addmm_(both[k:], both[: 2 * k].T)
     own = omega @ omega.T
-    sums = torch.cat([total.view(-1), own.view(-1).to(wide)]).cpu().numpy()
-    known = sums[: total.numel()].reshape(k + m, 2 * k)
-    return sums[total.numel() :].reshape(k, k), known[:k, :k].T, known[:k, k:], known[k:, k:].T
+    sums: Numbers = torch.cat([total.view(-1), own.view(-1).to(wide)]).cpu().numpy()
+    return sums
 
 
 def _slices(rows: Tensor) -> list[slice]:

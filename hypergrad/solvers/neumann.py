@@ -70,10 +70,19 @@ class Neumann(Solver):
         step_size: eta > 0, or ``"auto"``.
         acceleration: ``"none"`` or ``"chebyshev"``.
         num_samples: None for one and the same operator in each product; r >= 1 for LiSSA.
+        compile: whether the series is one graph of ``torch.compile``: the products, of which the
+            gradient and all that does not depend on the vector is computed once, and the check of
+            the answer.  For operators that ``CG(compile=True)`` takes; the answer is the eager one
+            to rounding.  A residual that grows under ``step_size="auto"`` or ends no smaller than
+            v, and negative curvature, have the series done again eagerly.
 
     Raises (when solving):
         SolverOptionError: a :class:`hypergrad.SampledOperator` without ``num_samples``.
         DampingError: ``damping="auto"`` with ``num_samples``.
+
+    Warns (when solving):
+        CompilationWarning: with ``compile``, an operator that is not known to be tensor code, or
+            no compiler; the series is then an eager one.
 
     Cost: K HVPs, at most 10 more for ``step_size="auto"`` (and for each new bound), one to check a
     diverged answer.  With ``num_samples=r``: r (K - 1), at most 10 for ``"auto"``, and the check:
@@ -101,6 +110,7 @@ class Neumann(Solver):
     step_size: float | Literal["auto"] = "auto"
     acceleration: Acceleration = "none"
     num_samples: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_option(is_count(self.num_terms), "num_terms", self.num_terms, "an integer >= 1")
@@ -118,6 +128,10 @@ class Neumann(Solver):
             self.acceleration,
             "'none' with num_samples: Chebyshev polynomials amplify the noise of the samples",
         )
+        good = isinstance(self.compile, bool)
+        check_option(good, "compile", self.compile, "True or False")
+        good = not (self.compile and self.num_samples is not None)
+        check_option(good, "compile", self.compile, "False with num_samples")
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         if self.num_samples is not None:
@@ -128,7 +142,14 @@ class Neumann(Solver):
             None,
             "an integer >= 1 for an operator that draws a fresh minibatch for each product",
         )
-        return _Series(self, system, x0).run()
+        series = Series(self, system, x0)
+        if self.compile:
+            from .compiled_neumann import run_compiled  # with parts that take long to import
+
+            found = run_compiled(series)
+            if found is not None:
+                return found
+        return series.run()
 
     def _run_traced(self, system: DampedSystem, x0: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.step_size == "auto" or system.damping == "auto" or self.num_samples is not None:
@@ -149,7 +170,7 @@ class Neumann(Solver):
         return x, safe_norms(residual_traced(system, x, damping))
 
     def _centre(self, lower: float, upper: float) -> tuple[float, float]:
-        """1/c and q of :class:`_Series` for a spectrum in [lower, upper]."""
+        """1/c and q of :class:`Series` for a spectrum in [lower, upper]."""
         if self.acceleration == "none":
             return 1.0 / upper, 0.0
         # Of eigenvalues below upper / K^2 polynomials of degree K make nothing.
@@ -157,7 +178,7 @@ class Neumann(Solver):
         return 2.0 / (lower + upper), (upper - lower) / (lower + upper)
 
 
-class _Series:
+class Series:
     """The partial sums of all rows, with each row's own step.
 
     With c and h the centre and half the length of [a, b], q = h/c and w_0 = 1, Chebyshev's
@@ -188,6 +209,7 @@ class _Series:
         self._first_bounds()
 
     def run(self) -> Outcome:
+        """All terms, or fewer where every row is abandoned."""
         system, damping, num_terms = self.system, self.damping, self.config.num_terms
         start = torch.maximum(self.norms, system.b_norms)
         hopeless = min(_GROWTH, torch.finfo(system.operator.dtype).max ** 0.5) * start

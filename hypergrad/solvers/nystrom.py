@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,16 +24,19 @@ from .base import (
 from .complement import ComplementKind
 from .core import Check
 from .embedding import SketchKind
-from .narrow import FactoredSketch
+from .narrow import FactoredSketch, NarrowSketch
 from .sketch import NegativeCurvature, NystromSketch, positive_damping
 from .sketching import doubted_sketch, make_sketch
 from .traced import begin_traced, residual_traced, safe_norms
 from .two_block import two_block_sketch
 
+if TYPE_CHECKING:
+    from .compiled_nystrom import Answered
+
 #: Relative residual up to which an answer vouches for its sketch.  In 2,400 solves (four indefinite
 #: spectra, three dampings, two kinds of v) whose damping did not exceed the negative curvature, it
 #: went unseen once where a product with the largest eigenvector showed it; at 0.5, 160 times.
-_NO_DOUBT = 0.2
+NO_DOUBT = 0.2
 
 #: Named once: torch.compile cannot trace the call.
 _CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -88,12 +91,26 @@ class Nystrom(Solver):
             residuals in the report are then the estimates, within a factor of two of the true ones
             as a rule and for a rank less by one.  That is for Gaussian sketches of fixed rank, of
             a float32 operator, without ``x0``; elsewhere it is as with True.
+        compile: whether a solve is one graph of ``torch.compile``: the products, the answer, and
+            its residual, while all decisions are those of the eager code.  The test matrix is the
+            same, and so is the answer to rounding.  What leaves doubt, such as negative curvature,
+            goes on eagerly with the products that are there.  For Gaussian sketches of fixed rank,
+            at most a quarter of the dimension and up to 2^22 numbers in a block, of a float32
+            operator that ``CG(compile=True)`` takes; elsewhere it is as with False.  Operators of
+            the same functions, shapes and dtypes share a graph; compiling takes seconds, which the
+            logger ``"hypergrad"`` tells.
+
+    Warns (when solving):
+        CompilationWarning: with ``compile``, an operator that is not known to be tensor code, or
+            no compiler; the solve is then an eager one.
 
     Cost: ``rank`` HVPs and one to check the sketch, 5 for the complement where the sketch's last
     eigenvalue exceeds half the damping (see :func:`nystrom_sketch` for when more are spent), one
     a right-hand side to check the answer; with a ``test_matrix`` 2 ``rank`` and that one.  With
     ``check=False`` without the two that check.  Of a float32 operator under policy ``"keep"`` the
     answer's check serves for the sketch's, too, where it leaves a residual below a fifth of v.
+    With ``compile`` two more once a graph, which prove it, and the answer's check is one that is
+    made too soon where the sketch turns out to need more.
 
     Examples:
         >>> import torch, hypergrad
@@ -124,6 +141,7 @@ class Nystrom(Solver):
     max_rank: int | None = None
     test_matrix: Tensor | None = field(default=None, compare=False, repr=False)
     check: Check = True
+    compile: bool = False
 
     default_damping = "auto"
 
@@ -144,6 +162,7 @@ class Nystrom(Solver):
         check_option(good, "max_rank", self.max_rank, "None or an integer >= 1")
         good = isinstance(self.check, bool) or is_one_of(self.check, ("estimate",))
         check_option(good, "check", self.check, "True, False or 'estimate'")
+        check_option(isinstance(self.compile, bool), "compile", self.compile, "True or False")
         if self.test_matrix is not None:
             self._check_test_matrix(self.test_matrix)
 
@@ -166,7 +185,12 @@ class Nystrom(Solver):
         return sketch
 
     def _sketch(
-        self, system: DampedSystem, *, any_damping: bool = False, once: bool = False
+        self,
+        system: DampedSystem,
+        *,
+        any_damping: bool = False,
+        once: bool = False,
+        drawn: NarrowSketch | None = None,
     ) -> NystromSketch | FactoredSketch:
         """The same; with ``once`` it may come as its factors, for the system's own damping."""
         if self.test_matrix is not None:
@@ -184,12 +208,13 @@ class Nystrom(Solver):
             any_damping=any_damping,
             check=self.check,
             once=once,
+            drawn=drawn,
         )
 
     def _holding(self, sketch: NystromSketch | FactoredSketch) -> Nystrom:
         """The same configuration, which solves with a sketch that is made."""
         holding = object.__new__(_Sketched)  # what was checked once need not be checked again
-        holding.__dict__.update(self.__dict__, made=sketch)
+        holding.__dict__.update(self.__dict__, made=sketch, compile=False)
         return holding
 
     def _capped(self, sketch: NystromSketch | FactoredSketch) -> bool:
@@ -200,14 +225,34 @@ class Nystrom(Solver):
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
         if system.damping != "auto":
             positive_damping(system.damping)  # before any product is spent
-        sketch = self._sketch(system, once=True)
+        if self.compile and x0 is None:
+            from .compiled_nystrom import run_compiled  # with parts that take long to import
+
+            found = run_compiled(self, system)
+            if found is not None:
+                return found
+        return self._finished(system, self._sketch(system, once=True), x0)
+
+    def _finished(
+        self,
+        system: DampedSystem,
+        sketch: NystromSketch | FactoredSketch,
+        x0: Tensor | None,
+        answered: Answered | None = None,
+    ) -> Outcome:
+        """The answer by a sketch, if there is none yet, and what is to be said of it."""
         damping = self._damping(sketch, system)
-        x = self._answer(sketch, system, x0, damping)
+        x = self._answer(sketch, system, x0, damping) if answered is None else answered.x
         known = self._estimated(sketch, system, damping) if x0 is None else None
-        if known is not None:
+        if answered is not None and answered.statuses is not None:
+            assert answered.norms is not None
+            norms, statuses = answered.norms, answered.statuses
+        elif known is not None:
             norms, statuses = known
         elif self.check:
-            residual = system.residual(x, damping)
+            residual = None if answered is None else answered.residual
+            if residual is None:
+                residual = system.residual(x, damping)
             if isinstance(sketch, FactoredSketch) and not sketch.vouched:
                 better = self._doubted(sketch, system, x, residual)
                 if better is not None:
@@ -273,7 +318,7 @@ class Nystrom(Solver):
         estimate of |A| sees); of the rest the answers are right as they are.
         """
         along = torch.linalg.vecdot(x, system.b - residual)
-        good = (row_norms(residual) <= _NO_DOUBT * system.b_norms) & (along > 0)
+        good = (row_norms(residual) <= NO_DOUBT * system.b_norms) & (along > 0)
         if bool((good | (system.b_norms == 0)).all()):
             return None
         return doubted_sketch(system, sketch, self.complement)
@@ -350,7 +395,12 @@ class _Sketched(Nystrom):
     made: NystromSketch | FactoredSketch | None = None
 
     def _sketch(
-        self, system: DampedSystem, *, any_damping: bool = False, once: bool = False
+        self,
+        system: DampedSystem,
+        *,
+        any_damping: bool = False,
+        once: bool = False,
+        drawn: NarrowSketch | None = None,
     ) -> NystromSketch | FactoredSketch:
         assert self.made is not None
         return self.made

@@ -89,11 +89,14 @@ class BlockSolve:
         quiet = nullcontext() if self.origin is None else repeating()
         with torch.set_grad_enabled(self.grad_enabled), quiet:
             name = "v" if self.origin is None else "the gradient or tangent to solve for"
-            rows = _finite(operator, block, name)
+            values = block.detach()
             # By the largest entry and not by the norm, which may itself overflow.
             # (That of torch.linalg.vector_norm takes ten times as long as these two passes.)
-            values = block.detach()
-            largest = torch.maximum(values.amax(dim=1), -values.amin(dim=1)).tolist()
+            ends = torch.stack((values.amax(dim=1), values.amin(dim=1))).tolist()
+            if not all(math.isfinite(end) for row in ends for end in row):
+                operator.layout.check_finite(values, name)
+            largest = [max(high, -low) for high, low in zip(*ends, strict=True)]
+            rows = values.to(working_dtype(operator.dtype, operator.device))
             scales = rows.new_tensor([_power_of_two(size, rows.dtype) for size in largest])
             copied = rows.dtype is not block.dtype
             scaled = (rows.div_ if copied else rows.div)(factors(scales))

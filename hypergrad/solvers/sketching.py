@@ -70,10 +70,12 @@ def make_sketch(
     any_damping: bool = False,
     check: Check = True,
     once: bool = False,
+    drawn: NarrowSketch | None = None,
 ) -> NystromSketch | FactoredSketch:
     """Sketch the system's operator; see :func:`hypergrad.nystrom_sketch`.
 
-    ``once``: for the system's own damping, so that it may come without a basis.
+    ``once``: for the system's own damping, so that it may come without a basis.  ``drawn``: what
+    was drawn, and multiplied, for a narrow one.
     """
     options = SketchOptions(
         rank, kind, generator, policy, complement, diagonal, tol, max_rank, any_damping, check
@@ -84,7 +86,7 @@ def make_sketch(
             f"rank is {options.rank}, but the operator has dimension {n}; expected "
             f"1 <= rank <= {n}."
         )
-    before = system.num_hvps
+    before = system.num_hvps - (0 if drawn is None else len(drawn.omega))
     fixed = options.rank if options.rank != "auto" and options.sketch == "gaussian" else None
     large = fixed is not None and worth_streaming(fixed, n)
     narrow_products = fixed is not None and is_narrow(system, fixed)
@@ -92,7 +94,7 @@ def make_sketch(
         found = streamed_approximation(system, fixed, options.generator, options.check)
         return _finish(system, found, options, before, None, streamed=True)
     if fixed and narrow_products:
-        drawn = NarrowSketch.draw(system, fixed, options.generator)
+        drawn = drawn or NarrowSketch.draw(system, fixed, options.generator)
         narrow = _narrow_approximation(system, drawn, options, large, once)
         if isinstance(narrow, FactoredSketch):
             return narrow
@@ -237,7 +239,7 @@ def _narrow_approximation(
 ) -> Approximation | FactoredSketch:
     """:func:`_approximate` from inner products; wide blocks are formed where they are needed."""
     core = drawn.core
-    eigenvalues, combination = drawn.eigenpairs()
+    eigenvalues, combination = drawn.eigenpairs
     # The residual of the one answer will tell more of it than a product with an eigenvector.
     later = once and options.check is True and options.negative_curvature == "keep"
     check: Check = "estimate" if later else options.check
@@ -245,13 +247,11 @@ def _narrow_approximation(
     if core.indefinite or not drawn.vouched(system, eigenvalues, combination, check):
         return _not_positive(system, drawn, large)
     later = later and system.num_hvps == asked
-    complete = len(eigenvalues) < len(core.values)
-    tail = 0.0 if complete else float(eigenvalues[-1])
-    found = FactoredSketch(drawn, eigenvalues, combination, tail, complete, not later)
+    found = FactoredSketch.of(drawn, vouched=not later)
     damping = _damping_of(found, system)
     largest = float(eigenvalues[0]) if len(eigenvalues) else 0.0
     vague = core.blurred(damping) or core.noisy(largest, damping)
-    outside = options.complement != "zero" and tail > TAIL_THAT_MATTERS * damping
+    outside = options.complement != "zero" and found.tail > TAIL_THAT_MATTERS * damping
     if not (vague or outside) and once and drawn.resolved(eigenvalues):
         return found
     if later and not drawn.vouched(system, eigenvalues, combination, True):

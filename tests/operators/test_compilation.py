@@ -1,4 +1,4 @@
-"""``hessian(..., compile=True)``: the same products, of whatever the tensors hold now.
+"""``hessian`` and ``ggn`` with ``compile=True``: the same products, of what the tensors hold now.
 
 The backend runs the captured graph without generating code: what is tested is the capture.
 """
@@ -81,6 +81,81 @@ def test_what_a_closure_holds_is_not_frozen() -> None:
         assert_close(got, {name: size * leaf for name, leaf in plain.items()})
 
 
+class Settings:
+    power = 2.0
+
+
+SETTINGS = Settings()
+GAIN = 1.0
+
+
+def test_what_a_function_reads_elsewhere_is_not_frozen() -> None:
+    global GAIN
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(1.0))
+
+    class Loss:
+        shift = 0.0
+
+        def __call__(self, p: Tensor) -> Tensor:
+            doubled = 2.0 if net.training else 1.0
+            return doubled * GAIN * ((p + self.shift).abs() ** SETTINGS.power).sum()
+
+    function = Loss()
+
+    def curvature() -> float:
+        operator = hypergrad.hessian(function, torch.tensor([2.0]), compile=True)
+        product = operator.matvec(torch.ones(1))
+        assert isinstance(product, Tensor)
+        return float(product)
+
+    assert curvature() == pytest.approx(4.0)
+    net.eval()
+    assert curvature() == pytest.approx(2.0)
+    SETTINGS.power = 3.0
+    assert curvature() == pytest.approx(12.0)
+    GAIN = 2.0
+    assert curvature() == pytest.approx(24.0)
+    function.shift = 1.0
+    assert curvature() == pytest.approx(36.0)
+    SETTINGS.power, GAIN = 2.0, 1.0
+    assert len(compilation._graphs) == 1
+
+
+def test_what_requires_grad_in_a_closure_is_known_from_the_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = torch.tensor(3.0)
+    net = torch.nn.Linear(1, 1, dtype=torch.float32).requires_grad_(False)
+
+    def weighted(p: Tensor) -> Tensor:
+        return weight * torch.cosh(p).sum() + net(p[:1]).sum() * p[0]
+
+    def looked_at() -> tuple[bool, int]:
+        """Whether it depends on more, and how often the loss was evaluated to say so."""
+        operator = hypergrad.hessian(weighted, torch.ones(3), compile=True)
+        operator.matvec(torch.ones(3))
+        looks: list[int] = []
+        alone = type(operator)._forward_alone
+
+        def counted(one: Any) -> bool:
+            looks.append(1)
+            return alone(one)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(operator), "_forward_alone", counted)
+            return operator._depends_on_more(), len(looks)
+
+    looked_at()  # the first operator has a graph of its own
+    assert looked_at() == (False, 0)
+    weight.requires_grad_()
+    assert looked_at() == (True, 1)
+    weight.requires_grad_(False)
+    net.requires_grad_()
+    assert looked_at() == (True, 1)
+    net.requires_grad_(False)
+    assert looked_at() == (False, 1)  # a graph that was once attached is not relied upon
+
+
 def test_solvers_check_and_report_as_ever() -> None:
     point = inputs(0)
     v = {name: leaf[0] for name, leaf in block(1).items()}
@@ -126,3 +201,56 @@ def test_compilation_is_logged_and_checked(caplog: pytest.LogCaptureFixture) -> 
     assert [record.message.split()[0] for record in caplog.records] == ["compiling", "compiled"]
     with pytest.raises(hypergrad.SolverOptionError, match="compile is 'yes'"):
         hypergrad.hessian(loss, *inputs(0), compile="yes")  # type: ignore[arg-type]
+
+
+def outputs(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.tanh(x @ p["w"] + p["b"])
+
+
+def squares(out: Tensor, y: Tensor) -> Tensor:
+    return (out - y).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 3])
+def test_gauss_newton_products_are_compiled_too(count: int, dtype: torch.dtype) -> None:
+    vectors = {name: leaf.to(dtype) for name, leaf in block(count).items()}
+    for seed in range(3):
+        params, x, y = inputs(seed)
+        point = {name: leaf.to(dtype) for name, leaf in params.items()}, x.to(dtype), y.to(dtype)
+        compiled = hypergrad.ggn(outputs, squares, *point, compile=True)
+        expected = hypergrad.ggn(outputs, squares, *point).matmat(vectors)
+        assert_close(compiled.matmat(vectors), expected)
+        # After the first, an operator is made without an evaluation of its own.
+        assert (compiled._built is None) == (seed > 0)
+        torch.testing.assert_close(compiled.outputs, outputs(*point[:2]))
+    assert len(compilation._graphs) == 1
+    with torch.no_grad():
+        point[0]["w"].add_(1.0)
+    with pytest.raises(hypergrad.StaleOperatorError):
+        compiled.matmat(vectors)
+
+
+def test_compiled_gauss_newton_operators_are_solved_with_and_differentiated() -> None:
+    params, x, y = inputs(0)
+    v = {name: leaf[0] for name, leaf in block(1).items()}
+    gradients: list[Tensor] = []
+    for compile in (False, True):
+        x = x.detach().requires_grad_()
+        operator = hypergrad.ggn(outputs, squares, params, x, y, compile=compile)
+        solution = hypergrad.solve(operator, v, hypergrad.CG(rtol=1e-6), damping=0.5)
+        assert solution.info.converged
+        gradients += torch.autograd.grad(solution.value["w"].sum(), x)
+        exact = hypergrad.solve(operator, v, hypergrad.Gram(), damping=0.5)
+        assert_close(exact.value, solution.value)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+def test_gauss_newton_options_are_looked_at() -> None:
+    with pytest.raises(hypergrad.SolverOptionError, match="compile is 1"):
+        hypergrad.ggn(outputs, squares, *inputs(0), compile=1)  # type: ignore[arg-type]
+    for _ in range(2):
+        compiled = hypergrad.ggn(outputs, lambda out, y: -squares(out, y), *inputs(0), compile=True)
+        compiled.matmat(block(1))
+        with pytest.raises(hypergrad.NegativeCurvatureError):
+            hypergrad.ggn(outputs, compiled.loss_fn, *inputs(0), compile=True, check_convex=True)

@@ -117,6 +117,19 @@ def test_new_parameters_are_solved_with_by_the_same_graph() -> None:
     assert [graph.what[:2] for graph in compilation._graphs.values()].count("CG") == 1
 
 
+def test_params_that_were_modified_in_place_are_refused() -> None:
+    params, x, y = point(0)
+    for kind in range(3):
+        hessian: hypergrad.LinearOperator = hypergrad.hessian(loss, params, x, y)
+        other = hypergrad.hessian(loss, *point(1))
+        operator = (hessian, 2.0 * hessian + 3.0, hessian + other)[kind]
+        hypergrad.solve(operator, right_hand_side(F64), GRAPH, damping=3.0)
+        with torch.no_grad():
+            params["w"] *= 0.9
+        with pytest.raises(hypergrad.StaleOperatorError):
+            hypergrad.solve(operator, right_hand_side(F64), GRAPH, damping=3.0)
+
+
 def test_a_warm_start_is_gone_on_from() -> None:
     a, v = matrix(), gaussian(N)
     exact = torch.linalg.solve(a + 0.1 * torch.eye(N, dtype=F64), v)
