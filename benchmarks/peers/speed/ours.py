@@ -97,6 +97,10 @@ def team() -> Team:
         "hypergrad",
         (
             of("CG", lambda work: hypergrad.CG(rtol=rtol_of(work))),
+            of(
+                "CG, orthogonal",
+                lambda work: hypergrad.CG(rtol=rtol_of(work), reorthogonalize=True),
+            ),
             of("CG, fixed", lambda work: hypergrad.CG(rtol=0.0, max_iters=work), "iterations"),
             of("MINRES", lambda work: hypergrad.MINRES(rtol=rtol_of(work))),
             of("GMRES", lambda work: hypergrad.GMRES(rtol=rtol_of(work))),
@@ -107,6 +111,11 @@ def team() -> Team:
             of(
                 "CG, one graph",
                 lambda work: hypergrad.CG(rtol=rtol_of(work), compile=True),
+                compiled=True,
+            ),
+            of(
+                "CG, orthogonal, one graph",
+                lambda work: hypergrad.CG(rtol=rtol_of(work), compile=True, reorthogonalize=True),
                 compiled=True,
             ),
         ),
