@@ -48,8 +48,13 @@ class Agent(ABC):
 
     @property
     def _baked(self) -> tuple[Any, ...]:
-        """All that graphs of this agent contain of it; of the configuration, what they may."""
-        config = replace(self.config, seed=0, total_steps=1, compile=True)
+        """All that graphs of this agent contain of it.
+
+        Not what only decides on their inputs, so that runs which differ in that share them.
+        """
+        config = replace(
+            self.config, seed=0, total_steps=1, learning_rate=1.0, critic_learning_rate=1.0
+        )
         return config, self.policy, self.value_fn, self.actor_shapes, self.critic_shapes
 
     @property

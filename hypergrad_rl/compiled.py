@@ -110,6 +110,11 @@ class Compiled:
             return self.function(*inputs)
 
 
+def compiled_here(owner: object) -> bool:
+    """Whether a graph of an agent or a collector was compiled in this process, and not loaded."""
+    return any(part.compiled_here for part in vars(owner).values() if isinstance(part, Compiled))
+
+
 def fold(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: tuple[Any, ...]) -> Any:
     """``carry, result = body(carry, row)`` over ``rows``; the last carry, the results stacked.
 

@@ -42,12 +42,12 @@ import hypergrad
 logger = logging.getLogger(__name__)
 #: Bytes that all files together may have: a hundred graphs. The longest unused go first.
 LIMIT = 256 * 2**20
-FORMAT = 1
+FORMAT = 1  # of the files: part of their names
 _UNPACKED = "tmp-"
 _BEGAN = time.time()
 
 
-class Uncacheable(Exception):  # noqa: N818  # no error: it is compiled as any other function
+class Uncacheable(Exception):  # no error: it is compiled as any other function
     """What a graph depends on has no name that another process could find it by."""
 
 
@@ -146,7 +146,9 @@ def key_of(
     named = kind.__module__, kind.__qualname__, function.__name__, described(baked)
     settings = inductor.save_config_portable()
     settings.pop("aot_inductor.metadata", None)  # which the compiler itself writes to
-    text = repr((FORMAT, named, str(structure), signature, sorted(settings.items()), _surroundings()))
+    text = repr(
+        (FORMAT, named, str(structure), signature, sorted(settings.items()), _surroundings())
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -237,7 +239,8 @@ def compile_graph(function: Callable[..., Any], inputs: tuple[Any, ...], beside:
             context = torch._guards.TracingContext.get()
             assert context.fake_mode is not None
             fakes = [context.fake_mode.from_tensor(x) for x in given]
-            options = {"aot_inductor.output_path": made}
+            # A precompiled header takes as long as what it saves for five graphs.
+            options = {"aot_inductor.output_path": made, "aot_inductor.precompile_headers": False}
             with warnings.catch_warnings():  # PyTorch 2.13 copies what it deprecates itself
                 warnings.filterwarnings("ignore", r".*treespec, LeafSpec", FutureWarning)
                 libraries[:] = [Path(str(compile_fx_aot(graph, fakes, config_patches=options)))]
