@@ -17,6 +17,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import logging
 import os
 import pickle
@@ -94,33 +95,37 @@ def described(value: Any) -> Any:
     return kind.__module__, kind.__qualname__, described(held | vars(value))
 
 
-@functools.cache
-def _surroundings() -> str:
-    """The code of both packages, PyTorch, Python and the processor.
+def code_of(*packages: Path) -> str:
+    """A hash of all sources in some folders.
 
     Raises:
-        Uncacheable: a source that has changed since it was imported.
+        Uncacheable: a source that may have changed since it was imported.
     """
     sources = hashlib.sha256()
-    for package in (hypergrad, sys.modules[__package__]):
-        root = Path(str(package.__file__)).parent
-        for path in sorted(root.rglob("*.py")):
+    for package in packages:
+        for path in sorted(package.rglob("*.py")):
             about = path.stat()
             if max(about.st_mtime, about.st_ctime) >= _BEGAN:
                 raise Uncacheable(f"{path} has changed since this process began")
             content = path.read_bytes()
-            sources.update(f"{path.relative_to(root)} {len(content)} ".encode() + content)
+            sources.update(f"{path.relative_to(package)} {len(content)} ".encode() + content)
+    return sources.hexdigest()
+
+
+@functools.cache
+def _surroundings() -> str:
+    """The code of both packages, PyTorch, Python and the processor."""
+    packages = (hypergrad, sys.modules[__package__])
+    code = code_of(*[Path(str(package.__file__)).parent for package in packages])
     processor = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         # Code is for this very model (-march=native), and a home directory may be that of many.
-        for line in lines:
+        for line in itertools.takewhile(str.strip, lines):  # of the first processor
             if line.startswith(("model name", "flags", "Features", "CPU part")):
                 processor.append(line)
-            if not line.strip():
-                break
     return repr((
-        sources.hexdigest(), torch.__version__, torch.version.git_version,
-        torch.__config__.show(), sys.version, processor,
+        code, torch.__version__, torch.version.git_version, torch.__config__.show(), sys.version,
+        processor,
     ))  # fmt: skip
 
 
