@@ -37,9 +37,10 @@ def backend_of(config: AgentConfig) -> str | None:
 class Compiled:
     """``function`` as one compiled graph; eagerly, after one warning, where no compiler works.
 
-    ``function`` must be pure. With backend None it is simply called. ``baked`` is all that it holds
-    and a graph would contain, besides the code of this package, for other processes to find the
-    graph by (:mod:`~hypergrad_rl.graph_cache`); None where that cannot be named.
+    ``function`` must be pure and keep the structure of its inputs. With backend None it is simply
+    called. ``baked`` is all that it holds and a graph would contain, besides the code of this
+    package: other processes find the graph by it (:mod:`~hypergrad_rl.graph_cache`); None where
+    that cannot be said.
     """
 
     def __init__(

@@ -165,7 +165,7 @@ def directory() -> Path:
         Uncacheable: it is someone else's, or caches are switched off.
     """
     import torch._inductor.config as inductor
-    from torch._inductor.runtime.runtime_utils import cache_dir
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     if inductor.force_disable_caches:
         raise Uncacheable("PyTorch's caches are switched off")
@@ -243,7 +243,7 @@ def compile_graph(function: Callable[..., Any], inputs: tuple[Any, ...], beside:
             used[:] = [places[id(x)] for x in given]
             context = torch._guards.TracingContext.get()
             assert context.fake_mode is not None
-            fakes = [context.fake_mode.from_tensor(x) for x in given]
+            fakes: list[Any] = [context.fake_mode.from_tensor(x) for x in given]
             # A precompiled header takes as long as what it saves for five graphs.
             options = {"aot_inductor.output_path": made, "aot_inductor.precompile_headers": False}
             with warnings.catch_warnings():  # PyTorch 2.13 copies what it deprecates itself

@@ -164,9 +164,12 @@ def test_without_a_graph_torch_compile_serves(
 ) -> None:
     """Another PyTorch, code from elsewhere, a directory that cannot be made: as it ever was."""
     seen: list[str] = []
-    monkeypatch.setattr(
-        "hypergrad_rl.compiled.traced", lambda function, backend, **_: seen.append(backend) or step
-    )
+
+    def traced(function: Callable[..., Any], backend: str, **_: Any) -> Callable[..., Any]:
+        seen.append(backend)
+        return function
+
+    monkeypatch.setattr("hypergrad_rl.compiled.traced", traced)
 
     def fails(*_: Any) -> None:
         raise AttributeError("no such function in this PyTorch")
