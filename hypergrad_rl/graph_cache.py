@@ -13,7 +13,6 @@ as networks of one's own, is compiled in each process.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import inspect
 import io
@@ -112,9 +111,11 @@ def code_of(*packages: Path) -> str:
     return sources.hexdigest()
 
 
-@functools.cache
 def _surroundings() -> str:
-    """The code of both packages, PyTorch, Python and the processor."""
+    """The code of both packages, PyTorch, Python and the processor.
+
+    Looked at each time, which takes 5 ms: sources may change, and be imported again.
+    """
     packages = (hypergrad, sys.modules[__package__])
     code = code_of(*[Path(str(package.__file__)).parent for package in packages])
     processor = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
