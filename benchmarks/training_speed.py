@@ -1,15 +1,22 @@
 """Environment steps a second of training, on one thread, compiling excluded.
 
     python -m benchmarks.training_speed [--updates 40] [--task CartPole-v1] [--arms "BLPO, fast"]
+    python -m benchmarks.training_speed --start
 
 By the processor time of this process, all arms in turns, the quicker half of the updates: other
 work on the machine counts little. With the published setting as ``--style paper`` has it, and the
-fast one where the task has one.
+fast one where the task has one. ``--start``: the processor time of whole processes that train for
+one update, their compilers included, with PyTorch's cache and ours empty and then full.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 
 import numpy as np
@@ -56,19 +63,45 @@ class Arm:
         return 1e3 * half[0], 1e3 * half[1], 1e6 * half.sum() / self.steps
 
 
+def start_seconds(name: str, task: str) -> list[float]:
+    """Processor seconds of a process that trains for one update: from empty and full caches."""
+    command = [sys.executable, "-m", "benchmarks.training_speed", "--updates", "1"]
+    seconds = []
+    with tempfile.TemporaryDirectory() as empty:
+        # PyTorch keeps precompiled headers in the directory for temporary files.
+        cache = {"TORCHINDUCTOR_CACHE_DIR": f"{empty}/cache", "TMPDIR": empty}
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(
+                [*command, "--task", task, "--arms", name], env=os.environ | cache, check=True,
+                stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--task", default="CartPole-v1")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--start", action="store_true", help="what it takes to begin")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    arms = {
-        name: Arm(algo, args.task, style, args.eager)
+    chosen = {
+        name: (algo, style)
         for name, (algo, style) in ARMS.items()
         if name in args.arms and (style == "tuned" or args.task in STYLES[style])
     }
+    if args.start:
+        print(f"{'':18}{'empty cache, s':>18}{'full cache, s':>18}")
+        for name in chosen:
+            cold, cached = start_seconds(name, args.task)
+            print(f"{name:18}{cold:18.1f}{cached:18.1f}", flush=True)
+        return
+    arms = {n: Arm(algo, args.task, style, args.eager) for n, (algo, style) in chosen.items()}
     for i in range(args.updates):
         for arm in arms.values():
             arm.update(i / args.updates)

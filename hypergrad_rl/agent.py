@@ -43,8 +43,19 @@ class Agent(ABC):
         self.obs_dim, self.backend = obs_dim, backend
         # One graph for all of an update where that can be, else one for each minibatch.
         whole = backend is not None and FOLDS and self.folds
-        self._improve = Compiled(self._all_minibatches, backend if whole else None)
-        self._minibatch = Compiled(self._one_minibatch, None if whole else backend)
+        self._improve = Compiled(self._all_minibatches, backend if whole else None, self._baked)
+        self._minibatch = Compiled(self._one_minibatch, None if whole else backend, self._baked)
+
+    @property
+    def _baked(self) -> tuple[Any, ...]:
+        """All that graphs of this agent contain of it.
+
+        Not what only decides on their inputs, so that runs which differ in that share them.
+        """
+        config = replace(
+            self.config, seed=0, total_steps=1, learning_rate=1.0, critic_learning_rate=1.0
+        )
+        return config, self.policy, self.value_fn, self.actor_shapes, self.critic_shapes
 
     @property
     def actor(self) -> Params:

@@ -58,8 +58,8 @@ class BLPO(Agent):
             # The solver looks at values: it runs eagerly between two graphs.
             self._minibatch = Compiled(self._one_minibatch, None)
         parts = None if self.config.compiles_whole else self.backend
-        self._fit = Compiled(self._fit_critic, parts)
-        self._lead = Compiled(self._step_actor, parts)
+        self._fit = Compiled(self._fit_critic, parts, self._baked)
+        self._lead = Compiled(self._step_actor, parts, self._baked)
 
     @property
     def folds(self) -> bool:

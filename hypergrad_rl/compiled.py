@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from hypergrad_rl.config import AgentConfig
+from hypergrad_rl.graph_cache import Graph, graph_of, signature_of, traced
 
 try:
-    from torch._functorch.compile_utils import fx_graph_cse
     from torch._higher_order_ops.scan import scan
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     FOLDS = True
 except ImportError:  # a PyTorch without it: what would be one graph is a loop over smaller ones
     FOLDS = False
-    CustomGraphPass = object  # type: ignore[assignment,misc]
 
+logger = logging.getLogger(__name__)
 #: Gradients of a training from which on ``compile="auto"`` compiles: it saves 0.6 to 0.8 ms of each
 #: (docs/rl.md has the figures) and takes up to a minute, where the cache has nothing of it yet.
 WORTH_COMPILING = 75_000
@@ -36,79 +34,89 @@ def backend_of(config: AgentConfig) -> str | None:
     return "inductor" if wanted else None
 
 
-def _not_of_shims(record: logging.LogRecord) -> bool:
-    """Drops what PyTorch logs of decompositions that graphs call through Python: no news here."""
-    return "missing a c-shim" not in record.getMessage()
-
-
-class _Once(CustomGraphPass):
-    """What a graph, or the body of a loop in it, would compute twice it computes once.
-
-    PyTorch 2.13 sees to that in graphs with a backward pass only. Here one pass of a network
-    serves several derivatives.
-    """
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        module = graph.owning_module
-        assert module is not None
-        module.graph = fx_graph_cse(graph)
-
-    def uuid(self) -> bytes:
-        """What PyTorch's cache of compiled graphs knows this pass by."""
-        code: bytes = get_hash_for_files((__file__,))
-        return code
-
-
 class Compiled:
     """``function`` as one compiled graph; eagerly, after one warning, where no compiler works.
 
-    ``function`` must be pure and keep the shapes of its inputs over the calls. With backend None
-    it is simply called.
+    ``function`` must be pure and keep the structure of its inputs. With backend None it is simply
+    called. ``baked`` is all that it holds and a graph would contain, besides the code of this
+    package: other processes find the graph by it (:mod:`~hypergrad_rl.graph_cache`); None where
+    that cannot be said.
     """
 
-    def __init__(self, function: Callable[..., Any], backend: str | None) -> None:
-        self.function, self.run = function, function
-        if backend is not None:
-            options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
-            if backend == "inductor":  # calls of kernels in C++ cost less than in Python
-                options["options"] = {"cpp_wrapper": True}
-                if FOLDS:
-                    options["options"]["post_grad_custom_pre_pass"] = _Once()
-            # Agents of one process are no reason to give up on any of them (torch >= 2.13).
-            if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-                options["isolate_recompiles"] = True
-            self.run = torch.compile(function, **options)
-            logging.getLogger("torch._inductor.ir").addFilter(_not_of_shims)
-            from torch._dynamo.exc import TorchDynamoException
-            from torch._inductor.exc import InductorError  # half a second to import
-
-            # No compiler that works; a network of one's own that is no graph.
-            self.failures: tuple[type[Exception], ...] = (InductorError, TorchDynamoException)
+    def __init__(
+        self, function: Callable[..., Any], backend: str | None, baked: Any = None
+    ) -> None:
+        self.function, self.backend = function, backend
+        self.baked = baked if backend == "inductor" else None
+        #: Whether something was compiled here, and not loaded.
+        self.compiled_here = False
+        self.graphs: dict[tuple[Any, ...], Graph | None] = {}
+        self.run: Callable[..., Any] | None = None
 
     @property
     def compiles(self) -> bool:
         """Whether calls run a graph."""
-        return self.run is not self.function
+        return self.backend is not None
 
     def __call__(self, *inputs: Any) -> Any:
         """The results of ``function(*inputs)``, as constants."""
         with torch.no_grad():
-            if not self.compiles:
+            if self.backend is None:
                 return self.function(*inputs)
-            try:
-                return self.run(*inputs)
-            except self.failures as error:
-                cause = getattr(error, "inner_exception", error)
-                reason = str(cause).strip().split("\n")[0]
-                warnings.warn(
-                    f"torch.compile failed ({type(cause).__name__}: {reason}), so "
-                    "updates run uncompiled, with equal results but slower; a C++ compiler is "
-                    "needed, and networks without branches on values; compile=False goes without",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                self.run = self.function
-                return self.function(*inputs)
+            if self.baked is not None:
+                leaves = tree_flatten(inputs)[0]
+                graph = self._graph(inputs, leaves)
+                if graph is not None:
+                    return graph(leaves)
+            return self._by_torch(inputs)
+
+    def _graph(self, inputs: tuple[Any, ...], leaves: list[Any]) -> Graph | None:
+        """The graph for inputs like these; None where there is none that could be kept."""
+        try:
+            signature = signature_of(leaves)
+            if signature not in self.graphs:
+                self.graphs[signature] = None
+                graph, loaded = graph_of(self.function, self.baked, inputs, signature)
+                self.graphs[signature] = graph
+                self.compiled_here |= not loaded
+            return self.graphs[signature]
+        except Exception as error:  # PyTorch's compiler has many ways to fail
+            logger.debug("%s is compiled by torch.compile: %r", self.function, error)
+            return None
+
+    def _by_torch(self, inputs: tuple[Any, ...]) -> Any:
+        """The results by ``torch.compile``, whose graphs live in this process alone."""
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError  # a second to import
+
+        from hypergrad_rl.graph_passes import inductor_options
+
+        if self.run is None:
+            options = {}
+            if self.backend == "inductor":  # calls of kernels in C++ cost less than in Python
+                options["options"] = {"cpp_wrapper": True, **inductor_options()}
+            self.run = traced(self.function, self.backend, **options)
+            self.compiled_here = True
+        try:
+            return self.run(*inputs)
+        except (InductorError, TorchDynamoException) as error:
+            # No compiler that works; a network of one's own that is no graph.
+            cause = getattr(error, "inner_exception", error)
+            reason = str(cause).strip().split("\n")[0]
+            warnings.warn(
+                f"torch.compile failed ({type(cause).__name__}: {reason}), so "
+                "updates run uncompiled, with equal results but slower; a C++ compiler is "
+                "needed, and networks without branches on values; compile=False goes without",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self.backend = None
+            return self.function(*inputs)
+
+
+def compiled_here(owner: object) -> bool:
+    """Whether a graph of an agent or a collector was compiled in this process, and not loaded."""
+    return any(part.compiled_here for part in vars(owner).values() if isinstance(part, Compiled))
 
 
 def fold(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: tuple[Any, ...]) -> Any:

@@ -160,7 +160,7 @@ class ArrayCollector:
         self.task, self.config, self.generator = task, config, generator
         self.obs_dim = task.obs_dim
         self.policy = CategoricalPolicy(task.num_actions)
-        self._graph = Compiled(self._scanned, backend if FOLDS else None)
+        self._graph = Compiled(self._scanned, backend if FOLDS else None, (task, self.policy))
         self.state = self._fresh(1)[0]
         self.age = torch.zeros(config.num_envs, dtype=torch.int64)
         self.returns = np.zeros(config.num_envs)

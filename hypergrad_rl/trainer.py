@@ -22,7 +22,7 @@ from hypergrad_rl import run_directory as runs
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.blpo import BLPO
 from hypergrad_rl.checkpoint import save_checkpoint
-from hypergrad_rl.compiled import backend_of
+from hypergrad_rl.compiled import backend_of, compiled_here
 from hypergrad_rl.config import PPOConfig
 from hypergrad_rl.envs import VectorEnv, make_vector_env
 from hypergrad_rl.errors import (
@@ -340,5 +340,6 @@ def compile_agent(agent: Agent, collector: Collector | ArrayCollector, progress:
         )
     seconds = agent.warm_up() + collector.warm_up(agent.actor)
     if progress and agent.backend is not None:
-        tqdm.write(f"compiled in {seconds:.0f} s", file=sys.stderr)
+        done = "compiled" if compiled_here(agent) or compiled_here(collector) else "loaded"
+        tqdm.write(f"{done} in {seconds:.0f} s", file=sys.stderr)
     return seconds

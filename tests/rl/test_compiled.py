@@ -15,8 +15,9 @@ import hypergrad_rl
 from hypergrad_rl import BLPOConfig, ConfigError, Networks, PPOConfig, make_config, train
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.cli import main
-from hypergrad_rl.compiled import WORTH_COMPILING, Compiled, _Once, backend_of
+from hypergrad_rl.compiled import WORTH_COMPILING, Compiled, backend_of
 from hypergrad_rl.functional import AdamState, adam
+from hypergrad_rl.graph_passes import Once
 from hypergrad_rl.hypergradient import critic_gradient
 from hypergrad_rl.networks import (
     CategoricalPolicy,
@@ -317,7 +318,7 @@ def test_a_graph_computes_nothing_twice() -> None:
     x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
     module = make_fx(function)(x, x)
     expected = module(x, x)
-    _Once()(module.graph)
+    Once()(module.graph)
     module.recompile()
     counts = Counter(str(node.target) for node in module.graph.nodes)
     assert counts["aten.mm.default"] == counts["aten.tanh.default"] == 1
