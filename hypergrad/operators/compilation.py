@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,16 @@ class Graph:
         proved: whether its results were compared with those of eager code, and agreed.
         attached: whether the function reads a tensor that requires grad, besides its inputs, or
             read one before that changed.
+        opaque: whether the function is given objects, whose state PyTorch may not watch in full;
+            then every operator's first results are compared.
     """
 
     def __init__(
         self, function: Callable[..., Any], what: str, instead: str, options: dict[str, Any]
     ) -> None:
         self.what, self.instead, self.options = what, instead, options
-        self.proved = self.used = self.attached = False
+        self.proved = self.used = self.attached = self.opaque = False
+        self._last: weakref.ref[LinearOperator] | None = None
         _log.info("compiling %s", what)
         # Dynamo keeps what it compiled by code object, and counts how often: each has its own.
         own = types.FunctionType(
@@ -61,6 +65,7 @@ class Graph:
 
     def _backend(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         """The code for what was captured; once more for each change of what the function reads."""
+        self.proved = False  # a module in training mode is another function, perhaps a random one
         read = [*inputs, *module.parameters(), *module.buffers()]
         self.attached |= any(isinstance(x, Tensor) and x.requires_grad for x in read)
         patches = {"config_patches": self.options} if self.options else {}
@@ -75,11 +80,13 @@ class Graph:
         operator._check_fresh()
         if self.compiled is None:
             return None
+        if self.opaque and (self._last is None or self._last() is not operator):
+            self.proved, self._last = False, weakref.ref(operator)
         start = time.perf_counter()
         try:
             with torch.no_grad():
                 results = self.compiled([_plain(x) for x in operator._tensors()], *inputs)
-        except RuntimeError as error:
+        except Exception as error:  # PyTorch's compiler fails in many ways
             if isinstance(error, torch.OutOfMemoryError | HypergradError):
                 raise
             # Where the fault is that of the code compiled, it shows when that runs eagerly.
@@ -108,6 +115,8 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 _graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+#: Signatures of operators that were found to depend on tensors that they do not list.
+_reaching: set[Hashable] = set()
 
 
 def graph_of(key: tuple[Hashable, ...], make: Callable[[], Graph]) -> Graph:
@@ -115,6 +124,7 @@ def graph_of(key: tuple[Hashable, ...], make: Callable[[], Graph]) -> Graph:
     graph = _graphs.get(key)
     if graph is None:
         graph = _graphs[key] = make()
+        graph.opaque = _holds_objects(key)
         while len(_graphs) > _KEPT:
             _graphs.popitem(last=False)
     _graphs.move_to_end(key)
@@ -131,27 +141,70 @@ def signature_of(operator: LinearOperator, batch: tuple[Any, ...], *rest: Any) -
     leaves, spec = flat_batch(batch)
     layout = operator.layout
     try:
-        key = (
-            type(operator), *rest, layout.paths, layout.shapes, layout.dtypes,
-            str(layout.device), str(spec), tuple(_described(leaf) for leaf in leaves),
-        )  # fmt: skip
-        hash(key)
+        for leaf in leaves:
+            hash(leaf)
     except TypeError:
         return operator  # only equal to itself
-    return key
+    return (
+        type(operator), *(_named(x) for x in rest), layout.paths, layout.shapes, layout.dtypes,
+        str(layout.device), str(spec), tuple(_described(leaf) for leaf in leaves),
+    )  # fmt: skip
+
+
+class _Same:
+    """An object as itself, held: equal ones may still do different things."""
+
+    def __init__(self, thing: object) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.thing is self.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+class _Given(_Same):
+    """An object of a batch, which may have another state by the next operator."""
+
+
+def _named(thing: Any) -> Hashable:
+    """What a function, or a value, is told from others by."""
+    if isinstance(thing, types.MethodType):  # made anew each time that it is asked for
+        return (_Same(thing.__self__), _Same(thing.__func__))
+    plain = thing is None or type(thing) in (str, int, bool, float, complex, torch.dtype)
+    return (type(thing), repr(thing)) if plain else _Same(thing)
 
 
 def _described(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return (tuple(leaf.shape), leaf.dtype, str(leaf.device))
-    hash(leaf)
-    return leaf  # type: ignore[no-any-return]
+    name = _named(leaf)
+    return name if isinstance(name, tuple) and not callable(leaf) else _Given(leaf)
+
+
+def _holds_objects(key: Hashable) -> bool:
+    if isinstance(key, tuple):
+        return any(_holds_objects(part) for part in key)
+    return isinstance(key, _Given)
 
 
 def check_compile(compile: Any) -> None:
     """Raise :class:`SolverOptionError` unless it is True or False."""
     if not isinstance(compile, bool):
         raise SolverOptionError(f"compile is {compile!r}, expected True or False.")
+
+
+def note_reaching(operator: LinearOperator) -> None:
+    """Remember that operators like this one depend on more than they list."""
+    signature = operator._signature()
+    if signature is not operator:
+        _reaching.add(signature)
+
+
+def is_reaching(operator: LinearOperator) -> bool:
+    """Whether operators like this one were found to."""
+    return bool(_reaching) and operator._signature() in _reaching
 
 
 def is_compiled(operator: LinearOperator) -> bool:
@@ -163,6 +216,7 @@ def is_compiled(operator: LinearOperator) -> bool:
 def forget_compiled() -> None:
     """Forget every graph; the next products are compiled anew, from PyTorch's own cache if any."""
     _graphs.clear()
+    _reaching.clear()
 
 
 def compiled_products(

@@ -20,7 +20,15 @@ from ..transforms import (
     transforming,
 )
 from .base import LinearOperator
-from .compilation import check_compile, compiled_products, detached, is_compiled, signature_of
+from .compilation import (
+    check_compile,
+    compiled_products,
+    detached,
+    is_compiled,
+    is_reaching,
+    note_reaching,
+    signature_of,
+)
 from .evaluation import Evaluation
 from .gradient_graph import GradientGraph, owned, pulled, room_for
 from .modes import (
@@ -89,6 +97,7 @@ class HessianOperator(LinearOperator):
     def _build(self) -> GradientGraph:
         """The graph of the gradient, once."""
         if self._built is None:
+            self._check_fresh()
             self._built = self._graph()
         return self._built
 
@@ -113,7 +122,8 @@ class HessianOperator(LinearOperator):
         self._point.check_fresh(self.layout)
 
     def _note_constant(self) -> None:
-        self._more = False
+        if not is_reaching(self):
+            self._more = False
 
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
         other = copy.copy(self)
@@ -128,12 +138,17 @@ class HessianOperator(LinearOperator):
     def _depends_on_more(self) -> bool:
         if transforming() or tangents():
             return self._point.depends_on_more(self)
-        if self._more is None and self._built is None and not self._forward_alone():
-            self._more = False
+        looked = None
+        if self._more is None and self._built is None and not is_reaching(self):
+            looked = self._forward_alone()
+            self._more = None if looked else False
         if self._more is None:
             built = self._build()
             known = built.leaves + [x for x in self._point.batch_tensors if x.requires_grad]
             self._more = reaches_beyond([x for x in built.gradients if x is not None], known)
+            known_by_now = looked or not self.compile or is_reaching(self)
+            if self._more and not known_by_now and not self._forward_alone():
+                note_reaching(self)  # a forward pass does not show it
         return self._more
 
     def _forward_alone(self) -> bool:

@@ -46,6 +46,7 @@ class _Found:
     norm: float
     definite: bool
     skewed: bool
+    largest: float
 
 
 def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcome | None:
@@ -72,6 +73,7 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
     )
     claim = 0.0 if fixed else _SHARE * max(tolerance, torch.finfo(system.b.dtype).eps ** 2)
     scalars = system.b.new_tensor(claim), system.b.new_tensor(damping)
+    scale, limits = float(system.scales[0]), torch.finfo(operator.dtype)
     done, status = 0, Status.STAGNATED
     for _ in range(PATIENCE):
         left = torch.tensor(budget - done, device=system.b.device)
@@ -84,13 +86,15 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
         system.num_hvps += found.iterations + 1
         if found.skewed or not math.isfinite(found.norm):
             return None  # where the eager solver says what is wrong, or that it is rounding
+        if 0 < found.largest * min(1.0, scale) < limits.tiny / limits.eps:
+            return None  # what is returned is not what was checked: it underflows
         if not graph.proved and not _proved(graph, system, x, rest, damping):
             return None
         start, residual, norm = x[None], rest[None], found.norm
         if not found.definite:
             break
         if fixed:
-            status = Status.FIXED_ITERATIONS
+            status = Status.FIXED_ITERATIONS if norm > 0 else Status.CONVERGED
             break
         if norm <= tolerance:
             status = Status.CONVERGED
@@ -142,8 +146,9 @@ def _proved(
 
 
 def _read(numbers: Tensor, operator: LinearOperator) -> _Found:
-    iterations, norm, definite, skew = numbers.tolist()  # one transfer from the device
-    return _Found(int(iterations), norm, bool(definite), not skew <= allowed_skew(operator.dtype))
+    iterations, norm, definite, skew, largest = numbers.tolist()  # one transfer from the device
+    skewed = not skew <= allowed_skew(operator.dtype)
+    return _Found(int(iterations), norm, bool(definite), skewed, largest)
 
 
 def _graph(operator: LinearOperator, fixed: bool, kept: int) -> Graph:
@@ -170,7 +175,7 @@ def _graph(operator: LinearOperator, fixed: bool, kept: int) -> Graph:
         rounded = x.to(now.dtype)  # as it will be returned
         left = b - product(rounded).to(b.dtype) - damping * rounded.to(b.dtype)
         iterations, definite, skew = numbers
-        facts = (iterations, torch.linalg.vector_norm(left), definite, skew)
+        facts = (iterations, torch.linalg.vector_norm(left), definite, skew, rounded.abs().amax())
         return x, left, torch.stack([x.to(b.dtype) for x in facts])
 
     return Graph(

@@ -5,10 +5,13 @@ The backend runs the captured graph without generating code: what is tested is t
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -254,3 +257,161 @@ def test_gauss_newton_options_are_looked_at() -> None:
         compiled.matmat(block(1))
         with pytest.raises(hypergrad.NegativeCurvatureError):
             hypergrad.ggn(outputs, compiled.loss_fn, *inputs(0), compile=True, check_convex=True)
+
+
+# What one graph may serve ----------------------------------------------------------------------
+
+
+def quiet_product(operator: hypergrad.LinearOperator, v: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hypergrad.CompilationWarning)
+        return operator.matvec(v)
+
+
+def test_a_graph_made_anew_is_compared_anew() -> None:
+    """A module in training mode is another function than the one that agreed."""
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    drop = torch.nn.Dropout(0.5)
+
+    def dropped(w: Tensor) -> Tensor:
+        return torch.tanh(drop(x) @ w).square().mean() + (w**2).sum()
+
+    drop.eval()
+    v = torch.ones(6)
+    hypergrad.hessian(dropped, v, compile=True).matvec(v)
+    drop.train()
+    operator = hypergrad.hessian(dropped, v, compile=True)
+    with pytest.warns(hypergrad.CompilationWarning, match="draws random numbers"):
+        first = operator.matvec(v)
+    assert torch.equal(operator.matvec(v), first)
+
+
+class Options:
+    scale = 1.0
+
+
+def test_objects_of_a_batch_may_change() -> None:
+    def scaled(w: Tensor, settings: Options) -> Tensor:
+        return settings.scale * (w**4).sum() + (w**2).sum()
+
+    settings, w = Options(), torch.linspace(-1.0, 1.0, 6)
+    for scale in (None, 7.0, 3.0):
+        if scale is not None:
+            settings.scale = scale
+        got = quiet_product(hypergrad.hessian(scaled, w, settings, compile=True), w)
+        torch.testing.assert_close(got, hypergrad.hessian(scaled, w, settings) @ w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Equal to every other, whatever it holds."""
+
+    weight: Tensor = dataclasses.field(compare=False)
+
+    def __call__(self, w: Tensor, *batch: Any) -> Tensor:
+        return (self.weight * w**4).sum()
+
+
+def test_equal_is_not_the_same() -> None:
+    w = torch.linspace(-1.0, 1.0, 6)
+
+    def typed(w: Tensor, flag: Any) -> Tensor:
+        return (3.0 if flag is True else 1.0) * (w**4).sum()
+
+    def signed(w: Tensor, zero: float) -> Tensor:
+        return math.copysign(1.0, zero) * (w**4).sum()
+
+    for loss_fn, leaves in ((typed, (1, True, 1.0)), (signed, (0.0, -0.0))):
+        for leaf in leaves:
+            got = quiet_product(hypergrad.hessian(loss_fn, w, leaf, compile=True), w)
+            torch.testing.assert_close(got, hypergrad.hessian(loss_fn, w, leaf) @ w)
+    for weight in (1.0, 5.0):
+        given = Scaled(torch.full((6,), weight))
+        assert hash(given) == hash(Scaled(torch.zeros(6)))
+        for operands in ((given,), (lambda w, other: other(w), given)):
+            function, *batch = operands
+            got = quiet_product(hypergrad.hessian(function, w, *batch, compile=True), w)
+            torch.testing.assert_close(got, hypergrad.hessian(function, w, *batch) @ w)
+
+
+def test_bound_methods_of_one_object_share_a_graph() -> None:
+    class Model:
+        def loss(self, w: Tensor) -> Tensor:
+            return (w**4).sum()
+
+    model, w = Model(), torch.ones(3)
+    assert model.loss is not model.loss
+    operators = [hypergrad.hessian(model.loss, w, compile=True) for _ in range(2)]
+    assert operators[0]._signature() == operators[1]._signature()
+    assert (
+        operators[0]._signature() != hypergrad.hessian(Model().loss, w, compile=True)._signature()
+    )
+
+
+@pytest.mark.parametrize("kind", ["number that changes", "number of NumPy"])
+def test_what_the_compiler_fails_at_runs_eagerly(kind: str) -> None:
+    """A number in a closure is part of the graph, and PyTorch makes no more than some of these."""
+    scale: Any = 1.0
+
+    def scaled(w: Tensor) -> Tensor:
+        return scale * (w**4).sum()
+
+    w = torch.linspace(-1.0, 1.0, 6)
+    scales = [1.0 + i for i in range(12)] if kind == "number that changes" else [np.float32(2.0)]
+    warned = 0
+    for number in scales:
+        scale = number
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            got = hypergrad.hessian(scaled, w, compile=True).matvec(w)
+        warned += sum(x.category is hypergrad.CompilationWarning for x in seen)
+        torch.testing.assert_close(got, hypergrad.hessian(scaled, w) @ w)
+    assert warned == 1
+
+
+class _Hidden(torch.autograd.Function):
+    """Its derivative depends on a tensor that no forward pass meets."""
+
+    weight: Any = None
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        return (w**4).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (w,) = ctx.saved_tensors
+        return grad * _Hidden.weight * 4.0 * w**3
+
+
+def test_what_only_the_gradient_reads_is_not_lost() -> None:
+    w, v = torch.linspace(0.5, 1.0, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    _Hidden.weight = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    slopes = []
+
+    def hidden(w: Tensor) -> Tensor:
+        return _Hidden.apply(w)  # type: ignore[no-untyped-call]
+
+    for _ in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", hypergrad.CompilationWarning)
+            operator = hypergrad.hessian(hidden, w, compile=True)
+            x = hypergrad.solve(operator, v, hypergrad.Exact()).value
+        (slope,) = torch.autograd.grad(x.sum(), _Hidden.weight)
+        slopes.append(slope)
+    torch.testing.assert_close(slopes[0], -(v / (12 * w**2)).sum() / 1.5**2)
+    assert slopes[0] == slopes[1] == slopes[2]
+
+
+def test_the_loss_of_a_modified_point_is_refused() -> None:
+    w = torch.ones(3)
+
+    def quartic(w: Tensor) -> Tensor:
+        return (w**4).sum()
+
+    hypergrad.hessian(quartic, w, compile=True).matvec(w)
+    operator = hypergrad.hessian(quartic, w, compile=True)
+    w.add_(1.0)
+    with pytest.raises(hypergrad.StaleOperatorError):
+        _ = operator.loss

@@ -5,6 +5,7 @@ But where said otherwise the backend runs the captured graph without generating 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -298,3 +299,22 @@ def test_rounds_go_on_from_the_true_residual(monkeypatch: pytest.MonkeyPatch) ->
     info = hypergrad.solve(matrix(), gaussian(N), GRAPH, damping=0.1, on_failure="ignore").info
     assert info.converged
     assert info.relative_residual <= 1e-5
+
+
+@pytest.mark.parametrize(("of_a", "of_v"), [(1e22, 1e-19), (1e26, 1e-19), (1e36, 1e-10)])
+def test_an_answer_that_underflows_is_the_eager_solver_s(of_a: float, of_v: float) -> None:
+    a = torch.diag(of_a * torch.linspace(1.0, 3.0, N))
+    v = of_v * gaussian(N).to(F32)
+    infos = [
+        hypergrad.solve(a, v, CG(rtol=1e-5), on_failure="ignore").info
+        for CG in (hypergrad.CG, functools.partial(hypergrad.CG, compile=True))
+    ]
+    assert infos[0].status is infos[1].status is Status.STAGNATED
+    assert infos[1].relative_residual == pytest.approx(infos[0].relative_residual)
+
+
+def test_a_fixed_number_that_solves_exactly_has_converged() -> None:
+    for compiled in (False, True):
+        solver = hypergrad.CG(rtol=0.0, max_iters=3, compile=compiled)
+        info = hypergrad.solve(torch.eye(4), torch.ones(4), solver).info
+        assert info.status is Status.CONVERGED

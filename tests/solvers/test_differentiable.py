@@ -716,3 +716,30 @@ def test_a_loss_that_torch_func_cannot_take_is_differentiated_by_autograd() -> N
     expected = torch.autograd.grad((v / (theta**2 + DAMPING)).sum(), theta)[0]
     assert relative_error(got, expected) <= 1e-10
     assert hypergrad.solve(curvature, v.detach()).info.status is Status.CONVERGED
+
+
+def test_every_jacobian_of_a_regularised_loss() -> None:
+    """The square of what is solved at, weighted by what is differentiated in."""
+    source = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(shape, generator=source, dtype=F64) for shape in ((20, 4), (20,)))
+    w, v = (torch.randn(4, generator=source, dtype=F64) for _ in range(2))
+
+    def inner(w: Tensor, log_weight: Tensor) -> Tensor:
+        return ((x @ w - y) ** 2).mean() + (log_weight.exp() * w**2).sum()
+
+    def solved(log_weight: Tensor) -> Tensor:
+        operator = hypergrad.hessian(inner, w, log_weight)
+        value = hypergrad.solve(operator, v, hypergrad.Exact()).value
+        assert isinstance(value, Tensor)
+        return value
+
+    at = torch.full((4,), -1.0, dtype=F64)
+    hessian = 2 * (x.T @ x / 20 + torch.diag(at.exp()))
+    inverse = torch.linalg.inv(hessian)
+    expected = -inverse * (2 * at.exp() * (inverse @ v))
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(solved)(at), expected)
+    twice = torch.func.hessian(lambda at: solved(at) @ v)(at)
+    torch.testing.assert_close(
+        twice, torch.func.jacfwd(torch.func.jacfwd(lambda at: solved(at) @ v))(at)
+    )
