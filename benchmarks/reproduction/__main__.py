@@ -27,10 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub = commands.add_parser("report", help="report on the finished runs")
     sub.add_argument("--run-dir", type=Path, default=Path("runs/reproduction"))
     sub.add_argument("--output", type=Path, default=Path("runs/reproduction/report"))
+    sub.add_argument("--mix", nargs="+", default=[], help="settings that older runs lack")
     args = parser.parse_args(argv)
     try:
         if args.command == "report":
-            print(write_report(args.run_dir, args.output))
+            print(write_report(args.run_dir, args.output, args.mix))
             return 0
         trial = {"total_steps": args.total_steps, "compile": False}
         # Of so many trainings even the short ones repay compiling, once the cache has it.

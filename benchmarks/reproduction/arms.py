@@ -44,7 +44,7 @@ ARMS = {
     "blpo_cg": Arm("the same by 20 steps of CG", "blpo", {"solver": "cg", "cg_rtol": 0.0}),
     "identity": Arm("the same with x = v / damping", "blpo", {"solver": "identity"}),
     "fast": Arm(
-        "the fast settings: CartPole in one epoch, by five steps of CG; Acrobot solved exactly",
+        "the fast settings: one epoch, by five steps of CG; Acrobot four, solved exactly",
         "blpo", style="fast",
     ),
     "paper_ppo": Arm(

@@ -32,12 +32,13 @@ SAME = {
 Row = dict[str, Any]
 
 
-def write_report(root: Path, output: Path) -> str:
+def write_report(root: Path, output: Path, mix: Sequence[str] = ()) -> str:
     """The files of :func:`write_comparison`, and those of the page; the table of the comparison.
 
     arms.csv has what each arm is, TASK.csv its figures, instrumentation.csv what its updates did,
     authors.csv the authors' own program beside it, provenance.csv the code that made each run. All
-    of it is of the finished runs below ``root``.
+    of it is of the finished runs below ``root``. ``mix`` names settings that runs of one arm may
+    differ in: those that older runs did not record.
     """
     paths = [
         path.parent
@@ -48,7 +49,11 @@ def write_report(root: Path, output: Path) -> str:
     if not paths:
         raise RunDirectoryError(f"{root} holds no finished run of this comparison")
     results = compare_runs(
-        paths, label=_arm, command=f"python -m benchmarks.reproduction report --run-dir {root}"
+        paths,
+        label=_arm,
+        mix=mix,
+        command=f"python -m benchmarks.reproduction report --run-dir {root}"
+        + "".join(f" --mix {name}" for name in mix),
     )
     table = write_comparison(results, output)
     _write(output / "provenance.csv", [
