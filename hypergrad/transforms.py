@@ -200,17 +200,21 @@ def pullback(
     if not index:
         return [None] * len(inputs)
 
-    def of_wanted(*chosen: Tensor) -> Tensor:
+    # In jacrev and hessian PyTorch 2.13 trips over w**2 where w is left out.
+    taken = index
+    if transforming():
+        taken = [i for i, x in enumerate(inputs) if x.is_floating_point()]
+
+    def of_taken(*chosen: Tensor) -> Tensor:
         every = list(inputs)
-        for i, tensor in zip(index, chosen, strict=True):
+        for i, tensor in zip(taken, chosen, strict=True):
             every[i] = tensor
         return function(every)
 
     if transforming():
-        # In all of them: in jacrev and hessian PyTorch 2.13 trips over w**2 where w is left out.
-        pull = torch.func.vjp(lambda *every: function(list(every)), *inputs)[1]
-        every_grad: Sequence[Tensor] = pull(cotangent)
-        grads: Sequence[Tensor] = [every_grad[i] for i in index]
+        pull = torch.func.vjp(of_taken, *(inputs[i] for i in taken))[1]
+        found = dict(zip(taken, pull(cotangent), strict=True))
+        grads: Sequence[Tensor] = [found[i] for i in index]
     else:
         create = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -218,7 +222,7 @@ def pullback(
                 inputs[i].view_as(inputs[i]) if create else inputs[i].detach().requires_grad_()
                 for i in index
             ]
-            output = of_wanted(*chosen)
+            output = of_taken(*chosen)
             if output.requires_grad:
                 grads = torch.autograd.grad(
                     output,
