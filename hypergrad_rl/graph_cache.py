@@ -42,7 +42,7 @@ import hypergrad
 logger = logging.getLogger(__name__)
 #: Bytes that all files together may have: a hundred graphs. The longest unused go first.
 LIMIT = 256 * 2**20
-FORMAT = 1  # of the files: part of their names
+FORMAT = 2  # of the files: part of their names
 _UNPACKED = "tmp-"
 _BEGAN = time.time()
 
@@ -201,7 +201,9 @@ class Graph:
     def __call__(self, leaves: list[Any]) -> Any:
         """The function's results, from the leaves of its inputs."""
         results = self.runner.run([leaves[i] for i in self.inputs])
-        return tree_unflatten([results[i] for i in self.order], self.structure)
+        # An input that is handed on has a negative number.
+        given = [results[i] if i >= 0 else leaves[~i] for i in self.order]
+        return tree_unflatten(given, self.structure)
 
 
 def traced(function: Callable[..., Any], backend: Any, **options: Any) -> Callable[..., Any]:
@@ -265,7 +267,8 @@ def compile_graph(function: Callable[..., Any], inputs: tuple[Any, ...], beside:
             return run
 
         returned = traced(function, backend)(*copies)
-        indices = {id(x): i for i, x in enumerate(results)}
+        indices = {key: ~i for key, i in places.items()}
+        indices |= {id(x): i for i, x in enumerate(results)}
         if not all(id(x) in indices for x in tree_flatten(returned)[0]):
             raise Uncacheable("results that are no tensors of the graph")
         tree = used, tree_map(lambda x: indices[id(x)], returned)

@@ -406,3 +406,21 @@ def test_a_second_process_traces_nothing_and_gives_the_same_bits(arm: str, tmp_p
     assert results[0][0] > 0
     assert results[1][0] == 0
     assert results[0][1] == results[1][1]
+
+
+def handing_on(state: AdamState, rows: Rows) -> tuple[AdamState, Rows]:
+    assert rows["grad"] is not None
+    return state._replace(params=state.params - rows["grad"]), rows
+
+
+handing_on.__module__ = "hypergrad_rl.functional"
+
+
+def test_an_input_may_be_handed_on(folder: Path) -> None:
+    for compiled in (Compiled(handing_on, "inductor", ()) for _ in range(2)):
+        given = inputs(1)
+        state, rows = compiled(*given)
+        torch.testing.assert_close(state.params, given[0].params - given[1]["grad"])
+        assert state.mean is given[0].mean
+        assert rows["grad"] is given[1]["grad"]
+        assert compiled.run is None  # nothing by torch.compile
