@@ -2,7 +2,8 @@
 
 The problem is (A + damping I) x = v with the A that the solver is given: in float32, A of the
 rounded factors, so that the figure is the solver's error and not that of the rounding of A.
--16 is all of float64, -7 all of float32, 0 no correct digit, inf no finite answer or none at all.
+-16 is all of float64, -7 all of float32, 0 no correct digit, inf no finite answer or none at all:
+NaN for asv, which shows "n/a" and cannot publish anything infinite.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ def log10_error(
     return round(math.log10(max(error, 1e-17)), 2) if math.isfinite(error) else math.inf
 
 
+def shown(error: float) -> float:
+    """What asv is given of an error."""
+    return error if math.isfinite(error) else math.nan
+
+
 class Errors:
     """Solver x spectrum x dtype x damping, for a v of norm about 14."""
 
@@ -120,7 +126,7 @@ class Errors:
         single_threaded()
 
     def track_error(self, solver: str, spectrum: str, dtype: str, damping: float) -> float:
-        return log10_error(solver, spectrum, dtype, damping)
+        return shown(log10_error(solver, spectrum, dtype, damping))
 
 
 #: A few cells of the atlas (``benchmarks/atlas``): spectrum, condition, damping.
@@ -165,7 +171,7 @@ class Atlas:
         single_threaded()
 
     def track_error_at_100(self, solver: str, cell: str) -> float:
-        return log10_error_at_100(solver, cell)
+        return shown(log10_error_at_100(solver, cell))
 
 
 class Scales:
@@ -181,4 +187,4 @@ class Scales:
         single_threaded()
 
     def track_error(self, solver: str, dtype: str, scale: float) -> float:
-        return log10_error(solver, "rank-deficient", dtype, 1e-2, scale)
+        return shown(log10_error(solver, "rank-deficient", dtype, 1e-2, scale))

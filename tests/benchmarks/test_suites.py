@@ -109,6 +109,18 @@ def test_errors(solver: str, spectrum: str) -> None:
         assert value < -9
 
 
+def test_asv_publishes_what_has_no_answer() -> None:
+    from asv.step_detect import detect_steps
+
+    suite = stability.Errors()
+    values = [
+        suite.track_error(solver, "dead rows", "float64", 1e-2)
+        for solver in ("exact", "woodbury columns")  # the latter divides by zero there
+    ]
+    assert stability.log10_error("woodbury columns", "dead rows", "float64", 1e-2) == math.inf
+    assert [len(detect_steps([value])) for value in values] == [1, 0]
+
+
 def test_an_error_is_one_that_is_made() -> None:
     # Half the answer has the relative error 1/2.
     exact = stability.SOLVERS["exact"]
