@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CompilationWarning, warn
 from ..operators import LinearOperator
-from ..operators.compilation import IMPURE, Graph, detached, graph_of
+from ..operators.compilation import Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
-from ..operators.loops import HAS_LOOPS, while_loop
-from ..operators.modes import agree
+from ..operators.loops import while_loop
 from .base import DampedSystem, Outcome, Status, allowed_skew
+from .compiled import proved, takes
 from .krylov import DEFAULT_MAX_ITERS, PATIENCE
 
+_INSTEAD = "CG(compile=True) runs eagerly"
 #: The recurrence stops at this part of the tolerance: its residual and the true one differ by
 #: rounding, and a check that fails costs more than the iteration that it would have taken.
 _SHARE = 0.95
@@ -55,7 +55,9 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
     None where nothing was done; an outcome whose status is not CONVERGED, MAX_ITERATIONS or
     FIXED_ITERATIONS is where :mod:`.cg` is to go on from.
     """
-    if not _fits(system):
+    if len(system.b) != 1 or not 1 / _ORDINARY < float(system.scales[0]) < _ORDINARY:
+        return None
+    if not takes(system, _INSTEAD, loops=True):
         return None
     damping = system.resolve_damping()
     fixed = config.rtol == 0 and config.atol == 0
@@ -88,9 +90,9 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
             return None  # where the eager solver says what is wrong, or that it is rounding
         if 0 < found.largest * min(1.0, scale) < limits.tiny / limits.eps:
             return None  # what is returned is not what was checked: it underflows
-        if not graph.proved and not _proved(graph, system, x, rest, damping):
-            return None
         start, residual, norm = x[None], rest[None], found.norm
+        if not (graph.proved or proved(graph, system, system.returned(start), residual, damping)):
+            return None
         if not found.definite:
             break
         if fixed:
@@ -111,38 +113,6 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
         iterations=[done],
         damping=damping,
     )
-
-
-def _fits(system: DampedSystem) -> bool:
-    """Whether the graph is for this system; a warning says so where it could have been."""
-    operator, layout = system.operator, system.operator.layout
-    if len(system.b) != 1 or not 1 / _ORDINARY < float(system.scales[0]) < _ORDINARY:
-        return False
-    if len(set(layout.dtypes)) > 1 or operator.dtype not in (torch.float32, torch.float64):
-        return False
-    if HAS_LOOPS and operator._signature() is not None:
-        return True
-    why = (
-        f"the products of {operator!r} are not known to be tensor code; pass hypergrad.hessian, "
-        "hypergrad.ggn, a matrix, or hypergrad.as_operator(hvp_fn, like=v, batchable=True)"
-        if HAS_LOOPS
-        else "this PyTorch compiles no loops; install torch >= 2.13"
-    )
-    warn(f"CG(compile=True) runs eagerly: {why}.", CompilationWarning)
-    return False
-
-
-def _proved(
-    graph: Graph, system: DampedSystem, x: Tensor, residual: Tensor, damping: float
-) -> bool:
-    """Whether the product at the end is that of eager code; the graph is not used again if not."""
-    rounded = x[None].to(system.operator.dtype)
-    product = system.b - residual - damping * rounded.to(system.b.dtype)
-    system.num_hvps += 1
-    graph.proved = agree(product.to(rounded.dtype), system.operator._eager(rounded))
-    if not graph.proved:
-        graph.refuse(IMPURE)
-    return graph.proved
 
 
 def _read(numbers: Tensor, operator: LinearOperator) -> _Found:
@@ -181,7 +151,7 @@ def _graph(operator: LinearOperator, fixed: bool, kept: int) -> Graph:
     return Graph(
         conjugate_gradients,
         f"CG with {operator!r}",
-        "CG(compile=True) runs eagerly",
+        _INSTEAD,
         compiler_options(operator.device),
     )
 

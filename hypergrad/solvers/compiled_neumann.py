@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import CompilationWarning, warn
 from ..norms import powers_of_two
-from ..operators.compilation import IMPURE, Graph, detached, graph_of
+from ..operators.compilation import Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
-from ..operators.loops import HAS_LOOPS, while_loop
-from ..operators.modes import agree
+from ..operators.loops import while_loop
 from .base import DampedSystem, Outcome, Status
+from .compiled import proved, takes
 
 if TYPE_CHECKING:
     from .neumann import Series
@@ -29,7 +28,7 @@ _INSTEAD = "Neumann(compile=True) runs eagerly"
 def run_compiled(series: Series) -> Outcome | None:
     """All terms of a series that has its bounds; None where it is to be done eagerly."""
     system, damping, terms = series.system, series.damping, series.config.num_terms
-    if not _fits(system):
+    if not takes(system, _INSTEAD, loops=True):
         return None
     operator, plain = system.operator, series.config.acceleration == "none"
     graph = graph_of(
@@ -54,7 +53,7 @@ def run_compiled(series: Series) -> Outcome | None:
     norms, along, grew = numbers.tolist()  # one transfer from the device
     if not all(math.isfinite(norm) for norm in norms):
         return None  # where the eager solver says what is wrong
-    if not (graph.proved or _proved(graph, system, x, residual, damping)):
+    if not (graph.proved or proved(graph, system, system.returned(x), residual, damping)):
         return None
     statuses = []
     for norm, curvature, more, size in zip(
@@ -72,37 +71,6 @@ def run_compiled(series: Series) -> Outcome | None:
         damping=damping,
         smallest_eigenvalue=series.smallest,
     )
-
-
-def _fits(system: DampedSystem) -> bool:
-    """Whether the graph is for this system; a warning says so where it could have been."""
-    operator, layout = system.operator, system.operator.layout
-    if len(set(layout.dtypes)) > 1 or operator.dtype not in (torch.float32, torch.float64):
-        return False
-    if HAS_LOOPS and operator._signature() is not None:
-        return True
-    why = (
-        f"the products of {operator!r} are not known to be tensor code; pass hypergrad.hessian, "
-        "hypergrad.ggn, a matrix, or hypergrad.as_operator(hvp_fn, like=v, batchable=True)"
-        if HAS_LOOPS
-        else "this PyTorch compiles no loops; install torch >= 2.13"
-    )
-    warn(f"{_INSTEAD}: {why}.", CompilationWarning)
-    return False
-
-
-def _proved(
-    graph: Graph, system: DampedSystem, x: Tensor, residual: Tensor, damping: float
-) -> bool:
-    """Whether the product at the end is that of eager code; the graph is not used again if not."""
-    rounded = system.returned(x)[:1]
-    product = system.b[:1] - residual[:1] - damping * rounded
-    system.num_hvps += 1
-    dtype = system.operator.dtype
-    graph.proved = agree(product.to(dtype), system.operator._eager(rounded.to(dtype)))
-    if not graph.proved:
-        graph.refuse(IMPURE)
-    return graph.proved
 
 
 def _graph(system: DampedSystem, plain: bool) -> Graph:

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CompilationWarning, warn
 from ..norms import powers_of_two
-from ..operators.compilation import IMPURE, Graph, detached, graph_of
+from ..operators.compilation import Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
-from ..operators.modes import agree
 from .base import DampedSystem, Outcome, Status
+from .compiled import same_products, takes
 from .embedding import gaussian_rows
 from .narrow import FactoredSketch, NarrowSketch, is_narrow
 from .nystrom import NO_DOUBT, Nystrom
@@ -116,21 +115,12 @@ def run_compiled(config: Nystrom, system: DampedSystem) -> Outcome | None:
 
 def _fits(config: Nystrom, system: DampedSystem) -> bool:
     """Whether the graph is for this solve; a warning says so where it could have been."""
-    operator, layout, rank = system.operator, system.operator.layout, config.rank
+    rank = config.rank
     if rank == "auto" or config.sketch != "gaussian" or config.test_matrix is not None:
         return False
-    if not is_narrow(system, rank) or len(set(layout.dtypes)) > 1:
+    if not is_narrow(system, rank) or rank * system.operator.layout.dim > _LARGEST:
         return False
-    if rank * layout.dim > _LARGEST:
-        return False
-    if operator._signature() is not None:
-        return True
-    why = (
-        f"the products of {operator!r} are not known to be tensor code; pass hypergrad.hessian, "
-        "hypergrad.ggn, a matrix, or hypergrad.as_operator(hvp_fn, like=v, batchable=True)"
-    )
-    warn(f"{_INSTEAD}: {why}.", CompilationWarning)
-    return False
+    return takes(system, _INSTEAD, loops=False)
 
 
 def _run(graph: Graph, between: _Between) -> Any:
@@ -161,13 +151,8 @@ def _proved(graph: Graph, system: DampedSystem, omega: Tensor, results: Any) -> 
         return True
     y, _, *checked = results
     pairs = [(omega, y), *([checked[3:5]] if checked else [])]
-    for rows, found in pairs:
-        system.num_hvps += 1
-        if not agree(found[:1], system.operator._eager(rows[:1])):
-            graph.refuse(IMPURE)
-            return False
-    graph.proved = True
-    return True
+    graph.proved = all(same_products(graph, system, rows[:1], y[:1]) for rows, y in pairs)
+    return graph.proved
 
 
 def _answered(sketch: FactoredSketch, system: DampedSystem, results: Any) -> Answered:

@@ -19,6 +19,14 @@ import hypergrad
 from hypergrad import Status
 from hypergrad.operators import compilation, loops
 from hypergrad.solvers import compiled_cg
+from tests.solvers.compiled import (
+    loss,
+    model,
+    point,
+    right_hand_side,
+    squares,
+    weighted_sum,
+)
 from tests.strategies import F32, F64, SPECTRA, gaussian, symmetric
 
 pytestmark = pytest.mark.usefixtures("capture_only")
@@ -31,40 +39,12 @@ def matrix(spectrum: str = "inverse", dtype: torch.dtype = F64) -> Tensor:
     return symmetric(SPECTRA[spectrum](N), seed=1).matrix.to(dtype)
 
 
-def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    return (torch.tanh(x @ p["w"]) @ p["v"] - y).square().mean() + 0.05 * (p["w"] ** 2).sum()
-
-
-def point(seed: int, dtype: torch.dtype = F64) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    source = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=source, dtype=F64).to(dtype)
-
-    return {"w": draw(3, 4), "v": draw(4)}, draw(20, 3), draw(20)
-
-
-def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
-    return torch.tanh(x @ p["w"]) @ p["v"]
-
-
-def squares(out: Tensor, y: Tensor) -> Tensor:
-    return (out - y).square().mean()
-
-
 OPERATORS: dict[str, Callable[[torch.dtype], Any]] = {
     "hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype)) + 2.0,
     "compiled hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype), compile=True) + 2.0,
     "ggn": lambda dtype: hypergrad.ggn(model, squares, *point(0, dtype)),
-    "sum": lambda dtype: (
-        0.5 * hypergrad.ggn(model, squares, *point(0, dtype))
-        + hypergrad.ggn(model, squares, *point(1, dtype)).shift(0.1)
-    ),
+    "sum": weighted_sum,
 }
-
-
-def right_hand_side(dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: leaf + 1 for name, leaf in point(7, dtype)[0].items()}
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])

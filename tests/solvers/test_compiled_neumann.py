@@ -18,6 +18,15 @@ import hypergrad
 from hypergrad import Neumann, Status
 from hypergrad.operators import compilation
 from hypergrad.solvers.neumann import Acceleration
+from tests.solvers.compiled import (
+    eager_and_compiled,
+    leaves,
+    loss,
+    model,
+    point,
+    right_hand_side,
+    squares,
+)
 from tests.strategies import F32, F64, SPECTRA, gaussian, symmetric
 
 pytestmark = pytest.mark.usefixtures("capture_only")
@@ -30,37 +39,15 @@ def matrix(spectrum: str = "inverse", dtype: torch.dtype = F64) -> Tensor:
     return symmetric(SPECTRA[spectrum](N), seed=1).matrix.to(dtype)
 
 
-def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    return (torch.tanh(x @ p["w"]) @ p["v"] - y).square().mean() + 0.05 * (p["w"] ** 2).sum()
-
-
-def point(seed: int, dtype: torch.dtype = F64) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    source = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=source, dtype=F64).to(dtype)
-
-    return {"w": draw(3, 4), "v": draw(4)}, draw(20, 3), draw(20)
-
-
 def both(
     operator: Any, v: Any, damping: float = 0.1, *, batched: bool = False, **options: Any
 ) -> tuple[hypergrad.Solution, hypergrad.Solution]:
     """The eager solution and the compiled one."""
     x0 = options.pop("x0", None)
-    eager, compiled = (
-        hypergrad.solve(
-            operator,
-            v,
-            Neumann(**options, compile=compile),
-            damping=damping,
-            x0=x0,
-            batched=batched,
-            on_failure="ignore",
-        )
-        for compile in (False, True)
-    )
-    return eager, compiled
+    return eager_and_compiled(
+        lambda compile: Neumann(**options, compile=compile),
+        operator, v, damping=damping, x0=x0, batched=batched,
+    )  # fmt: skip
 
 
 def assert_same(eager: hypergrad.Solution, compiled: hypergrad.Solution) -> None:
@@ -70,34 +57,22 @@ def assert_same(eager: hypergrad.Solution, compiled: hypergrad.Solution) -> None
     assert new.iterations == old.iterations
     assert new.smallest_eigenvalue == old.smallest_eigenvalue
     assert new.relative_residual == pytest.approx(old.relative_residual, rel=1e-4, abs=1e-5)
-    mine, theirs = (
-        list(s.value.values()) if isinstance(s.value, dict) else [s.value]
-        for s in (compiled, eager)
-    )
-    for leaf, expected in zip(mine, theirs, strict=True):
+    for leaf, expected in zip(leaves(compiled), leaves(eager), strict=True):
         assert float((leaf - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
 @pytest.mark.parametrize(("dtype", "acceleration"), [(F32, "none"), (F64, "chebyshev")])
 def test_the_answer_is_that_of_the_eager_series(dtype: torch.dtype, acceleration: Any) -> None:
-    v = {name: leaf + 1 for name, leaf in point(7, dtype)[0].items()}
+    v = right_hand_side(dtype)
     operator: hypergrad.LinearOperator = hypergrad.hessian(loss, *point(0, dtype)) + 4.0
     if dtype == F64:
-        operator = hypergrad.ggn(_model, _squares, *point(1, dtype))
+        operator = hypergrad.ggn(model, squares, *point(1, dtype))
     chosen: tuple[dict[str, Any], ...] = ({"step_size": 0.1}, {}, {"num_terms": 1})
     for options in chosen:
         eager, compiled = both(operator, v, acceleration=acceleration, **options)
         assert_same(eager, compiled)
     assert compiled.info.num_hvps == eager.info.num_hvps  # when the graph is proved
     assert [graph.proved for graph in compilation._graphs.values()] == [True]  # for all of them
-
-
-def _model(p: dict[str, Tensor], x: Tensor) -> Tensor:
-    return torch.tanh(x @ p["w"]) @ p["v"]
-
-
-def _squares(out: Tensor, y: Tensor) -> Tensor:
-    return (out - y).square().mean()
 
 
 @settings(max_examples=25)

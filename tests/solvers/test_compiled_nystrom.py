@@ -18,6 +18,16 @@ from torch import Tensor
 import hypergrad
 from hypergrad import Status
 from hypergrad.operators import compilation
+from tests.solvers.compiled import (
+    eager_and_compiled,
+    leaves,
+    loss,
+    model,
+    point,
+    right_hand_side,
+    squares,
+    weighted_sum,
+)
 from tests.strategies import F32, F64, SPECTRA, gaussian, generator, symmetric
 
 pytestmark = pytest.mark.usefixtures("capture_only")
@@ -29,42 +39,12 @@ def matrix(spectrum: str = "exponential", dtype: torch.dtype = F32) -> Tensor:
     return symmetric(SPECTRA[spectrum](N), seed=1).matrix.to(dtype)
 
 
-def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    return (torch.tanh(x @ p["w"]) @ p["v"] - y).square().mean() + 0.05 * (p["w"] ** 2).sum()
-
-
-def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
-    return torch.tanh(x @ p["w"]) @ p["v"]
-
-
-def squares(out: Tensor, y: Tensor) -> Tensor:
-    return (out - y).square().mean()
-
-
-def point(seed: int, dtype: torch.dtype = F32) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    source = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=source, dtype=F64).to(dtype)
-
-    params = {"w": draw(5, 6), "v": draw(6)}
-    x = draw(20, 5)
-    return params, x, model(params, x) + 0.01 * draw(20)
-
-
-def right_hand_side(dtype: torch.dtype = F32) -> dict[str, Tensor]:
-    return {name: leaf + 1 for name, leaf in point(7, dtype)[0].items()}
-
-
 OPERATORS: dict[str, Callable[[torch.dtype], Any]] = {
     "hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype)),
     "compiled hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype), compile=True),
     "reverse": lambda dtype: hypergrad.hessian(loss, *point(0, dtype), mode="reverse_over_reverse"),
     "ggn": lambda dtype: hypergrad.ggn(model, squares, *point(0, dtype)),
-    "sum": lambda dtype: (
-        0.5 * hypergrad.ggn(model, squares, *point(0, dtype))
-        + hypergrad.ggn(model, squares, *point(1, dtype)).shift(0.1)
-    ),
+    "sum": weighted_sum,
 }
 
 
@@ -73,18 +53,12 @@ def both(
 ) -> tuple[hypergrad.Solution, hypergrad.Solution]:
     """The eager solution and the compiled one."""
     batched = options.pop("batched", False)
-    eager, compiled = (
-        hypergrad.solve(
-            operator,
-            v,
-            hypergrad.Nystrom(rank, generator=generator(seed), compile=compile, **options),
-            damping=damping,
-            batched=batched,
-            on_failure="ignore",
-        )
-        for compile in (False, True)
-    )
-    return eager, compiled
+    return eager_and_compiled(
+        lambda compile: hypergrad.Nystrom(
+            rank, generator=generator(seed), compile=compile, **options
+        ),
+        operator, v, damping=damping, batched=batched,
+    )  # fmt: skip
 
 
 def assert_same(eager: hypergrad.Solution, compiled: hypergrad.Solution) -> None:
@@ -98,11 +72,6 @@ def assert_same(eager: hypergrad.Solution, compiled: hypergrad.Solution) -> None
     for leaf, expected in zip(leaves(compiled), leaves(eager), strict=True):
         size = float(expected.norm())
         assert float((leaf - expected).norm()) <= 1e-3 * size
-
-
-def leaves(solution: hypergrad.Solution) -> list[Tensor]:
-    value = solution.value
-    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def graphs() -> list[compilation.Graph]:
@@ -255,27 +224,27 @@ def test_what_is_not_finite_or_not_symmetric_is_refused() -> None:
 
 
 def test_params_that_were_modified_in_place_are_refused() -> None:
-    params, x, y = point(0)
+    params, x, y = point(0, F32)
     solver = hypergrad.Nystrom(RANK, compile=True)
     operator = hypergrad.hessian(loss, params, x, y)
-    hypergrad.solve(operator, right_hand_side(), solver, on_failure="ignore")
+    hypergrad.solve(operator, right_hand_side(F32), solver, on_failure="ignore")
     with torch.no_grad():
         params["w"] *= 0.9
     with pytest.raises(hypergrad.StaleOperatorError):
-        hypergrad.solve(operator, right_hand_side(), solver)
+        hypergrad.solve(operator, right_hand_side(F32), solver)
 
 
 def test_new_parameters_are_solved_with_by_the_same_graph() -> None:
     for seed in range(2):
-        operator = hypergrad.hessian(loss, *point(seed))
-        assert_same(*both(operator, right_hand_side(), 1.0))
+        operator = hypergrad.hessian(loss, *point(seed, F32))
+        assert_same(*both(operator, right_hand_side(F32), 1.0))
     assert len(graphs()) == 1
 
 
 def test_an_operator_with_compiled_products_has_the_named_call_compiled() -> None:
-    v = right_hand_side()
+    v = right_hand_side(F32)
     for compile in (False, True):
-        operator = hypergrad.hessian(loss, *point(0), compile=compile)
+        operator = hypergrad.hessian(loss, *point(0, F32), compile=compile)
         x = hypergrad.nystrom_ihvp(operator, v, rank=RANK, damping=1.0, generator=generator(3))
         assert len(graphs()) == compile
         told = both(operator, v, 1.0)[0].value
@@ -364,7 +333,7 @@ def test_generated_code_answers_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_generated_code_for_a_hessian_answers_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch._inductor")
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
-    operator, v = hypergrad.hessian(loss, *point(0), compile=True), right_hand_side()
+    operator, v = hypergrad.hessian(loss, *point(0, F32), compile=True), right_hand_side(F32)
     for _ in range(2):
         assert_same(*both(operator, v))
     assert [graph.proved for graph in graphs()] == [True]

@@ -1,0 +1,61 @@
+"""What the tests of ``compile=True`` have in common: problems, and a solve in both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hypergrad
+from tests.strategies import F64
+
+
+def model(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.tanh(x @ p["w"]) @ p["v"]
+
+
+def squares(out: Tensor, y: Tensor) -> Tensor:
+    return (out - y).square().mean()
+
+
+def loss(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return squares(model(p, x), y) + 0.05 * (p["w"] ** 2).sum()
+
+
+def point(seed: int, dtype: torch.dtype = F64) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Parameters, inputs, and targets that they nearly meet."""
+    source = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source, dtype=F64).to(dtype)
+
+    params, x = {"w": draw(5, 6), "v": draw(6)}, draw(20, 5)
+    return params, x, model(params, x) + 0.01 * draw(20)
+
+
+def right_hand_side(dtype: torch.dtype = F64) -> dict[str, Tensor]:
+    return {name: leaf + 1 for name, leaf in point(7, dtype)[0].items()}
+
+
+def weighted_sum(dtype: torch.dtype = F64) -> hypergrad.LinearOperator:
+    """Of two problems' Gauss-Newton matrices."""
+    first, second = (hypergrad.ggn(model, squares, *point(seed, dtype)) for seed in (0, 1))
+    return 0.5 * first + second.shift(0.1)
+
+
+def eager_and_compiled(
+    solver: Callable[[bool], hypergrad.Solver], operator: Any, v: Any, **options: Any
+) -> tuple[hypergrad.Solution, hypergrad.Solution]:
+    """The solutions by ``solver(False)`` and ``solver(True)``, whatever their status."""
+    eager, compiled = (
+        hypergrad.solve(operator, v, solver(compile), on_failure="ignore", **options)
+        for compile in (False, True)
+    )
+    return eager, compiled
+
+
+def leaves(solution: hypergrad.Solution) -> list[Tensor]:
+    value = solution.value
+    return list(value.values()) if isinstance(value, dict) else [value]
