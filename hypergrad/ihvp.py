@@ -18,7 +18,7 @@ import torch
 from .operators import LinearOperator
 from .pytree import Tree
 from .solvers import CG, MINRES, Exact, Neumann, Nystrom, NystromPCG, Solver
-from .solvers.base import Damping
+from .solvers.options import Damping
 from .solvers.sketch import SketchKind
 from .solvers.solve import solve
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InnerProblemWarning, SolverOptionError, warn
 from ..pytree import Tree
-from ..solvers.base import check_option, is_count, is_tolerance
+from ..solvers.options import check_option, is_count, is_tolerance
 from ..spectrum import extreme_eigenvalues
 from .corrections import InnerPoint, Newton, norm
 from .hypergradient import Hypergradient, Loss

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..pytree import Tree, TreeLayout, working_dtype
 from ..solvers import Solver
-from ..solvers.base import Damping, check_option, is_count, is_tolerance
+from ..solvers.options import Damping, check_option, is_count, is_tolerance
 from .certificate import HypergradientCertificate, hypergradient_certificate
 from .corrections import norm
 from .hypergradient import BilevelPoint, Hypergradient, Loss, hypergradient, layouts

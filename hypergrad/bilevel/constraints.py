@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConstraintError, LeafTypeError
 from ..pytree import Tree, TreeLayout, working_dtype
-from ..solvers.base import check_option, is_tolerance
+from ..solvers.options import check_option, is_tolerance
 from ..transforms import transforming
 
 #: A lower or upper bound: a number, None for none, a tensor, or a tree like the parameters.

@@ -9,7 +9,7 @@ from ..errors import UnusedParameterWarning, warn
 from ..norms import row_norms
 from ..operators.point import check_loss, report_unused
 from ..pytree import Tree, working_dtype
-from ..solvers.base import check_option, is_tolerance
+from ..solvers.options import check_option, is_tolerance
 from .hypergradient import (
     Loss,
     filled,

@@ -11,7 +11,7 @@ from ..errors import ConvergenceWarning, warn
 from ..operators import LinearOperator
 from ..pytree import Tree, TreeLayout
 from ..solvers import CG, Exact, Solver
-from ..solvers.base import Damping, check_option, is_count, is_tolerance
+from ..solvers.options import Damping, check_option, is_count, is_tolerance
 from ..spectrum import extreme_eigenvalues
 from .corrections import norm
 from .hypergradient import BilevelPoint, Hypergradient, Loss, hypergradient

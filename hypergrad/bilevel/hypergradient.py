@@ -13,7 +13,7 @@ from ..operators import hessian
 from ..operators.point import check_loss
 from ..pytree import Tree, TreeLayout
 from ..solvers import CG, Solution, SolveInfo, Solver, solve
-from ..solvers.base import Damping
+from ..solvers.options import Damping
 
 Loss = Callable[[Tree, Tree], Tensor]
 Gradients = Sequence[Tensor | None]

@@ -14,7 +14,7 @@ from ..errors import SolverOptionError
 from ..operators.point import check_differentiable
 from ..pytree import Tree, TreeLayout
 from ..solvers import CG, GMRES, SolveInfo, Solver
-from ..solvers.base import Damping, check_damping, check_option
+from ..solvers.options import Damping, check_damping, check_option
 from ..solvers.run import OnFailure
 from ..transforms import carries_derivatives, differentiable, tangents, transforming
 from .implicit_rules import Call, Configuration, InnerSolver, solution

@@ -19,7 +19,7 @@ from ..errors import (
 from ..norms import row_norms
 from ..pytree import Tree, TreeLayout
 from ..solvers import SolveInfo, Solver, solve
-from ..solvers.base import Damping
+from ..solvers.options import Damping
 from ..solvers.run import OnFailure
 from ..transforms import (
     apply,

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from ..pytree import Tree
-from ..solvers.base import check_option, is_count
+from ..solvers.options import check_option, is_count
 from .hypergradient import filled, outer_gradients, sum_of_parts
 from .optimizers import InnerOptimizer
 from .steps import Unrolling, random_state, replayed

@@ -9,10 +9,10 @@ import torch
 from ..errors import ConvergenceWarning, warn
 from ..operators import as_operator
 from ..pytree import Tree
-from .base import Damping
 from .complement import ComplementKind
 from .embedding import SketchKind
 from .nystrom import Nystrom
+from .options import Damping
 from .sketch import NegativeCurvature, NystromSketch, bare_system, positive_damping
 
 

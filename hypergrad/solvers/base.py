@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import enum
 import math
-import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import DampingError, NonFiniteError, NotSymmetricError, SolverOptionError
+from ..errors import NonFiniteError, NotSymmetricError, SolverOptionError
 from ..norms import powers_of_two, row_norms
 from ..operators import LinearOperator
 from ..pytree import Tree
 from ..spectrum import damping_from_extremes, lanczos_extremes
-
-Damping = float | Literal["auto"]
+from .options import Damping
 
 #: Rows of a smaller norm, or of one above its inverse, are scaled before a product in a narrower
 #: dtype.  The smallest normal number of float16, 6e-5, leaves room for scaled rows only.
@@ -340,48 +338,6 @@ def factors(scales: Tensor) -> Tensor | float:
         number: float = scales.tolist()[0]
         return number
     return scales[:, None]
-
-
-def check_damping(damping: Any) -> Damping:
-    """``damping`` as a float or "auto"; raises :class:`DampingError` on anything else."""
-    if isinstance(damping, str) and damping == "auto":
-        return "auto"
-    if isinstance(damping, Tensor):
-        damping = damping.detach().item() if damping.numel() == 1 else None
-    try:
-        # float() would take "0.1" and True, which are mistakes here.
-        value = float(None if isinstance(damping, str | bool) else damping)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise DampingError(f"damping must be a number >= 0 or 'auto', got {damping!r}.") from None
-    if not math.isfinite(value) or value < 0:
-        raise DampingError(
-            f"damping must be a finite number >= 0, got {value}. A negative damping makes the "
-            "system indefinite; pass damping=0.0 for none."
-        )
-    return value
-
-
-def check_option(ok: bool, name: str, got: object, expected: str) -> None:
-    """Raise :class:`SolverOptionError` unless ``ok``."""
-    if not ok:
-        raise SolverOptionError(f"{name} is {got!r}, expected {expected}.")
-
-
-def is_one_of(value: object, names: tuple[str, ...]) -> bool:
-    """Whether ``value`` is one of these names; arrays and tensors have no truth value to ask."""
-    return isinstance(value, str) and value in names
-
-
-def is_count(value: object) -> bool:
-    """Whether ``value`` is an integer >= 1."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return whole and value >= 1  # type: ignore[operator]
-
-
-def is_tolerance(value: object) -> bool:
-    """Whether ``value`` is a finite number >= 0."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return real and math.isfinite(value) and value >= 0  # type: ignore[arg-type,operator]
 
 
 def allowed_skew(dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..norms import row_norms
 from ..transforms import tangents
-from .base import DampedSystem, Outcome, Solver, Status, check_option
+from .base import DampedSystem, Outcome, Solver, Status
 from .cg_one import LEAST, OneRow
 from .fixed import FixedWork
 from .krylov import (
@@ -25,6 +25,7 @@ from .krylov import (
     preconditioned,
     preconditioning,
 )
+from .options import check_option
 from .orthogonal import Residuals
 
 

@@ -11,16 +11,7 @@ from torch import Tensor
 from ..errors import NotSymmetricError
 from ..norms import row_norms
 from ..spectrum import damping_from_extremes
-from .base import (
-    DampedSystem,
-    Outcome,
-    Solver,
-    Status,
-    check_option,
-    check_skew,
-    is_count,
-    is_tolerance,
-)
+from .base import DampedSystem, Outcome, Solver, Status, check_skew
 from .cg import CG
 from .exact import Exact
 from .gmres import GMRES
@@ -28,6 +19,7 @@ from .krylov import REFRESH
 from .minres import MINRES
 from .nystrom import Nystrom
 from .nystrom_pcg import NystromPCG
+from .options import check_option, is_count, is_tolerance
 from .probe import Probe, chebyshev_iterations, probe
 
 #: What Exact needs beside the matrix, in numbers an entry of it.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import NotSymmetricError
 from ..norms import row_norms
-from .base import DampedSystem, Outcome, Solver, Status, check_option, check_skew, is_count
+from .base import DampedSystem, Outcome, Solver, Status, check_skew
 from .krylov import (
     DEFAULT_MAX_ITERS,
     PATIENCE,
@@ -18,6 +18,7 @@ from .krylov import (
     preconditioning,
     where_rows,
 )
+from .options import check_option, is_count
 
 #: Basis vectors before a restart: memory for them is restart * n numbers a right-hand side.
 _DEFAULT_RESTART = 50

@@ -12,8 +12,9 @@ from ..errors import DampingError
 from ..norms import powers_of_two, row_norms
 from ..operators.root import Root, root_of
 from ..spectrum import damping_from_extremes
-from .base import DampedSystem, Outcome, Solver, Status, check_option, is_count, is_tolerance
+from .base import DampedSystem, Outcome, Solver, Status
 from .memory import refuse_if_too_large
+from .options import check_option, is_count, is_tolerance
 from .traced import begin_traced, residual_traced, safe_norms
 
 #: Numbers of the factor that are widened at a time.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..norms import row_norms
-from .base import DampedSystem, Outcome, Solver, Status, check_option, is_tolerance
+from .base import DampedSystem, Outcome, Solver, Status
+from .options import check_option, is_tolerance
 
 
 @dataclass(frozen=True)

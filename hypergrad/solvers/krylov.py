@@ -12,16 +12,8 @@ from torch import Tensor
 from ..errors import PreconditionerError
 from ..norms import powers_of_two, row_norms, safe_norms
 from ..operators import as_operator
-from .base import (
-    DampedSystem,
-    Outcome,
-    Status,
-    allowed_skew,
-    check_option,
-    check_skew,
-    is_count,
-    is_tolerance,
-)
+from .base import DampedSystem, Outcome, Status, allowed_skew, check_skew
+from .options import check_option, is_count, is_tolerance
 
 #: Enough for rtol = 1e-5 at condition number 1e6 by the classical bound on CG,
 #: iterations <= sqrt(condition)/2 * log(2 sqrt(condition) / rtol).

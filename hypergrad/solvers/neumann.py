@@ -11,17 +11,9 @@ from torch import Tensor
 from ..norms import row_norms
 from ..operators import SampledOperator
 from ..spectrum import lanczos_extremes
-from .base import (
-    DampedSystem,
-    Outcome,
-    Solver,
-    Status,
-    check_option,
-    is_count,
-    is_one_of,
-    is_tolerance,
-)
+from .base import DampedSystem, Outcome, Solver, Status
 from .lissa import run_lissa
+from .options import check_option, is_count, is_one_of, is_tolerance
 from .traced import begin_traced, residual_traced, safe_norms
 
 Acceleration = Literal["none", "chebyshev"]

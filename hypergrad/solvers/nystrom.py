@@ -11,20 +11,12 @@ from torch import Tensor
 from ..errors import RankError, SolverOptionError
 from ..norms import row_norms
 from ..pytree import Tree
-from .base import (
-    DampedSystem,
-    Outcome,
-    Solver,
-    Status,
-    check_option,
-    is_count,
-    is_one_of,
-    is_tolerance,
-)
+from .base import DampedSystem, Outcome, Solver, Status
 from .complement import ComplementKind
 from .core import Check
 from .embedding import SketchKind
 from .narrow import FactoredSketch, NarrowSketch
+from .options import check_option, is_count, is_one_of, is_tolerance
 from .sketch import NegativeCurvature, NystromSketch, positive_damping
 from .sketching import doubted_sketch, make_sketch
 from .traced import begin_traced, residual_traced, safe_norms

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 
 from ..operators.base import check_same_layout
-from .base import DampedSystem, Outcome, Solver, Status, check_option, is_tolerance
+from .base import DampedSystem, Outcome, Solver, Status
 from .nystrom import Nystrom
 from .nystrom_pcg import NystromPCG
+from .options import check_option, is_tolerance
 from .sketch import NystromSketch, positive_damping
 
 Stage = Literal["kept", "updated", "made"]

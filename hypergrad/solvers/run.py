@@ -16,17 +16,8 @@ from ..norms import powers_of_two
 from ..operators import LinearOperator
 from ..pytree import working_dtype
 from ..transforms import repeating
-from .base import (
-    DampedSystem,
-    Damping,
-    Outcome,
-    Solution,
-    SolveInfo,
-    Solver,
-    Status,
-    check_damping,
-    factors,
-)
+from .base import DampedSystem, Outcome, Solution, SolveInfo, Solver, Status, factors
+from .options import Damping, check_damping
 
 OnFailure = Literal["raise", "warn", "ignore"]
 

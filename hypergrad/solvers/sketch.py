@@ -12,9 +12,10 @@ from ..errors import DampingError, SolverOptionError
 from ..operators import LinearOperator, as_operator
 from ..pytree import Tree, TreeLayout, working_dtype
 from ..spectrum import ExtremeEigenvalues, damping_from_extremes, lanczos_extremes
-from .base import DampedSystem, Damping, check_damping, check_option, is_count
+from .base import DampedSystem
 from .complement import TAIL_THAT_MATTERS, Complement
 from .embedding import SketchKind
+from .options import Damping, check_damping, check_option, is_count
 from .streamed import combined, projected
 
 #: Named here too, for those that take a sketch's options.

@@ -13,10 +13,11 @@ from ..operators import LinearOperator
 from ..operators.interop import operator_on
 from ..pytree import Tree, TreeLayout
 from ..transforms import differentiable
-from .base import Damping, Solution, Solver, check_damping, is_one_of
+from .base import Solution, Solver
 from .cg import CG
 from .choice import Auto
 from .differentiable import answer
+from .options import Damping, check_damping, is_one_of
 from .run import BlockSolve, OnFailure, act_on_failure, summary, traced
 
 

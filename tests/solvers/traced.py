@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from hypergrad.solvers.base import DampedSystem, Damping, Solver
+from hypergrad.solvers.base import DampedSystem, Solver
+from hypergrad.solvers.options import Damping
 
 
 class UncheckedSystem(DampedSystem):

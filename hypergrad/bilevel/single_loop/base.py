@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import DeviceError, SolverOptionError, StateError
 from ...pytree import Tree, TreeLayout
-from ...solvers.base import check_option, is_count
+from ...solvers.options import check_option, is_count
 from .oracles import Batch, Oracle
 from .schedules import check_schedule, value_at
 from .state import SingleLoopState, master_dtype

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from ...errors import SolverOptionError, StateError
-from ...solvers.base import check_option
+from ...solvers.options import check_option
 from .base import SingleLoop, Vectors
 from .oracles import Batch, Oracle
 from .schedules import check_schedule, value_at

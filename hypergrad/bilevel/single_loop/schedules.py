@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ...errors import SolverOptionError
-from ...solvers.base import check_option, is_tolerance
+from ...solvers.options import check_option, is_tolerance
 
 #: A number for every step, or a callable from the step's number (0, 1, ...) to a number.
 Schedule: TypeAlias = float | Callable[[int], float]
