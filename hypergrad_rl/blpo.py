@@ -94,6 +94,7 @@ class BLPO(Agent):
             adam_scales(self.critic_state.step, config.critic_learning_rate, count * nested).view(
                 count, nested, 2
             ),
+            torch.arange(count) == count - 1,
         )
         if draws[0] is None:
             return rows
@@ -116,16 +117,16 @@ class BLPO(Agent):
     ) -> tuple[tuple[AdamState, AdamState, Any], tuple[dict[str, Tensor], Any]]:
         """The states after one minibatch, and the sketch where the next is to take it over.
 
-        Then statistics, and the vectors that the solver has multiplied, with their products.
+        Then statistics, and the :class:`~hypergrad_rl.inverse.Grams` of what the solver multiplied.
 
         Cost: ``nested_steps`` critic gradients, two actor gradients, one gradient of f_outer in
         the critic, the matrix J J' of the batch, 2 ``rank`` + 1 products with it. In the published
-        setting ``rank`` + 1 products with the Hessian, the first ``rank`` as one block.
+        setting ``rank`` products with the Hessian as one block, and one more in the last minibatch.
         """
         config, c = self.config, None
         seen: tuple[Tensor, ...] = ()
         actor, critic, kept = carry
-        envs, step, nested_steps, *draws = row
+        envs, step, nested_steps, checked, *draws = row
         critic, d, v, stats, passes = self._fit(actor, critic, tensors, envs, nested_steps)
         if config.solver != "none":
             theta = unflatten(actor.params, self.actor_shapes)
@@ -135,10 +136,11 @@ class BLPO(Agent):
             part = envs if whole else None
             sketch = kept if draws and draws[0] is None else next(iter(draws), None)
             c, solved = correction(
-                self.policy, theta, w, v, batch, config, sketch, part, self.value_fn, *passes
-            )
+                self.policy, theta, w, v, batch, config, sketch, part, self.value_fn,
+                checked=checked, **passes,
+            )  # fmt: skip
             stats, kept = stats | solved.stats, solved.sketch or ()
-            seen = solved.vectors, solved.products
+            seen = tuple(solved.grams)
         actor, comparison = self._lead(actor, d, c, step)
         return (actor, critic, kept), (stats | comparison, seen)
 
@@ -149,7 +151,7 @@ class BLPO(Agent):
         tensors: tuple[Tensor, ...],
         envs: Tensor,
         nested_steps: Tensor,
-    ) -> tuple[AdamState, Params, Params, dict[str, Tensor], tuple[Any, ...]]:
+    ) -> tuple[AdamState, Params, Params, dict[str, Tensor], dict[str, Any]]:
         """The nested critic steps, then d and v under the critic that they lead to.
 
         Last the passes of actor and critic, for the correction if it is in the same graph.
@@ -162,13 +164,13 @@ class BLPO(Agent):
             grads, loss = critic_gradient(w, batch.obs, batch.targets, self.value_fn)
             return tuple(adam_step(critic, flatten(grads), row[0], config.adam_eps)), loss
 
-        state, losses = fold(nested, tuple(critic), (nested_steps,))
+        state, losses = fold(nested, tuple(critic), (nested_steps,), unroll=2)
         critic, loss = AdamState(*state), losses[-1]
         theta = unflatten(actor.params, self.actor_shapes)
         w = unflatten(critic.params, self.critic_shapes)
         acted = act(self.policy, theta, batch)
         v: Params = {}
-        passes: tuple[Any, ...] = ()
+        passes: dict[str, Any] = {}
         if config.solver == "none":
             advantages, _ = critic_advantages(w, batch, config.gamma, self.value_fn)
         else:
@@ -178,7 +180,8 @@ class BLPO(Agent):
             log_ratio = log_probs - system.log_probs
             advantages, v, jacobian = follower_pass(w, log_ratio, system, config, self.value_fn)
             advantages = advantages[envs] if rollout else advantages
-            passes = (acted, jacobian) if config.compiles_whole else ()
+            if config.compiles_whole:
+                passes = {"acted": acted, "jacobian": jacobian}
         d, stats = direct_gradient(self.policy, theta, batch, advantages, config, acted)
         del stats["log_ratio"]
         return critic, d, v, {**stats, "value_loss": loss}, passes

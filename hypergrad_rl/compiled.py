@@ -119,21 +119,32 @@ def compiled_here(owner: object) -> bool:
     return any(part.compiled_here for part in vars(owner).values() if isinstance(part, Compiled))
 
 
-def fold(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: tuple[Any, ...]) -> Any:
+def fold(
+    body: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    rows: tuple[Any, ...],
+    unroll: int = 1,
+) -> Any:
     """``carry, result = body(carry, row)`` over ``rows``; the last carry, the results stacked.
 
-    In a compiled graph the body is there once (a scan), outside of one it is a loop. ``rows`` are
-    tensors, or outside of graphs lists, of one length; the row that the body gets is a tuple.
-    Carries and results are trees of tensors.
+    In a compiled graph the body is there once (a scan), or ``unroll`` times if the rows are a
+    multiple of that; outside of one it is a loop. ``rows`` are tensors, or outside of graphs lists,
+    of one length; the row that the body gets is a tuple. Carries and results are trees of tensors.
     """
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        return _loop(body, carry, rows)
+    count = unroll if len(rows[0]) % unroll == 0 else 1
 
-        def apart(carry: Any, row: Any) -> tuple[Any, Any]:
-            # A scan's outputs may share no memory with one another, nor with its inputs.
-            after: tuple[Any, Any] = tree_map(torch.clone, body(carry, row))
-            return after
+    def apart(carry: Any, rows: Any) -> tuple[Any, Any]:
+        # A scan's outputs may share no memory with one another, nor with its inputs.
+        after: tuple[Any, Any] = tree_map(torch.clone, _loop(body, carry, rows))
+        return after
 
-        return scan(apart, carry, rows)
+    carry, results = scan(apart, carry, tuple(x.unflatten(0, (-1, count)) for x in rows))
+    return carry, tree_map(lambda x: x.flatten(0, 1), results)
+
+
+def _loop(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any) -> tuple[Any, Any]:
     results = []
     for row in zip(*rows, strict=True):
         carry, result = body(carry, row)

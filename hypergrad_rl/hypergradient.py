@@ -236,6 +236,7 @@ def correction(
     value_fn: Critic = DEFAULT_CRITIC,
     acted: Acted | None = None,
     jacobian: Jacobian | None = None,
+    checked: Tensor | None = None,
 ) -> tuple[Params, Solved]:
     """The cross term c by the options of ``config``, and the solve behind it.
 
@@ -245,13 +246,13 @@ def correction(
     """
     part = batch if envs is None else batch.select(envs)
     if config.cross_term == "paper":
-        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn)
+        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn, checked)
         x = unflatten(solved.value, shapes_of(critic))
         known = jacobian if envs is None else None
         c = published_cross_term(policy, actor, critic, x, part, config, value_fn, acted, known)
         return c, solved
     states = jacobian and jacobian.first(batch.targets.numel())
-    solved = critic_response(critic, batch, v, config, sketch, value_fn, states)
+    solved = critic_response(critic, batch, v, config, sketch, value_fn, states, checked)
     u = solved.value if envs is None else solved.value[envs]
     c = cross_term(policy, actor, critic, u, part, config.cross_term, value_fn, acted)
     return c, solved

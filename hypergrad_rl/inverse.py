@@ -15,7 +15,8 @@ Jacobian of the values at the N samples. What a cross term needs decides the spa
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,24 +63,43 @@ class Sketch(NamedTuple):
         return x
 
 
+class Grams(NamedTuple):
+    """Inner products of vectors b of norm one and of their products A b: float64, (m, m) each.
+
+    Args:
+        gram: b_i' b_j.
+        core: b_i' A b_j.
+    """
+
+    gram: Tensor
+    core: Tensor
+
+    @classmethod
+    def of(cls, vectors: Tensor, products: Tensor) -> Grams:
+        """Of rows of any length, zeros among them, and their products with A."""
+        b, y = vectors.double(), products.double()
+        size = b.norm(dim=1, keepdim=True).clamp_min(torch.finfo(b.dtype).tiny)
+        b, y = b / size, y / size
+        return cls(b @ b.T, b @ y.T)
+
+
 class Solved(NamedTuple):
     """The answer to a damped system, with what there is to say about it.
 
     Args:
         value: shaped like the right-hand side.
         stats: ``ihvp_relative_residual``, |v - (H + damping I) x| / |v| by a product with H
-            itself; ``damping`` where that is found automatically.
+            itself, NaN where that was not asked for and the solver does without; ``damping`` where
+            it is found automatically.
         sketch: the sketch that was used, if one is to be kept.
-        vectors: the last ``RITZ_VECTORS`` that the solve has multiplied, after zeros where they
-            were fewer (without those in the one graph of an update).
-        products: theirs with H, for :func:`ritz_extremes`.
+        grams: of what the solve has multiplied, for :func:`ritz_extremes`; zeros where that was
+            not asked for.
     """
 
     value: Tensor
     stats: dict[str, Tensor]
     sketch: Sketch | None
-    vectors: Tensor
-    products: Tensor
+    grams: Grams
 
 
 def in_sample_space(config: BLPOConfig) -> bool:
@@ -119,6 +139,7 @@ def inverse_hvp(
     config: BLPOConfig,
     sketch: Tensor | Sketch | None = None,
     value_fn: ValueFn = DEFAULT_CRITIC,
+    checked: Tensor | None = None,
 ) -> Solved:
     """Solve (H + damping I) x = v, H the curvature of g at w on the batch; x as a flat vector.
 
@@ -132,6 +153,7 @@ def inverse_hvp(
         config: of it, the options of the solver and the curvature.
         sketch: from :func:`draw_sketch`, or one that is made.
         value_fn: V_w.
+        checked: a bool, whether what is only for statistics is to be computed; None: it is.
     """
     shapes, w = shapes_of(critic), flatten(critic).detach()
 
@@ -155,7 +177,7 @@ def inverse_hvp(
         # Of the Gauss-Newton matrix also for the Hessian, whose own costs a product an entry.
         rows = torch.func.vmap(torch.func.grad(values), (None, 0))(w, batch.obs.flatten(0, -2))
         diagonal = rows.square().sum(0)
-    return _solve(curvature, flatten(v), config, sketch, diagonal)
+    return _solve(curvature, flatten(v), config, sketch, diagonal, checked)
 
 
 def critic_response(
@@ -166,6 +188,7 @@ def critic_response(
     sketch: Tensor | Sketch | None = None,
     value_fn: Critic = DEFAULT_CRITIC,
     jacobian: Jacobian | None = None,
+    checked: Tensor | None = None,
 ) -> Solved:
     """How x changes the critic's values on the batch: u = J x, shaped like ``batch.targets``.
 
@@ -180,12 +203,21 @@ def critic_response(
         rhs = jacobian.times(v)
         kernel = (2 / len(rhs)) * jacobian.kernel()
         operator = hypergrad.as_operator(kernel)
-        solved = _solve(operator, rhs, config, sketch, kernel.diagonal())
+        solved = _solve(operator, rhs, config, sketch, kernel.diagonal(), checked)
         u = solved.value
     else:
-        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn)
+        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn, checked)
         u = jacobian.times(unflatten(solved.value, shapes_of(critic)))
     return solved._replace(value=u.view_as(batch.targets))
+
+
+def _if(checked: Tensor | None, function: Callable[[], Any], instead: Callable[[], Any]) -> Any:
+    """The results of one of two functions, in a graph, too; those of the first for None."""
+    if checked is None:
+        return function()
+    if torch.compiler.is_compiling():
+        return torch.cond(checked, function, instead)
+    return function() if checked else instead()
 
 
 class _Watched(hypergrad.LinearOperator):
@@ -211,8 +243,10 @@ def _solve(
     config: BLPOConfig,
     sketch: Tensor | Sketch | None,
     diagonal: Tensor | None,
+    checked: Tensor | None,
 ) -> Solved:
     curvature, damping = _Watched(operator), config.damping
+    relative: Tensor | None = None
     single_pass = config.solver == "nystrom" and (
         config.sketch != "gaussian" or config.sketch_every > 1
     )
@@ -226,47 +260,63 @@ def _solve(
         if isinstance(sketch, Tensor):
             sketch = _sketch(curvature, sketch, config, diagonal)
         x = sketch.solve(v, damping, config.sketch_shift)
-        residual = v - curvature.matvec(x) - damping * x
-        relative = residual.norm() / v.norm()
     else:
         solver = _solver(config, damping, sketch, len(v))
         # An inexact answer is no failure here: its residual is logged for every update.
         solution = hypergrad.solve(curvature, v, solver, damping=damping, on_failure="ignore")
         x, damping = solution.value, solution.info.damping
         relative = torch.as_tensor(solution.info.relative_residual, dtype=v.dtype)
-    stats = {"ihvp_relative_residual": relative}
+    vectors, products, size = curvature.vectors, curvature.products, (RITZ_VECTORS,) * 2
+
+    def look() -> tuple[Tensor, ...]:
+        if relative is not None:
+            return (*_grams(vectors, products),)
+        product = operator.matvec(x)
+        residual = v - product - damping * x
+        grams = _grams([*vectors, x[None]], [*products, product[None]])
+        return *grams, residual.norm() / v.norm()
+
+    def unseen() -> tuple[Tensor, ...]:
+        gram, core = (v.new_zeros(size, dtype=torch.float64) for _ in range(2))
+        nan = torch.full_like(v[0], torch.nan)
+        return (gram, core) if relative is not None else (gram, core, nan)
+
+    gram, core, *own = _if(checked, look, unseen)
+    stats = {"ihvp_relative_residual": own[0] if relative is None else relative}
     if config.damping == "auto":
         stats["damping"] = torch.tensor(damping, dtype=v.dtype)
     kept = sketch if config.sketch_every > 1 and isinstance(sketch, Sketch) else None
-    # One graph for all minibatches: they have as many vectors each.
-    alike = torch.compiler.is_compiling() and config.sketch_every == 1
-    seen = (_last(blocks, alike) for blocks in (curvature.vectors, curvature.products))
-    return Solved(x, stats, kept, *seen)
+    return Solved(x, stats, kept, Grams(gram, core))
 
 
-def _last(blocks: list[Tensor], alike: bool) -> Tensor:
-    """The last ``RITZ_VECTORS`` rows, after zeros to make them as many unless all are alike."""
-    rows = torch.cat(blocks)[-RITZ_VECTORS:]
-    missing = 0 if alike else RITZ_VECTORS - len(rows)
-    return torch.nn.functional.pad(rows, (0, 0, missing, 0)) if missing else rows
+def _grams(vectors: list[Tensor], products: list[Tensor]) -> Grams:
+    """Of the last ``RITZ_VECTORS`` rows of some blocks; zeros stand for those that are missing."""
+    b, y = (torch.cat(blocks[-RITZ_VECTORS:])[-RITZ_VECTORS:] for blocks in (vectors, products))
+    missing = RITZ_VECTORS - len(b)
+    pad = torch.nn.functional.pad
+    return Grams(*(pad(x, (missing, 0, missing, 0)) for x in Grams.of(b, y)))
 
 
 def _sketch(
     curvature: _Watched, draw: Tensor, config: BLPOConfig, diagonal: Tensor | None
 ) -> Sketch:
     """The sketch from one block of ``rank`` products."""
-    omega, size = draw, curvature.layout.dim
+    size = curvature.layout.dim
     if config.sketch == "diagonal":
         assert diagonal is not None
         # The smallest of E_i / w_i, E_i exponential: drawn in proportion to the weights w, without
         # replacement (Efraimidis and Spirakis 2006); those of weight zero last.
         order = (draw.log() - diagonal.abs().log()).argsort()
         draw = order[: min(config.rank, size)]
-    if config.sketch != "gaussian":
-        omega = torch.nn.functional.one_hot(draw, size)
-    omega = omega.to(curvature.dtype)
+    if config.sketch == "gaussian":
+        omega = draw.to(curvature.dtype)
+        products = curvature.matmat(omega)
+        return Sketch(products, products @ omega.T)
+    # Not one_hot, nor scatter: a compiled graph would compare the indices at each use of a number.
+    one = torch.ones((), dtype=curvature.dtype)
+    omega = one.new_zeros(len(draw), size).index_put((torch.arange(len(draw)), draw), one)
     products = curvature.matmat(omega)
-    return Sketch(products, products @ omega.T)
+    return Sketch(products, products[:, draw])
 
 
 def _solver(
@@ -288,21 +338,16 @@ def _solver(
     return hypergrad.Nystrom(len(sketch), test_matrix=sketch, complement="zero")
 
 
-def ritz_extremes(vectors: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest Ritz value of A on the span of ``vectors``, rows (m, n).
+def ritz_extremes(gram: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest Ritz value of A on the span of vectors that have these :class:`Grams`.
 
-    ``products`` are theirs with A. The eigenvalues of A reach at least as far down and up: a
-    negative smallest one proves that A is indefinite, a positive one proves nothing. It costs no
-    product: a Gram matrix and its eigenvalues. Directions that the vectors hardly span are left
-    out.
+    The eigenvalues of A reach at least as far down and up: a negative smallest one proves that A is
+    indefinite, a positive one proves nothing. It costs no product. Directions that the vectors
+    hardly span are left out.
     """
-    b, y = vectors.double(), products.double()
-    size = b.norm(dim=1, keepdim=True).clamp_min(torch.finfo(b.dtype).tiny)
-    b, y = b / size, y / size
-    lengths, directions = torch.linalg.eigh(b @ b.T)
+    lengths, directions = torch.linalg.eigh(gram)
     kept = lengths > _DEPENDENT * lengths[-1]
     whiten = directions * torch.where(kept, lengths, torch.inf).rsqrt()
-    core = b @ y.T
     core = whiten.T @ (0.5 * (core + core.T)) @ whiten
     # In the place of a direction left out, whose row is zero: a value that is there anyway.
     core = core + torch.diag(torch.where(kept, 0.0, core[-1, -1]))

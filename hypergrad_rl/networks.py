@@ -47,12 +47,12 @@ def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator)
 def tanh_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """tanh(W x + b), (..., in) -> (..., out).
 
-    In a compiled graph as 2 sigmoid(2 W x + 2 b) - 1, to 2e-7 in float32: PyTorch's compiler makes
-    a third as quick code of the function itself, and adds a bias in a pass of its own where nothing
-    stands between product and sum.
+    In a compiled graph as 2 sigmoid(2 (W x - (-b))) - 1, to 2e-7 in float32: PyTorch's compiler
+    makes a third as quick code of the function itself, and adds a bias in a pass of its own where
+    it sees a product and a sum.
     """
     if torch.compiler.is_compiling():
-        return 2 * torch.sigmoid(2 * (x @ weight.T) + 2 * bias) - 1
+        return 2 * torch.sigmoid(2 * (x @ weight.T - (-bias))) - 1
     return torch.tanh(torch.nn.functional.linear(x, weight, bias))
 
 

@@ -13,6 +13,7 @@ from hypergrad_rl.functional import shapes_of, unflatten
 from hypergrad_rl.hypergradient import correction, cross_term, published_cross_term
 from hypergrad_rl.inverse import (
     RITZ_VECTORS,
+    Grams,
     Sketch,
     critic_response,
     draw_sketch,
@@ -120,8 +121,8 @@ def test_the_logged_residual_is_the_true_one(
     residual = (rhs - matrix @ answer - rho * answer).norm() / rhs.norm()
     assert stats["ihvp_relative_residual"] == pytest.approx(float(residual), rel=1e-3, abs=1e-6)
     slack = 1e-6 * float(eigenvalues[-1])
-    assert len(solved.vectors) == len(solved.products) == RITZ_VECTORS
-    smallest, largest = ritz_extremes(solved.vectors, solved.products)
+    assert solved.grams.gram.shape == solved.grams.core.shape == (RITZ_VECTORS, RITZ_VECTORS)
+    smallest, largest = ritz_extremes(*solved.grams)
     assert eigenvalues[0] - slack <= smallest <= largest <= eigenvalues[-1] + slack
     if damping == "auto":
         # At least the largest eigenvalue (that is seen) over 1000.
@@ -171,12 +172,14 @@ def test_ritz_values_lie_within_the_spectrum_and_reach_its_ends() -> None:
     a = spectrum(-2.0, -0.1, 0.5, 1.0, 7.0, 8.0)
     for rows in (1, 2, 4):
         vectors = torch.randn(rows, 6, generator=generator(rows)).double()
-        smallest, largest = ritz_extremes(vectors, vectors @ a)
+        smallest, largest = ritz_extremes(*Grams.of(vectors, vectors @ a))
         assert -2.0 - 1e-12 <= smallest <= largest <= 8.0 + 1e-12
     with_zeros = torch.nn.functional.pad(vectors, (0, 0, 3, 0))
-    torch.testing.assert_close(ritz_extremes(with_zeros, with_zeros @ a), (smallest, largest))
+    torch.testing.assert_close(
+        ritz_extremes(*Grams.of(with_zeros, with_zeros @ a)), (smallest, largest)
+    )
     vectors = torch.cat([vectors, 3 * vectors, 1e30 * torch.eye(6).double()])  # dependent ones, too
-    smallest, largest = ritz_extremes(vectors, vectors @ a)
+    smallest, largest = ritz_extremes(*Grams.of(vectors, vectors @ a))
     torch.testing.assert_close(smallest, torch.tensor(-2.0).double())
     torch.testing.assert_close(largest, torch.tensor(8.0).double())
 
@@ -214,6 +217,45 @@ def test_a_sketch_is_kept_over_minibatches(
         stats = agent.update(rollout, 0.0)
         assert len(made) == update * sketches
     assert 0 < stats["ihvp_relative_residual"] < 10
+
+
+@pytest.mark.parametrize(
+    "options", [*SINGLE_PASS, {"sketch": "gaussian"}, {"solver": "cg"}], ids=str
+)
+def test_what_is_for_statistics_alone_is_left_out(
+    problem: Problem, options: dict[str, Any]
+) -> None:
+    actor, critic, batch = problem
+    settings = config(**{"solver": "nystrom", "rank": 6, "cross_term": "paper", **options})
+    _, v, _ = outer_gradients(actor, critic, batch, settings)
+    draw = draw_sketch(settings, batch.targets.numel(), flat(critic).numel(), generator())
+    seen, unseen = (
+        inverse_hvp(critic, batch, v, settings, draw, checked=torch.tensor(checked))
+        for checked in (True, False)
+    )
+    assert torch.equal(seen.value, unseen.value)
+    assert seen.grams.core.abs().sum() > 0 == unseen.grams.core.abs().sum()
+    free = options not in SINGLE_PASS  # the solver has made that product for its own use
+    residual, left = (float(x.stats["ihvp_relative_residual"]) for x in (seen, unseen))
+    assert 0 < residual < 10
+    assert left == residual if free else left != left  # NaN
+
+
+def test_the_residual_of_an_update_is_that_of_its_last_minibatch(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    residuals = []
+    solve = hypergrad_rl.inverse._solve
+
+    def seen(*args: Any) -> Any:
+        residuals.append(solve(*args).stats["ihvp_relative_residual"])
+        return solve(*args)
+
+    monkeypatch.setattr(hypergrad_rl.inverse, "_solve", seen)
+    agent, rollout = agent_on(problem, sketch="columns")
+    stats = agent.update(rollout, 0.0)
+    assert [bool(x.isnan()) for x in residuals] == [True] * 5 + [False]
+    assert stats["ihvp_relative_residual"] == residuals[-1]
 
 
 @pytest.mark.parametrize("redraw", [True, False])
