@@ -88,13 +88,16 @@ class BLPO(Agent):
                 minibatches.append(envs)
                 draws.append(draw)
         count, nested = len(minibatches), config.nested_steps
+        # A sketch that is kept grows old: the last one's age would not be that of all.
+        checked = torch.full((count,), config.sketch_every > 1)
+        checked[-1] = True
         rows = (
             torch.stack(minibatches),
             adam_scales(self.actor_state.step, config.learning_rate, count),
             adam_scales(self.critic_state.step, config.critic_learning_rate, count * nested).view(
                 count, nested, 2
             ),
-            torch.arange(count) == count - 1,
+            checked,
         )
         if draws[0] is None:
             return rows

@@ -86,9 +86,12 @@ class Compiled:
 
     def _by_torch(self, inputs: tuple[Any, ...]) -> Any:
         """The results by ``torch.compile``, whose graphs live in this process alone."""
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError  # a second to import
+        from torch._dynamo.exc import TorchDynamoException  # a second to import
 
+        try:
+            from torch._inductor.exc import InductorError
+        except ImportError:  # before PyTorch 2.7 its errors are of the former kind
+            InductorError = TorchDynamoException  # type: ignore[misc,assignment]
         from hypergrad_rl.graph_passes import inductor_options
 
         if self.run is None:

@@ -91,7 +91,8 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
         if 0 < found.largest * min(1.0, scale) < limits.tiny / limits.eps:
             return None  # what is returned is not what was checked: it underflows
         start, residual, norm = x[None], rest[None], found.norm
-        if not (graph.proved or proved(graph, system, system.returned(start), residual, damping)):
+        rounded = x[None].to(operator.dtype).to(x.dtype)
+        if not (graph.proved or proved(graph, system, rounded, residual, damping)):
             return None
         if not found.definite:
             break

@@ -52,14 +52,22 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "cg, which looks at values": ("blpo", {**BLPO, "solver": "cg"}),
     "exact": ("blpo", {**BLPO, "solver": "exact"}),
     "identity": ("blpo", {**BLPO, "solver": "identity"}),
-    "paper": ("blpo", {**BLPO, **PAPER, "bootstrap_truncated": False}),
+    "paper": (
+        "blpo",
+        {**BLPO, **PAPER, "bootstrap_truncated": False, "nested_steps": 4, "sketch": "columns"},
+    ),
     "kept sketch": ("blpo", {**BLPO, "sketch_every": 2, "sketch": "diagonal"}),
     "rollout": ("blpo", {**BLPO, "curvature_batch": "rollout", "entropy_bonus": 0.01}),
     "preconditioned": ("blpo", {**BLPO, "solver": "nystrom_pcg"}),
     "automatic damping": ("blpo", {**BLPO, **PAPER, "damping": "auto"}),
 }
 #: Compared by default.
-QUICK = (("ppo", "discrete"), ("ppo, time limits as ends", "discrete"), ("blpo", "continuous"))
+QUICK = (
+    ("ppo", "discrete"),
+    ("ppo, time limits as ends", "discrete"),
+    ("blpo", "continuous"),
+    ("paper", "discrete"),
+)
 
 
 def agent_of(arm: str, actions: str, backend: str | None, **settings: Any) -> Agent:
@@ -169,6 +177,20 @@ def test_without_a_compiler_there_is_one_warning_and_the_eager_result() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(compiled(x), function(x))
+
+
+def test_an_older_compiler_without_errors_of_its_own_may_fail_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch._inductor.exc
+
+    def failing(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.delattr(torch._inductor.exc, "InductorError")
+    compiled = Compiled(torch.sin, failing)  # type: ignore[arg-type]
+    with pytest.warns(RuntimeWarning, match="updates run uncompiled, with equal results"):
+        assert torch.equal(compiled(torch.ones(3)), torch.ones(3).sin())
 
 
 def test_a_network_that_is_no_graph_trains_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
