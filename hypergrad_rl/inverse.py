@@ -163,19 +163,21 @@ def inverse_hvp(
     def loss(w: Tensor, obs: Tensor, targets: Tensor) -> Tensor:
         return value_loss(values(w, obs), targets)
 
+    # Flat, so that a graph sees one pass where there would be two that differ in their views.
+    obs, targets = batch.obs.flatten(0, -2), batch.targets.flatten()
     curvature: hypergrad.LinearOperator
     if config.curvature == "ggn":
-        curvature = hypergrad.ggn(values, value_loss, w, batch.obs, batch.targets)
+        curvature = hypergrad.ggn(values, value_loss, w, obs, targets)
     else:
         # Blocks at once for a sketch, else single products, in the way that is quicker for them.
         # Never the mode that was fastest today: a resumed run repeats the other to the last bit.
         sketching = config.solver in ("nystrom", "nystrom_pcg")
         mode: Mode = "forward_over_reverse" if sketching else "reverse_over_reverse"
-        curvature = hypergrad.hessian(loss, w, batch.obs, batch.targets, mode=mode)
+        curvature = hypergrad.hessian(loss, w, obs, targets, mode=mode)
     diagonal = None
     if config.solver == "nystrom" and config.sketch == "diagonal" and isinstance(sketch, Tensor):
         # Of the Gauss-Newton matrix also for the Hessian, whose own costs a product an entry.
-        rows = torch.func.vmap(torch.func.grad(values), (None, 0))(w, batch.obs.flatten(0, -2))
+        rows = torch.func.vmap(torch.func.grad(values), (None, 0))(w, obs)
         diagonal = rows.square().sum(0)
     return _solve(curvature, flatten(v), config, sketch, diagonal, checked)
 
