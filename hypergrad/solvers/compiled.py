@@ -11,6 +11,9 @@ from ..operators.loops import HAS_LOOPS
 from ..operators.modes import agree
 from .base import DampedSystem
 
+#: Scales of v within which no number that counts leaves the range of float32.
+ORDINARY = 1e20
+
 
 def takes(system: DampedSystem, instead: str, *, loops: bool) -> bool:
     """Whether a graph can hold this system's products, and ``loops`` around them.

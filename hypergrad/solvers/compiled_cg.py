@@ -19,7 +19,7 @@ from ..operators.compilation import Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
 from ..operators.loops import while_loop
 from .base import DampedSystem, Outcome, Status, allowed_skew
-from .compiled import proved, takes
+from .compiled import ORDINARY, proved, takes
 from .krylov import DEFAULT_MAX_ITERS, PATIENCE
 
 _INSTEAD = "CG(compile=True) runs eagerly"
@@ -34,8 +34,6 @@ _KEPT = 64
 #: As many are gathered before they join the others, which is a copy of all: a loop cannot write
 #: into what it carries.
 _GATHERED = 8
-#: Scales of v within which no number that counts leaves the range of float32.
-_ORDINARY = 1e20
 
 
 @dataclass
@@ -55,7 +53,7 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
     None where nothing was done; an outcome whose status is not CONVERGED, MAX_ITERATIONS or
     FIXED_ITERATIONS is where :mod:`.cg` is to go on from.
     """
-    if len(system.b) != 1 or not 1 / _ORDINARY < float(system.scales[0]) < _ORDINARY:
+    if len(system.b) != 1 or not 1 / ORDINARY < float(system.scales[0]) < ORDINARY:
         return None
     if not takes(system, _INSTEAD, loops=True):
         return None
