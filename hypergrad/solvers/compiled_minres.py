@@ -1,4 +1,4 @@
-"""MINRES for one right-hand side as compiled graphs: rounds of iterations, each with its check.
+"""MINRES for one right-hand side as one compiled graph: rounds of iterations and their checks.
 
 The graph does the ordinary case.  Singular systems without a solution, products that are not
 symmetric and tolerances below the rounding of products are for :mod:`.minres`, from the start.
@@ -7,6 +7,7 @@ symmetric and tolerances below the rounding of products are for :mod:`.minres`, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,32 +19,35 @@ from ..operators.compilation import Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
 from ..operators.loops import while_loop
 from .base import DampedSystem, Outcome, Status, allowed_skew
-from .compiled import ORDINARY, proved, takes
-from .krylov import DEFAULT_MAX_ITERS, REFRESH, over
+from .compiled import Iterations, proved, underflows
+from .krylov import REFRESH, over
 from .lanczos_step import DRIFT, PIVOT, RISK, smallest_ritz_value
 
 _INSTEAD = "MINRES(compile=True) runs eagerly"
 #: A round ends at this part of the tolerance: its residual and the true one differ by rounding, and
 #: a check that fails costs more than the iteration that it would have taken.
 _SHARE = 0.95
-#: A restart must have gained this much since the last one to be worth another.
-_GAIN = 0.9
+#: What may be left of the residual since the last restart for another to be worth it.
+_GAIN = 0.1
+#: What one round hands to the next: see :class:`.lanczos_step.Lanczos`.
+_VECTORS = ("p", "p_old", "w", "w_old")
+_NUMBERS = ("gamma", "eta", "c", "s", "c_old", "s_old", "norm", "size")
 
 
 @dataclass
 class _Round:
-    """Where a round ended, as numbers of the host.
+    """Where a round of the recurrence ended, as numbers of the host.
 
     Attributes:
         done: iterations so far, of all rounds.
         norm: of the true residual.
         claimed: the same by the recurrence.
-        size: the largest |A p| + damping of unit vectors p so far.
+        size: the largest |A p| + damping of its unit vectors p.
         skew: the relative antisymmetric part of the first two products.
         broken: whether the recurrence cannot go on.
-        risky: whether the rounding of the last step's product may exceed the residual.
+        risky: whether the rounding of the last product may have outweighed the residual.
         largest: the largest entry of the answer.
-        entries: diagonal and off-diagonal of T, as far as they are of this round.
+        entries: diagonal and off-diagonal of this round's part of T.
     """
 
     done: int
@@ -57,86 +61,83 @@ class _Round:
     entries: Tensor
 
     @classmethod
-    def read(cls, facts: Tensor, done: int) -> _Round:
-        host = facts.cpu()  # one transfer from the device
-        count, norm, claimed, size, skew, broken, risky, largest = host[: -2 * REFRESH].tolist()
-        at = done % REFRESH
-        entries = host[-2 * REFRESH :].view(2, REFRESH)[:, at : at + int(count) - done]
+    def read(cls, numbers: Tensor, before: int) -> _Round:
+        host = numbers.cpu()  # one transfer from the device
+        done, norm, claimed, size, skew, broken, risky, largest = host[: -2 * REFRESH].tolist()
+        at = before % REFRESH
+        entries = host[-2 * REFRESH :].view(2, REFRESH)[:, at : at + int(done) - before]
         return cls(
-            int(count), norm, claimed, size, skew, bool(broken), bool(risky), largest, entries
+            done=int(done),
+            norm=norm,
+            claimed=claimed,
+            size=size,
+            skew=skew,
+            broken=bool(broken),
+            risky=bool(risky),
+            largest=largest,
+            entries=entries.double(),
         )
 
 
 def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcome | None:
     """MINRES with the tolerances and the budget of ``config``; None where it is for eager code."""
-    scale = float(system.scales[0])
-    if len(system.b) != 1 or not 1 / ORDINARY < scale < ORDINARY:
+    given = Iterations.begin(config, system, x0, _INSTEAD)
+    if given is None:
         return None
-    if not takes(system, _INSTEAD, loops=True):
-        return None
-    operator, wide = system.operator, torch.finfo(system.b.dtype)
-    damping = system.resolve_damping()
-    fixed = config.rtol == 0 and config.atol == 0
-    tolerance = 0.0 if fixed else float(system.tolerances(config.rtol, config.atol)[0])
-    budget = config.max_iters or DEFAULT_MAX_ITERS
-    start, residual = system.begin(x0, damping)
-    norm = float(system.start_norms[0])
-    if norm <= tolerance:
-        return None
+    operator, fixed, damping = system.operator, given.fixed, given.damping
+    tolerance, budget, norm = given.tolerance, given.budget, given.norm
     graph = graph_of(
         (operator._signature(), "minres", fixed, system.b.dtype), lambda: _graph(operator, fixed)
     )
-    limits, squares = torch.finfo(operator.dtype), (wide.tiny / wide.eps**2) ** 0.5
+    wide = torch.finfo(system.b.dtype)
+    least = (wide.tiny / wide.eps**2) ** 0.5  # squares of products, and of their rounding, count
     claim = wide.eps**2 if fixed else _SHARE * max(tolerance, wide.eps**2)
-    x, state = start[0], _begin(residual[0], norm, 0.0)
-    origin, done, entries = norm, 0, []
+    x, state = given.start, _begin(given.residual, norm)
+    done, best, origin, doubtful = 0, norm, norm, False
+    entries: list[Tensor] = []
     while True:
         stop = min(budget, done + REFRESH - done % REFRESH)
-        counts = torch.tensor([done, stop], device=x.device)
-        results = graph.run(
-            operator, system.b[0], x, *state, system.b.new_tensor([claim, damping]), counts
-        )
+        limits = system.b.new_tensor([claim, damping]), torch.tensor([done, stop], device=x.device)
+        results = graph.run(operator, system.b[0], x, *state, *limits)
         if results is None:
             return None
-        x, rest, *state, facts = results
-        found = _Round.read(facts, done)
-        system.num_hvps += found.done - done + 1
-        done, best, norm = found.done, norm, found.norm
+        x, rest, *state, numbers = results
+        found = _Round.read(numbers, done)
+        taken, done, norm = found.done - done, found.done, found.norm
+        system.num_hvps += taken + 1
         entries.append(found.entries)
         if not math.isfinite(norm) or not found.skew <= allowed_skew(operator.dtype):
             return None  # where the eager solver says what is wrong, or that it is rounding
-        if found.broken or not squares < found.size < 1.0 / squares:
+        if found.broken or taken == 0 or not least < found.size < 1.0 / least:
             return None
-        if found.largest * min(1.0, scale) < limits.tiny / limits.eps:
-            return None  # what is returned is not what was checked: it underflows
+        if found.largest == 0 or underflows(system, found.largest):
+            return None
         answer = x[None]
-        if not graph.proved:
-            returned = system.returned(answer)
-            if not proved(graph, system, returned, rest[None], damping):
-                return None
-        lost = abs(norm - found.claimed) > DRIFT * norm
+        if not (
+            graph.proved or proved(graph, system, system.returned(answer), rest[None], damping)
+        ):
+            return None
+        doubtful |= found.risky
         if norm <= tolerance:
             status = Status.CONVERGED
             break
-        if fixed and done == budget:
-            status = Status.FIXED_ITERATIONS
+        if done == budget:
+            if not fixed and (doubtful or norm > best):
+                return None  # an iterate before may be the better one
+            status = Status.FIXED_ITERATIONS if fixed else Status.MAX_ITERATIONS
             break
-        if fixed and (lost or done < stop):
-            return None
-        if lost:
-            if found.risky or not norm < _GAIN * origin:
-                return None
+        if fixed and done < stop:
+            return None  # what is left to do is to stand still, and to see whether it lasts
+        best = min(best, norm)
+        if abs(norm - found.claimed) > DRIFT * norm:
+            if done < 2 or (not fixed and (found.risky or norm > _GAIN * origin)):
+                return None  # it is to be seen what is wrong: symmetry, or rounding
             origin, state = norm, _begin(rest, norm, found.size)
-        elif done == budget:
-            if found.risky or norm > best:
-                return None
-            status = Status.MAX_ITERATIONS
-            break
-        claim = claim if fixed else _SHARE * tolerance * min(1.0, found.claimed / norm)
+        if not fixed:
+            claim = _SHARE * tolerance * min(1.0, found.claimed / norm)
     smallest = None
     if not fixed:
-        diagonal, beside = torch.cat(entries, 1)
-        smallest = smallest_ritz_value(diagonal, beside) - damping
+        smallest = smallest_ritz_value(*torch.cat(entries, dim=1)) - damping
     return Outcome(
         x=answer,
         residual_norms=system.b.new_tensor([norm]),
@@ -147,12 +148,12 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
     )
 
 
-def _begin(residual: Tensor, norm: float, size: float) -> list[Tensor]:
-    """The state of the recurrence at a residual: vectors p, p_old, w, w_old, and numbers."""
-    vectors = residual.new_zeros(4, len(residual))
-    vectors[0] = residual / norm
-    # gamma, eta, c, s, c_old, s_old, norm, size: see Lanczos
-    return [vectors, residual.new_tensor([0.0, norm, 1.0, 0.0, 1.0, 0.0, 0.0, size])]
+def _begin(residual: Tensor, norm: float, size: float = 0.0) -> list[Tensor]:
+    """The recurrence at a residual: its vectors, and its numbers."""
+    vectors = residual.new_zeros(len(_VECTORS), len(residual))
+    torch.div(residual, norm, out=vectors[0])
+    first = {"eta": norm, "c": 1.0, "c_old": 1.0, "size": size}
+    return [vectors, residual.new_tensor([first.get(name, 0.0) for name in _NUMBERS])]
 
 
 def _graph(operator: LinearOperator, fixed: bool) -> Graph:
@@ -161,98 +162,31 @@ def _graph(operator: LinearOperator, fixed: bool) -> Graph:
     def minres(
         tensors: list[Tensor],
         b: Tensor,
-        x: Tensor,
+        start: Tensor,
         vectors: Tensor,
         numbers: Tensor,
         options: Tensor,
         counts: Tensor,
     ) -> tuple[Tensor, ...]:
-        now, (claim, damping) = template._with_tensors(tensors), options.unbind()
-        k, stop = counts.unbind()
-        rounding, wide = torch.finfo(now.dtype).eps, b.dtype
-        tiny = PIVOT * torch.finfo(wide).eps
+        now = template._with_tensors(tensors)
 
         def product(vector: Tensor) -> Tensor:
-            return now._traced_products(vector.to(now.dtype)[None])[0].to(wide)
+            return now._traced_products(vector.to(now.dtype)[None])[0].to(b.dtype)
 
-        zero = torch.zeros_like(damping)
         # What a loop reads may share no memory, hence the copies.
-        first = {
-            "k": k.clone(),
-            "x": x.clone(),
+        claim, damping = (number.clone() for number in options.unbind())
+        k, stop = (count.clone() for count in counts.unbind())
+        state = {
+            "x": start.clone(),
             **{name: row.clone() for name, row in zip(_VECTORS, vectors.unbind(), strict=True)},
             **{name: row.clone() for name, row in zip(_NUMBERS, numbers.unbind(), strict=True)},
-            "skew": zero.clone(),
-            "broken": zero.clone(),
-            "risky": zero.clone(),
-            "entries": x.new_zeros(2, REFRESH),
         }
-        names, place = list(first), torch.arange(REFRESH, device=x.device)
-
-        def going(*state: Tensor) -> Tensor:
-            now = dict(zip(names, state, strict=True))
-            regular = now["broken"] + now["risky"] == 0
-            return (now["eta"].abs() > claim) & (now["k"] < stop) & regular
-
-        def step(*state: Tensor) -> tuple[Tensor, ...]:
-            """:func:`lanczos_step` for one row; squares are within the range of the dtype."""
-            now = dict(zip(names, state, strict=True))
-            k, p, p_old, gamma_old = now["k"], now["p"], now["p_old"], now["gamma"]
-            c, s, c_old, s_old = now["c"], now["s"], now["c_old"], now["s_old"]
-            image = product(p)
-            size = image.square().sum().sqrt() + damping
-            image = image + damping * p
-            u = image - gamma_old * p_old
-            delta = (p * u).sum()
-            u = u - delta * p
-            gamma = u.square().sum().sqrt()
-            # p0'A p1 = p1'A p0, which is gamma.
-            gap = ((p_old * image).sum() - gamma_old).abs()
-            pivot = c * delta - c_old * s * gamma_old
-            above = s * delta + c_old * c * gamma_old
-            diagonal = (pivot.square() + gamma.square()).sqrt()
-            column = (gamma_old.square() + delta.square() + gamma.square()).sqrt()
-            largest, norm = torch.maximum(now["size"], size), torch.maximum(now["norm"], column)
-            broken = diagonal <= tiny * norm
-            turn, left = over(pivot, diagonal), over(gamma, diagonal)
-            w = (p - s_old * gamma_old * now["w_old"] - above * now["w"]) * over(
-                torch.ones_like(diagonal), diagonal
-            )
-            eta, length = -left * now["eta"], torch.where(broken, 0.0, turn * now["eta"])
-            noise = rounding * largest * length.abs() * w.square().sum().sqrt()
-            if fixed:
-                broken = broken | (noise > now["eta"].abs())
-            here = place == k % REFRESH
-            entry = torch.stack([delta, gamma_old])[:, None]
-            new = {
-                "k": k + 1,
-                "x": now["x"] + length * w,
-                "p": u * over(torch.ones_like(gamma), gamma),
-                "p_old": p.clone(),
-                "w": w,
-                "w_old": now["w"].clone(),
-                "gamma": gamma,
-                "eta": eta,
-                "c": turn,
-                "s": left,
-                "c_old": c.clone(),
-                "s_old": s.clone(),
-                "norm": norm,
-                "size": largest,
-                "skew": torch.where(k == 1, gap / (size + now["size"]), now["skew"]),
-                "broken": broken.to(wide),
-                "risky": (noise > RISK * eta.abs()).to(wide) if not fixed else zero.clone(),
-                "entries": torch.where(here, entry, now["entries"]),
-            }
-            return tuple(new.values())
-
-        ended = while_loop(going, step, tuple(first.values()))  # type: ignore[no-untyped-call]
-        last = dict(zip(names, ended, strict=True))
-        x = last["x"]
-        rounded = x.to(now.dtype).to(wide)  # as it will be returned
+        rounding = torch.finfo(now.dtype).eps
+        last = _iterate(product, state, k, stop, claim, damping, rounding, fixed)
+        rounded = last["x"].to(now.dtype).to(b.dtype)  # as it will be returned
         rest = b - product(rounded) - damping * rounded
         facts = (
-            last["k"].to(wide),
+            last["k"],
             torch.linalg.vector_norm(rest),
             last["eta"].abs(),
             last["size"],
@@ -262,15 +196,100 @@ def _graph(operator: LinearOperator, fixed: bool) -> Graph:
             rounded.abs().amax(),
         )
         return (
-            x,
+            last["x"],
             rest,
             torch.stack([last[name] for name in _VECTORS]),
             torch.stack([last[name] for name in _NUMBERS]),
-            torch.cat([torch.stack(facts), last["entries"].flatten()]),
+            torch.cat([*(fact.to(b.dtype)[None] for fact in facts), last["entries"].flatten()]),
         )
 
     return Graph(minres, f"MINRES with {operator!r}", _INSTEAD, compiler_options(operator.device))
 
 
-_VECTORS = ("p", "p_old", "w", "w_old")
-_NUMBERS = ("gamma", "eta", "c", "s", "c_old", "s_old", "norm", "size")
+def _iterate(
+    product: Callable[[Tensor], Tensor],
+    state: dict[str, Tensor],
+    k: Tensor,
+    stop: Tensor,
+    claim: Tensor,
+    damping: Tensor,
+    rounding: float,
+    fixed: bool,
+) -> dict[str, Tensor]:
+    """Iterations ``k`` to ``stop``, or fewer, as :func:`.lanczos_step` makes them.
+
+    For one vector, without care for its scale: squares are within the range of the dtype.  All
+    vectors are of the wide dtype, since rounding of the directions w reaches the residual times
+    the square of the condition number, that of products once (Sleijpen, van der Vorst and
+    Modersitzki, SIMAX 22 (2000)).
+    """
+    none = torch.zeros_like(damping)
+    first = {
+        "k": k,
+        **state,
+        "skew": none,
+        "broken": none.clone(),
+        "risky": none.clone(),
+        "entries": state["x"].new_zeros(2, REFRESH),
+    }
+    names, places = list(first), torch.arange(REFRESH, device=k.device)
+    pivots = PIVOT * torch.finfo(damping.dtype).eps
+
+    def going(*carried: Tensor) -> Tensor:
+        now = dict(zip(names, carried, strict=True))
+        sound = now["broken"] + now["risky"] == 0
+        return (now["eta"].abs() > claim) & (now["k"] < stop) & sound
+
+    def step(*carried: Tensor) -> tuple[Tensor, ...]:
+        now = dict(zip(names, carried, strict=True))
+        k, p, beside, c, s = now["k"], now["p"], now["gamma"], now["c"], now["s"]
+        image = product(p)
+        size = image.square().sum().sqrt() + damping
+        image = image + damping * p
+        u = image - beside * now["p_old"]
+        delta = (p * u).sum()
+        u = u - delta * p
+        gamma = u.square().sum().sqrt()
+        # Of symmetric products this is p_old'A p, as p'A p_old was.
+        gap = ((now["p_old"] * image).sum() - beside).abs()
+        pivot = c * delta - now["c_old"] * s * beside
+        above = s * delta + now["c_old"] * c * beside
+        diagonal = (pivot.square() + gamma.square()).sqrt()
+        column = (beside.square() + delta.square() + gamma.square()).sqrt()
+        norm, largest = torch.maximum(now["norm"], column), torch.maximum(now["size"], size)
+        broken = diagonal <= pivots * norm
+        cosine, sine = over(pivot, diagonal), over(gamma, diagonal)
+        w = p - now["s_old"] * beside * now["w_old"] - above * now["w"]
+        w = w * over(torch.ones_like(diagonal), diagonal)
+        length = torch.where(broken, 0.0, cosine * now["eta"])
+        eta = -sine * now["eta"]
+        noise = rounding * largest * length.abs() * w.square().sum().sqrt()
+        if fixed:
+            broken, risky = broken | (noise > now["eta"].abs()), torch.zeros_like(broken)
+        else:
+            risky = noise > RISK * eta.abs()
+        entry = torch.stack([delta, beside])[:, None]
+        new = {
+            "k": k + 1,
+            "x": now["x"] + length * w,
+            "p": u * over(torch.ones_like(gamma), gamma),
+            "p_old": p.clone(),
+            "w": w,
+            "w_old": now["w"].clone(),
+            "gamma": gamma,
+            "eta": eta,
+            "c": cosine,
+            "s": sine,
+            "c_old": c.clone(),
+            "s_old": s.clone(),
+            "norm": norm,
+            "size": largest,
+            "skew": torch.where(k == 1, gap / (size + now["size"]), now["skew"]),
+            "broken": broken.to(norm.dtype),
+            "risky": risky.to(norm.dtype),
+            "entries": torch.where(places == k % REFRESH, entry, now["entries"]),
+        }
+        return tuple(new.values())
+
+    ended = while_loop(going, step, tuple(first.values()))  # type: ignore[no-untyped-call]
+    return dict(zip(names, ended, strict=True))
