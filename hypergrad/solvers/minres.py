@@ -59,11 +59,21 @@ class MINRES(Solver):
         max_iters: iteration budget; None for 10,000.
         preconditioner: a symmetric positive definite M close to the inverse of |A + damping I|:
             anything :func:`hypergrad.as_operator` takes.
-        compile: whether a solve for one right-hand side is one graph of ``torch.compile``.
+        compile: whether a solve for one right-hand side is one graph of ``torch.compile``, as by
+            ``CG(compile=True)``, for the same operators; not with a preconditioner.  At most 50
+            iterations are a round, which ends with the true residual; the next goes on with the
+            recurrence, or, where that is lost, begins at the true residual while each restart
+            divides it by ten.  Vectors are of the working dtype, in products of the operator's.
+            What is left to eager MINRES, which begins anew: a singular system without a solution,
+            a tolerance below rounding, products that are not symmetric, several right-hand sides.
 
     Raises (when solving):
         NotSymmetricError: the first two products show an operator that is not symmetric.
         PreconditionerError: u'M u <= 0 for a vector u.
+
+    Warns (when solving):
+        CompilationWarning: with ``compile``, an operator that is not known to be tensor code, or
+            no compiler; the solve is then an eager one.
 
     Cost: one HVP an iteration, one a check of the true residual; nine vectors of memory a
     right-hand side, eleven with a preconditioner.  Many right-hand sides share block products;

@@ -562,5 +562,6 @@ def test_generated_code_answers_the_same(graphs: list[bool]) -> None:
         for spectrum in CALM:
             a, v = matrix(spectrum, 40, dtype), gaussian(40, seed=2).to(dtype)
             assert_same(*both(a, v, rtol=rtol, damping=0.3), 10 * rtol)
-            assert_same(*both(a, v, rtol=0.0, max_iters=4, damping=0.3), 10 * rtol)
+            if spectrum in INDEFINITE:  # others are solved, or stand still, before
+                assert_same(*both(a, v, rtol=0.0, max_iters=4, damping=0.3), 10 * rtol)
     assert all(graphs)
