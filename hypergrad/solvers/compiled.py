@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,10 @@ from ..operators.compilation import IMPURE, Graph
 from ..operators.loops import HAS_LOOPS
 from ..operators.modes import agree
 from .base import DampedSystem
+from .krylov import DEFAULT_MAX_ITERS
+
+#: Scales of v within which no number that counts leaves the range of float32.
+_ORDINARY = 1e20
 
 
 def takes(system: DampedSystem, instead: str, *, loops: bool) -> bool:
@@ -32,6 +39,56 @@ def takes(system: DampedSystem, instead: str, *, loops: bool) -> bool:
         return True
     warn(f"{instead}: {why}.", CompilationWarning)
     return False
+
+
+@dataclass
+class Iterations:
+    """What iterations for one right-hand side begin with, as numbers of the host.
+
+    Attributes:
+        fixed: whether their number is fixed; else they go on to ``tolerance``.
+        tolerance: on the scaled residual; 0 where their number is fixed.
+        budget: at most so many.
+        damping: as a number.
+        start, residual: vectors of shape (n,), in the working dtype.
+        norm: that of ``residual``, above the tolerance.
+    """
+
+    fixed: bool
+    tolerance: float
+    budget: int
+    damping: float
+    start: Tensor
+    residual: Tensor
+    norm: float
+
+    @classmethod
+    def begin(
+        cls, config: Any, system: DampedSystem, x0: Tensor | None, instead: str
+    ) -> Iterations | None:
+        """For the options of a Krylov method; None where there is no work for a graph."""
+        if len(system.b) != 1 or not 1 / _ORDINARY < float(system.scales[0]) < _ORDINARY:
+            return None
+        if not takes(system, instead, loops=True):
+            return None
+        damping = system.resolve_damping()
+        fixed = config.rtol == 0 and config.atol == 0
+        tolerance = 0.0 if fixed else float(system.tolerances(config.rtol, config.atol)[0])
+        budget = config.max_iters or DEFAULT_MAX_ITERS
+        start, residual = system.begin(x0, damping)
+        norm = float(system.start_norms[0])
+        if norm <= tolerance:
+            return None
+        return cls(fixed, tolerance, budget, damping, start[0], residual[0], norm)
+
+
+def underflows(system: DampedSystem, largest: float) -> bool:
+    """Whether an answer with this largest entry loses digits when it is returned.
+
+    What is returned is then not what was checked.
+    """
+    limits = torch.finfo(system.operator.dtype)
+    return 0 < largest * min(1.0, float(system.scales[0])) < limits.tiny / limits.eps
 
 
 def same_products(graph: Graph, system: DampedSystem, rows: Tensor, products: Tensor) -> bool:

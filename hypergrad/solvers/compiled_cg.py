@@ -19,8 +19,8 @@ from ..operators.compilation import Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
 from ..operators.loops import while_loop
 from .base import DampedSystem, Outcome, Status, allowed_skew
-from .compiled import proved, takes
-from .krylov import DEFAULT_MAX_ITERS, PATIENCE
+from .compiled import Iterations, proved, underflows
+from .krylov import PATIENCE
 
 _INSTEAD = "CG(compile=True) runs eagerly"
 #: The recurrence stops at this part of the tolerance: its residual and the true one differ by
@@ -34,8 +34,6 @@ _KEPT = 64
 #: As many are gathered before they join the others, which is a copy of all: a loop cannot write
 #: into what it carries.
 _GATHERED = 8
-#: Scales of v within which no number that counts leaves the range of float32.
-_ORDINARY = 1e20
 
 
 @dataclass
@@ -55,19 +53,11 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
     None where nothing was done; an outcome whose status is not CONVERGED, MAX_ITERATIONS or
     FIXED_ITERATIONS is where :mod:`.cg` is to go on from.
     """
-    if len(system.b) != 1 or not 1 / _ORDINARY < float(system.scales[0]) < _ORDINARY:
+    given = Iterations.begin(config, system, x0, _INSTEAD)
+    if given is None:
         return None
-    if not takes(system, _INSTEAD, loops=True):
-        return None
-    damping = system.resolve_damping()
-    fixed = config.rtol == 0 and config.atol == 0
-    tolerance = 0.0 if fixed else float(system.tolerances(config.rtol, config.atol)[0])
-    budget = config.max_iters or DEFAULT_MAX_ITERS
-    start, residual = system.begin(x0, damping)
-    norm = float(system.start_norms[0])
-    if norm <= tolerance:
-        return None
-    operator = system.operator
+    operator, fixed, damping = system.operator, given.fixed, given.damping
+    tolerance, budget, norm = given.tolerance, given.budget, given.norm
     kept = min(_KEPT, -(-budget // _GATHERED) * _GATHERED) if config.reorthogonalize else 0
     graph = graph_of(
         (operator._signature(), "cg", fixed, kept, system.b.dtype),
@@ -75,11 +65,11 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
     )
     claim = 0.0 if fixed else _SHARE * max(tolerance, torch.finfo(system.b.dtype).eps ** 2)
     scalars = system.b.new_tensor(claim), system.b.new_tensor(damping)
-    scale, limits = float(system.scales[0]), torch.finfo(operator.dtype)
+    x, rest = given.start, given.residual
     done, status = 0, Status.STAGNATED
     for _ in range(PATIENCE):
         left = torch.tensor(budget - done, device=system.b.device)
-        results = graph.run(operator, system.b[0], start[0], residual[0], *scalars, left)
+        results = graph.run(operator, system.b[0], x, rest, *scalars, left)
         if results is None:
             return None
         x, rest, numbers = results
@@ -88,11 +78,11 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
         system.num_hvps += found.iterations + 1
         if found.skewed or not math.isfinite(found.norm):
             return None  # where the eager solver says what is wrong, or that it is rounding
-        if 0 < found.largest * min(1.0, scale) < limits.tiny / limits.eps:
-            return None  # what is returned is not what was checked: it underflows
-        start, residual, norm = x[None], rest[None], found.norm
-        rounded = x[None].to(operator.dtype).to(x.dtype)
-        if not (graph.proved or proved(graph, system, rounded, residual, damping)):
+        if underflows(system, found.largest):
+            return None
+        answer, norm = x[None], found.norm
+        rounded = answer.to(operator.dtype).to(x.dtype)
+        if not (graph.proved or proved(graph, system, rounded, rest[None], damping)):
             return None
         if not found.definite:
             break
@@ -108,7 +98,7 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
         if norm > _GAIN * before:
             break
     return Outcome(
-        x=start,
+        x=answer,
         residual_norms=system.b.new_tensor([norm]),
         statuses=[status],
         iterations=[done],

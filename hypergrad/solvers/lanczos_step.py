@@ -10,8 +10,12 @@ from torch import Tensor
 from .base import DampedSystem
 from .krylov import Norms, Precondition, over, where_rows
 
+#: A step is checked at once when the rounding of its product may exceed this part of the residual.
+RISK = 0.1
+#: The recurrence is lost where its residual is off by more than this part of the true one.
+DRIFT = 0.1
 #: A pivot of the tridiagonal matrix within this many eps of its norm is zero.
-_PIVOT = 10.0
+PIVOT = 10.0
 
 
 @dataclass
@@ -148,7 +152,7 @@ def lanczos_step(
     top = state.s_old * state.gamma
     diagonal = torch.hypot(pivot, gamma)
     norm = torch.maximum(state.norm, torch.hypot(torch.hypot(state.gamma, delta), gamma))
-    broken = diagonal <= _PIVOT * torch.finfo(norm.dtype).eps * norm
+    broken = diagonal <= PIVOT * torch.finfo(norm.dtype).eps * norm
     # A r = eta P (pivot e_k + c_old gamma e_(k+1)): Choi, Paige and Saunders, SISC 33 (2011).
     null = over(torch.hypot(pivot, state.c * gamma), norm)
     c, s = over(pivot, diagonal), over(gamma, diagonal)
@@ -165,3 +169,14 @@ def lanczos_step(
     rayleigh = torch.where(z_norms > 0, over(over(delta, z_norms), z_norms), torch.inf)
     move = length.abs() * norms_of(w)
     return LanczosStep(new, image, sizes, delta, rayleigh, length, move, null, broken)
+
+
+def smallest_ritz_value(diagonal: Tensor, beside: Tensor) -> float:
+    """The smallest eigenvalue of T, whose column j has ``beside[j]`` above its diagonal."""
+    from scipy.linalg import eigvalsh_tridiagonal
+
+    scale = float(torch.maximum(diagonal.abs().max(), beside.abs().max())) or 1.0  # LAPACK squares
+    values = eigvalsh_tridiagonal(
+        (diagonal / scale).numpy(), (beside[1:] / scale).numpy(), select="i", select_range=(0, 0)
+    )
+    return float(values[0]) * scale

@@ -23,10 +23,9 @@ from .krylov import (
     preconditioning,
     where_rows,
 )
-from .lanczos_step import Lanczos, lanczos_step
+from .lanczos_step import DRIFT, RISK, Lanczos, lanczos_step, smallest_ritz_value
+from .options import check_option
 
-#: A step is checked at once when the rounding of its product may exceed this part of the residual.
-_RISK = 0.1
 #: Rounding of a product with x, at most, in eps |A| |x|.
 _NOISE = 1.0
 #: A residual this much smaller is no work of rounding.
@@ -60,10 +59,21 @@ class MINRES(Solver):
         max_iters: iteration budget; None for 10,000.
         preconditioner: a symmetric positive definite M close to the inverse of |A + damping I|:
             anything :func:`hypergrad.as_operator` takes.
+        compile: whether a solve for one right-hand side is one graph of ``torch.compile``, as by
+            ``CG(compile=True)``, for the same operators; not with a preconditioner.  At most 50
+            iterations are a round, which ends with the true residual; the next goes on with the
+            recurrence, or, where that is lost, begins at the true residual while each restart
+            divides it by ten.  Vectors are of the working dtype, in products of the operator's.
+            What is left to eager MINRES, which begins anew: a singular system without a solution,
+            a tolerance below rounding, products that are not symmetric, several right-hand sides.
 
     Raises (when solving):
         NotSymmetricError: the first two products show an operator that is not symmetric.
         PreconditionerError: u'M u <= 0 for a vector u.
+
+    Warns (when solving):
+        CompilationWarning: with ``compile``, an operator that is not known to be tensor code, or
+            no compiler; the solve is then an eager one.
 
     Cost: one HVP an iteration, one a check of the true residual; nine vectors of memory a
     right-hand side, eleven with a preconditioner.  Many right-hand sides share block products;
@@ -87,11 +97,21 @@ class MINRES(Solver):
     atol: float = 0.0
     max_iters: int | None = None
     preconditioner: Any = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_krylov_options(self.rtol, self.atol, self.max_iters)
+        check_option(isinstance(self.compile, bool), "compile", self.compile, "True or False")
+        good = not (self.compile and self.preconditioner is not None)
+        check_option(good, "compile", self.compile, "False where there is a preconditioner")
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
+        if self.compile:
+            from .compiled_minres import run_compiled  # with parts of PyTorch that take long
+
+            found = run_compiled(self, system, x0)
+            if found is not None:
+                return found
         precondition = preconditioning(self.preconditioner, system)
         if self.rtol == 0 and self.atol == 0:
             work = FixedWork.begin(system, x0, self.max_iters, traced=False)
@@ -150,7 +170,7 @@ class _Recurrence(Recurrence):
         r = where_rows(step.broken, self.r, step.residual(self.r))
         norms = torch.linalg.vector_norm(r, dim=1)
         # The rounding of the step's product.
-        risky = self.rounding * step.state.size * step.move > _RISK * norms
+        risky = self.rounding * step.state.size * step.move > RISK * norms
         better = (norms < self.best) & ~risky
         due = self._due(norms, iteration) | risky | step.broken
         flags = ((step.state.theta <= 0).any(), nearer.any(), due.any(), better.all())
@@ -187,7 +207,7 @@ class _Recurrence(Recurrence):
         index = torch.nonzero(due).flatten()
         residual = self.system.residual(self.x[index], self.damping, self.row[index])
         norms = row_norms(residual)
-        lost = (row_norms(residual - self.r[index]) > 0.1 * norms) | broken[index]
+        lost = (row_norms(residual - self.r[index]) > DRIFT * norms) | broken[index]
         self._record(index, self.x[index], norms)
         lost &= self.true[index] > self.tolerances[self.row[index]]
         if bool(lost.any()):
@@ -267,8 +287,6 @@ class _Recurrence(Recurrence):
             return None
         if self.precondition is not None:
             return float(self.rayleigh) - self.damping
-        from scipy.linalg import eigvalsh_tridiagonal
-
         m = len(self.out_x)
         steps = torch.full((2, len(self.entries), m), float("nan"), dtype=torch.float64)
         smallest = []
@@ -279,14 +297,7 @@ class _Recurrence(Recurrence):
             taken = ~steps[0, :, column].isnan()
             diagonal, beside = steps[0, taken, column], steps[1, taken, column]
             if len(diagonal):
-                scale = float(steps[:2, taken, column].abs().max()) or 1.0  # LAPACK squares
-                values = eigvalsh_tridiagonal(
-                    (diagonal / scale).numpy(),
-                    (beside[1:] / scale).numpy(),
-                    select="i",
-                    select_range=(0, 0),
-                )
-                smallest.append(float(values[0]) * scale - self.damping)
+                smallest.append(smallest_ritz_value(diagonal, beside) - self.damping)
         return min(smallest, default=None)
 
 

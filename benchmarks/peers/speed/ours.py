@@ -118,6 +118,11 @@ def team() -> Team:
                 lambda work: hypergrad.CG(rtol=rtol_of(work), compile=True, reorthogonalize=True),
                 compiled=True,
             ),
+            of(
+                "MINRES, one graph",
+                lambda work: hypergrad.MINRES(rtol=rtol_of(work), compile=True),
+                compiled=True,
+            ),
         ),
         {},
     )
