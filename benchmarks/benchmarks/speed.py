@@ -6,6 +6,7 @@ do not.  All run on one thread.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -86,6 +87,53 @@ class SolverRatios(_OnProblems):
         return ratio(
             lambda: cg(self.hvp, self.v),
             lambda: repeated(self.hvp, self.v, CG_ITERATIONS),
+            self.problem.repeats,
+        )
+
+
+class OneGraph:
+    """A solve with ``compile=True`` against the same solve without, on the Hessian of a problem.
+
+    Twenty iterations or terms, or rank ten, and the check; compiling is not in it.
+    """
+
+    solvers: ClassVar[dict[str, Callable[[bool], hypergrad.Solver]]] = {
+        "CG": lambda compile: hypergrad.CG(rtol=0.0, max_iters=CG_ITERATIONS, compile=compile),
+        "MINRES": lambda compile: hypergrad.MINRES(
+            rtol=0.0, max_iters=CG_ITERATIONS, compile=compile
+        ),
+        "Neumann": lambda compile: hypergrad.Neumann(CG_ITERATIONS, compile=compile),
+        "Nystrom": lambda compile: hypergrad.Nystrom(
+            RANK, generator=torch.Generator().manual_seed(0), compile=compile
+        ),
+    }
+    params: ClassVar[list[list[str]]] = [["critic", "logistic"], list(solvers)]
+    param_names: ClassVar[list[str]] = ["problem", "solver"]
+    problems: ClassVar[dict[str, Callable[[], Problem]]] = PROBLEMS
+    unit = "compiled / eager"
+
+    def setup(self, name: str, solver: str) -> None:
+        single_threaded()
+        self.problem = self.problems[name]()
+        problem = self.problem
+        self.operator = hypergrad.hessian(
+            problem.loss_fn, problem.params, problem.inputs, problem.targets
+        )
+        self.v = problem.right_hand_side()
+
+    def solve(self, solver: str, compile: bool) -> hypergrad.Solution:
+        config = self.solvers[solver](compile)
+        damping: float | Literal["auto"] = "auto" if solver == "Nystrom" else DAMPING
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", hypergrad.CompilationWarning)  # that it ran eagerly
+            return hypergrad.solve(
+                self.operator, self.v, config, damping=damping, on_failure="raise"
+            )
+
+    def track_compiled_over_eager(self, name: str, solver: str) -> float:
+        return ratio(
+            lambda: self.solve(solver, True),
+            lambda: self.solve(solver, False),
             self.problem.repeats,
         )
 

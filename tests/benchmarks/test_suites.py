@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import itertools
 import json
 import math
 from pathlib import Path
@@ -97,6 +98,25 @@ def test_many_right_hand_sides_cost_a_third_of_separate_solves(solver: str) -> N
     suite = speed.ManyRightHandSides()
     suite.setup(solver, "forward_over_reverse")  # type: ignore[arg-type]
     assert suite.track_block_over_separate(solver, "forward_over_reverse") <= 0.35
+
+
+@pytest.mark.parametrize(
+    ("problem", "solver"),
+    [
+        pytest.param(problem, solver, marks=() if solver == "CG" else pytest.mark.slow)
+        for problem, solver in itertools.product(*speed.OneGraph.params)
+        if problem == "logistic" or solver != "CG"
+    ],
+)
+@pytest.mark.usefixtures("capture_only")
+def test_a_solve_as_one_graph_is_the_same_solve(problem: str, solver: str) -> None:
+    suite = speed.OneGraph()
+    suite.setup(problem, solver)
+    eager, compiled = (suite.solve(solver, compile).info for compile in (False, True))
+    assert compiled.status is eager.status
+    # Those of twenty iterations in float32 are the rounding of their directions, too.
+    assert 0.1 < compiled.relative_residual / eager.relative_residual < 10
+    assert suite.track_compiled_over_eager(problem, solver) > 0
 
 
 @pytest.mark.parametrize("spectrum", problems.SPECTRA)
