@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.fx import Graph
 
 import hypergrad
+from hypergrad.operators import loops
 from tests.strategies import F64
 
 
@@ -59,3 +62,28 @@ def eager_and_compiled(
 def leaves(solution: hypergrad.Solution) -> list[Tensor]:
     value = solution.value
     return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def passes_counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each loop compiled from now on: tanhs around it, and in it."""
+    counts: list[tuple[int, int]] = []
+
+    class Counting(loops.HoistInvariants):
+        def __call__(self, graph: Graph) -> None:
+            module = graph.owning_module
+            assert module is not None
+            super().__call__(graph)
+            for node in module.graph.nodes:
+                if node.target is torch.ops.higher_order.while_loop:
+                    body = getattr(module, str(node.args[1].target))
+                    counts.append((_tanhs(module.graph), _tanhs(body.graph)))
+
+        def uuid(self) -> bytes:
+            return b"counting"
+
+    monkeypatch.setattr(loops, "HoistInvariants", Counting)
+    return counts
+
+
+def _tanhs(graph: Graph) -> int:
+    return sum(node.target is torch.ops.aten.tanh.default for node in graph.nodes)

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import Graph
 
 import hypergrad
 from hypergrad import Status
-from hypergrad.operators import compilation, loops
+from hypergrad.operators import compilation
 from hypergrad.solvers import compiled_cg
 from tests.solvers.compiled import (
     loss,
     model,
+    passes_counted,
     point,
     right_hand_side,
     squares,
@@ -244,32 +244,13 @@ def test_a_tensor_in_a_closure_is_found_where_there_is_no_graph_yet() -> None:
 def test_generated_code_computes_the_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch._inductor")
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
-    counts: list[tuple[int, int]] = []
-
-    class Counting(loops.HoistInvariants):
-        def __call__(self, graph: Graph) -> None:
-            module = graph.owning_module
-            assert module is not None
-            super().__call__(graph)
-            for node in module.graph.nodes:
-                if node.target is torch.ops.higher_order.while_loop:
-                    body = getattr(module, str(node.args[1].target))
-                    counts.append((_tanhs(module.graph), _tanhs(body.graph)))
-
-        def uuid(self) -> bytes:
-            return b"counting"
-
-    monkeypatch.setattr(loops, "HoistInvariants", Counting)
+    counts = passes_counted(monkeypatch)
     operator, v = hypergrad.hessian(loss, *point(0)), right_hand_side(F64)
     found = hypergrad.solve(operator, v, GRAPH, damping=3.0)
     exact = hypergrad.solve(operator, v, hypergrad.Exact(), damping=3.0).value
     torch.testing.assert_close(found.value, exact, rtol=1e-3, atol=1e-4)
     # Once for all products: those of the loop, and the one that checks.
     assert counts == [(1, 0)]
-
-
-def _tanhs(graph: Graph) -> int:
-    return sum(node.target is torch.ops.aten.tanh.default for node in graph.nodes)
 
 
 def test_rounds_go_on_from_the_true_residual(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,16 +15,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.fx import Graph
 
 import hypergrad
 from hypergrad import MINRES, Status
-from hypergrad.operators import compilation, loops
+from hypergrad.operators import compilation
 from hypergrad.solvers import compiled_minres
 from tests.solvers.compiled import (
     eager_and_compiled,
     leaves,
     loss,
+    passes_counted,
     point,
     right_hand_side,
     weighted_sum,
@@ -546,22 +546,7 @@ def test_a_derivative_is_one_more_solve_by_the_graph(graphs: list[bool]) -> None
 def test_generated_code_computes_the_gradient_once(
     graphs: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts: list[tuple[int, int]] = []
-
-    class Counting(loops.HoistInvariants):
-        def __call__(self, graph: Graph) -> None:
-            module = graph.owning_module
-            assert module is not None
-            super().__call__(graph)
-            for node in module.graph.nodes:
-                if node.target is torch.ops.higher_order.while_loop:
-                    body = getattr(module, str(node.args[1].target))
-                    counts.append((_tanhs(module.graph), _tanhs(body.graph)))
-
-        def uuid(self) -> bytes:
-            return b"counting"
-
-    monkeypatch.setattr(loops, "HoistInvariants", Counting)
+    counts = passes_counted(monkeypatch)
     v = right_hand_side(F32)
     for seed in range(2):
         operator = hypergrad.hessian(loss, *point(seed, F32))
@@ -570,10 +555,6 @@ def test_generated_code_computes_the_gradient_once(
     assert graphs == [True] * 2
     # Once for all products: those of the loop, and the one that checks.
     assert counts == [(1, 0)]
-
-
-def _tanhs(graph: Graph) -> int:
-    return sum(node.target is torch.ops.aten.tanh.default for node in graph.nodes)
 
 
 @pytest.mark.slow
