@@ -211,7 +211,7 @@ def test_the_larger_of_both_tolerances_counts() -> None:
     assert generous.converged
 
 
-@pytest.mark.parametrize("count", [1, 4, 17])
+@pytest.mark.parametrize("count", [1, 4, 10])
 def test_a_fixed_number_of_iterations_is_no_failure(count: int) -> None:
     problem = symmetric(CONDITIONED["geometric"](40, 4), seed=1)
     v = gaussian(40, seed=2)
@@ -224,7 +224,8 @@ def test_a_fixed_number_of_iterations_is_no_failure(count: int) -> None:
     for _ in range(count - 1):
         q = torch.linalg.qr(torch.cat([q, problem.matrix @ q[:, -1:]], 1))[0]
     expected = q @ torch.linalg.solve(q.T @ problem.matrix @ q, q.T @ v)
-    assert relative_error(x, expected) <= 1e-6
+    # Later on the residuals lose their orthogonality, as fast as the processor's rounding has it.
+    assert relative_error(x, expected) <= 1e-11
 
 
 def test_a_warm_start_at_the_solution_needs_no_iteration() -> None:
@@ -438,16 +439,19 @@ def test_far_more_iterations_than_needed_do_no_harm(solver: Any) -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 80])
 def test_negative_curvature_in_a_fixed_number_of_iterations(count: int) -> None:
-    problem = symmetric(INDEFINITE["alternating"](20), seed=1)
-    rows = gaussian(3, 20, seed=2)
-    rows[1] = problem.basis[:, 0]  # a positive eigenvector: solved, whatever the others meet
-    solution = quietly(problem.hvp(), rows, CG(rtol=0.0, max_iters=count), batched=True)
+    indefinite = symmetric(INDEFINITE["alternating"](20), seed=1).matrix
+    matrix = torch.block_diag(indefinite, torch.full((1, 1), 2.0, dtype=F64))
+    rows = gaussian(3, 21, seed=2)
+    # A positive eigenvector: solved, whatever the others meet.  Without rounding, for of a residual
+    # of noise the next step meets negative curvature, or does not, as the processor has it.
+    rows[1] = torch.eye(21, dtype=F64)[-1]
+    solution = quietly(matrix, rows, CG(rtol=0.0, max_iters=count), batched=True)
     for v, x, column in zip(rows, solution.value, solution.info.columns, strict=True):
-        outside = relative_residual(problem.matrix, 0.0, x, v)
+        outside = relative_residual(matrix, 0.0, x, v)
         assert column.relative_residual == pytest.approx(outside, rel=1e-6, abs=1e-12)
         assert (column.direction is not None) == (column.status is Status.NEGATIVE_CURVATURE)
         if column.direction is not None:
-            curvature = column.direction @ problem.matrix @ column.direction
+            curvature = column.direction @ matrix @ column.direction
             assert float(curvature) <= 1e-12
             assert column.iterations <= count
             assert column.relative_residual <= 1.0 + 1e-12  # the best iterate, not the last
