@@ -245,13 +245,13 @@ def correction(
     where there are any.
     """
     part = batch if envs is None else batch.select(envs)
+    states = jacobian and jacobian.first(batch.targets.numel())
     if config.cross_term == "paper":
-        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn, checked)
+        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn, checked, states)
         x = unflatten(solved.value, shapes_of(critic))
         known = jacobian if envs is None else None
         c = published_cross_term(policy, actor, critic, x, part, config, value_fn, acted, known)
         return c, solved
-    states = jacobian and jacobian.first(batch.targets.numel())
     solved = critic_response(critic, batch, v, config, sketch, value_fn, states, checked)
     u = solved.value if envs is None else solved.value[envs]
     c = cross_term(policy, actor, critic, u, part, config.cross_term, value_fn, acted)

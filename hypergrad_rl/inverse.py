@@ -15,6 +15,7 @@ Jacobian of the values at the N samples. What a cross term needs decides the spa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,10 @@ from hypergrad_rl.functional import flatten, shapes_of, unflatten
 from hypergrad_rl.networks import DEFAULT_CRITIC, Critic, Jacobian, Params, ValueFn
 from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Batch
+from hypergrad_rl.value_jacobian import ValueJacobian
 
+#: Columns of a matrix, (k, n), from unit vectors (k, n).
+Columns = Callable[[Tensor], Tensor]
 Mode = Literal["forward_over_reverse", "reverse_over_reverse"]
 #: Ritz values are read off this many of the vectors that a solve has multiplied, the last ones.
 RITZ_VECTORS = 16
@@ -140,6 +144,7 @@ def inverse_hvp(
     sketch: Tensor | Sketch | None = None,
     value_fn: ValueFn = DEFAULT_CRITIC,
     checked: Tensor | None = None,
+    jacobian: Jacobian | None = None,
 ) -> Solved:
     """Solve (H + damping I) x = v, H the curvature of g at w on the batch; x as a flat vector.
 
@@ -154,6 +159,7 @@ def inverse_hvp(
         sketch: from :func:`draw_sketch`, or one that is made.
         value_fn: V_w.
         checked: a bool, whether what is only for statistics is to be computed; None: it is.
+        jacobian: of V_w, at ``batch.obs``, where there is one already.
     """
     shapes, w = shapes_of(critic), flatten(critic).detach()
 
@@ -166,6 +172,7 @@ def inverse_hvp(
     # Flat, so that a graph sees one pass where there would be two that differ in their views.
     obs, targets = batch.obs.flatten(0, -2), batch.targets.flatten()
     curvature: hypergrad.LinearOperator
+    columns: Columns | None = None
     if config.curvature == "ggn":
         curvature = hypergrad.ggn(values, value_loss, w, obs, targets)
     else:
@@ -174,12 +181,16 @@ def inverse_hvp(
         sketching = config.solver in ("nystrom", "nystrom_pcg")
         mode: Mode = "forward_over_reverse" if sketching else "reverse_over_reverse"
         curvature = hypergrad.hessian(loss, w, obs, targets, mode=mode)
+        if jacobian is None and isinstance(value_fn, Critic):
+            jacobian = value_fn.jacobian(unflatten(w, shapes), obs)
+        if isinstance(jacobian, ValueJacobian):
+            columns = functools.partial(jacobian.hessian_columns, targets)
     diagonal = None
     if config.solver == "nystrom" and config.sketch == "diagonal" and isinstance(sketch, Tensor):
         # Of the Gauss-Newton matrix also for the Hessian, whose own costs a product an entry.
         rows = torch.func.vmap(torch.func.grad(values), (None, 0))(w, obs)
         diagonal = rows.square().sum(0)
-    return _solve(curvature, flatten(v), config, sketch, diagonal, checked)
+    return _solve(curvature, flatten(v), config, sketch, diagonal, checked, columns)
 
 
 def critic_response(
@@ -208,7 +219,7 @@ def critic_response(
         solved = _solve(operator, rhs, config, sketch, kernel.diagonal(), checked)
         u = solved.value
     else:
-        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn, checked)
+        solved = inverse_hvp(critic, batch, v, config, sketch, value_fn, checked, jacobian)
         u = jacobian.times(unflatten(solved.value, shapes_of(critic)))
     return solved._replace(value=u.view_as(batch.targets))
 
@@ -225,15 +236,24 @@ def _if(checked: Tensor | None, function: Callable[[], Any], instead: Callable[[
 class _Watched(hypergrad.LinearOperator):
     """An operator on flat vectors that keeps what it has multiplied, and the products."""
 
-    def __init__(self, operator: hypergrad.LinearOperator) -> None:
+    def __init__(self, operator: hypergrad.LinearOperator, of_units: Columns | None = None) -> None:
         super().__init__(operator.layout)
-        self.operator = operator
+        self.operator, self.of_units = operator, of_units
         self.vectors: list[Tensor] = []
         self.products: list[Tensor] = []
 
     def _apply(self, block: Tensor) -> Tensor:
         products = self.operator.matmat(block)
         assert isinstance(products, Tensor)
+        return self._seen(block, products)
+
+    def columns(self, units: Tensor) -> Tensor:
+        """The products with unit vectors, in the quicker way for them if there is one."""
+        if self.of_units is None:
+            return self._apply(units)
+        return self._seen(units, self.of_units(units))
+
+    def _seen(self, block: Tensor, products: Tensor) -> Tensor:
         self.vectors.append(block)
         self.products.append(products)
         return products
@@ -246,8 +266,9 @@ def _solve(
     sketch: Tensor | Sketch | None,
     diagonal: Tensor | None,
     checked: Tensor | None,
+    columns: Columns | None = None,
 ) -> Solved:
-    curvature, damping = _Watched(operator), config.damping
+    curvature, damping = _Watched(operator, columns), config.damping
     relative: Tensor | None = None
     single_pass = config.solver == "nystrom" and (
         config.sketch != "gaussian" or config.sketch_every > 1
@@ -317,7 +338,7 @@ def _sketch(
     # Not one_hot, nor scatter: a compiled graph would compare the indices at each use of a number.
     one = torch.ones((), dtype=curvature.dtype)
     omega = one.new_zeros(len(draw), size).index_put((torch.arange(len(draw)), draw), one)
-    products = curvature.matmat(omega)
+    products = curvature.columns(omega)
     return Sketch(products, products[:, draw])
 
 

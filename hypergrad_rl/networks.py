@@ -9,8 +9,6 @@ whole rollout (Gumbel-max, or mean + std * noise): one call to the generator ins
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from hypergrad_rl.modules import ModuleJacobian, ModuleNetwork
 from hypergrad_rl.modules import Params as Params
+from hypergrad_rl.value_jacobian import ValueJacobian, tanh_layer
 
 #: One step of a policy on NumPy arrays: (observations, noise) -> actions.
 Step = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.generic]]
@@ -42,18 +41,6 @@ def init_mlp(sizes: Sequence[int], head_gain: float, generator: torch.Generator)
         params[f"weight{i}"] = weight
         params[f"bias{i}"] = torch.zeros(fan_out)
     return params
-
-
-def tanh_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """tanh(W x + b), (..., in) -> (..., out).
-
-    In a compiled graph as 2 sigmoid(2 (W x - (-b))) - 1, to 2e-7 in float32: PyTorch's compiler
-    makes a third as quick code of the function itself, and adds a bias in a pass of its own where
-    it sees a product and a sum.
-    """
-    if torch.compiler.is_compiling():
-        return 2 * torch.sigmoid(2 * (x @ weight.T - (-bias))) - 1
-    return torch.tanh(torch.nn.functional.linear(x, weight, bias))
 
 
 def mlp(params: Params, x: Tensor) -> Tensor:
@@ -90,60 +77,6 @@ def init_critic(obs_dim: int, hidden: Sequence[int], generator: torch.Generator)
 def critic_value(params: Params, obs: Tensor) -> Tensor:
     """V_w(s): (..., obs_dim) -> (...)."""
     return mlp(params, obs).squeeze(-1)
-
-
-class ValueJacobian:
-    """J = dV_w(s)/dw at N states (N, obs_dim), layer by layer in factors: never formed.
-
-    A layer's part of J has the rows delta_i (a_i, 1)', with a_i its input and delta_i the gradient
-    of V(s_i) in its output. So its part of J J' is (delta_i . delta_j) (a_i . a_j + 1): N^2 times
-    the sum of the widths, where forming J costs N, and the product N^2, times their products.
-    """
-
-    def __init__(self, params: Params, obs: Tensor) -> None:
-        inputs = [obs]
-        depth = len(params) // 2
-        for i in range(depth - 1):
-            inputs.append(tanh_layer(inputs[-1], params[f"weight{i}"], params[f"bias{i}"]))
-        head, bias = params[f"weight{depth - 1}"], params[f"bias{depth - 1}"]
-        #: V_w, (N,).  Compiled, the sums of the head are part of what comes before and after them.
-        self.values = (inputs[-1] * head).sum(-1) + bias
-        deltas = [torch.ones_like(obs[:, :1])]  # the head is linear with one output
-        for i in reversed(range(1, depth)):
-            weight, slope = params[f"weight{i}"], 1 - inputs[i].square()
-            deltas.insert(0, (weight if i == depth - 1 else deltas[0] @ weight) * slope)
-        self.factors = list(zip(deltas, inputs, strict=True))
-
-    def kernel(self) -> Tensor:
-        """J J', (N, N)."""
-        *hidden, (_, last) = self.factors  # delta = 1 at the head
-        parts = [(d @ d.T) * (a @ a.T + 1) for d, a in hidden]
-        return functools.reduce(torch.add, parts, last @ last.T + 1)
-
-    def times(self, v: Params) -> Tensor:
-        """J v, (N,), for v shaped like the parameters."""
-        parts = [
-            (d * torch.nn.functional.linear(a, v[f"weight{i}"], v[f"bias{i}"])).sum(-1)
-            for i, (d, a) in enumerate(self.factors)
-        ]
-        return torch.stack(parts).sum(0)
-
-    def pull(self, weights: Tensor) -> Params:
-        """J' weights, shaped like the parameters, for weights (N,)."""
-        grads: Params = {}
-        *hidden, (_, last) = self.factors  # delta = 1 at the head
-        for i, (d, a) in enumerate(hidden):
-            rows = weights[:, None] * d
-            grads |= {f"weight{i}": rows.T @ a, f"bias{i}": rows.sum(0)}
-        i, rows = len(hidden), weights[:, None]
-        return grads | {f"weight{i}": (rows * last).sum(0, keepdim=True), f"bias{i}": rows.sum(0)}
-
-    def first(self, count: int) -> ValueJacobian:
-        """J at the first states alone."""
-        part = copy.copy(self)
-        part.values = self.values[:count]
-        part.factors = [(d[:count], a[:count]) for d, a in self.factors]
-        return part
 
 
 Jacobian = ValueJacobian | ModuleJacobian

@@ -24,12 +24,12 @@ from hypergrad_rl.networks import (
     Critic,
     GaussianPolicy,
     Policy,
-    ValueJacobian,
     critic_value,
     init_critic,
 )
 from hypergrad_rl.objectives import value_loss
 from hypergrad_rl.rollout import Rollout
+from hypergrad_rl.value_jacobian import ValueJacobian
 from tests.rl.small import PAPER
 
 # PyTorch's own, on the way into its compiler.

@@ -21,7 +21,7 @@ from hypergrad_rl.inverse import (
     inverse_hvp,
     ritz_extremes,
 )
-from hypergrad_rl.networks import critic_value
+from hypergrad_rl.networks import DEFAULT_CRITIC, critic_value
 from hypergrad_rl.rollout import Rollout
 from tests.rl.small import (
     OBS,
@@ -146,6 +146,21 @@ def test_a_sketch_of_full_rank_is_the_whole_curvature(
     draw = draw_sketch(settings, batch.targets.numel(), num_params, generator())
     solved = inverse_hvp(critic, batch, v, settings, draw)
     assert solved.stats["ihvp_relative_residual"] < 1e-5  # the core is squared: 1e-16 cond(H)^2
+
+
+@pytest.mark.parametrize("kind", ["columns", "diagonal"])
+def test_the_formula_for_columns_gives_what_products_give(problem: Problem, kind: str) -> None:
+    actor, critic, batch = problem
+    settings = config(solver="nystrom", curvature="hessian", damping=5.0, rank=6, sketch=kind)
+    _, v, _ = outer_gradients(actor, critic, batch, settings)
+    draw = draw_sketch(settings, batch.targets.numel(), flat(critic).numel(), generator())
+    # Of a function nothing is known, of the default critic its layers.
+    expected = inverse_hvp(critic, batch, v, settings, draw, critic_value)
+    solved = inverse_hvp(critic, batch, v, settings, draw, DEFAULT_CRITIC)
+    assert not torch.equal(solved.value, expected.value)
+    torch.testing.assert_close(solved.value, expected.value, rtol=1e-9, atol=1e-12)
+    # The core is squared, and the Grams hold the products themselves.
+    torch.testing.assert_close(solved.grams.core, expected.grams.core, rtol=1e-10, atol=1e-11)
 
 
 def test_weighted_columns_are_drawn_by_the_diagonal(problem: Problem) -> None:

@@ -27,11 +27,12 @@ from hypergrad_rl.networks import (
     CategoricalPolicy,
     Critic,
     GaussianPolicy,
-    ValueJacobian,
+    critic_value,
     init_critic,
     init_mlp,
 )
 from hypergrad_rl.trainer import make_agent, make_collector
+from hypergrad_rl.value_jacobian import ValueJacobian
 from tests.rl import small
 
 OBS = 12
@@ -66,6 +67,30 @@ def test_the_jacobian_of_a_module_is_that_of_the_layers() -> None:
         module.times(dict(zip(names, v.values(), strict=True))),
         factored.times(v), rtol=1e-12, atol=1e-12,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("hidden", [(), (5,), (4, 6), (3, 5, 4), (3, 4, 5, 2)], ids=str)
+@pytest.mark.parametrize("reordered", [False, True])
+def test_columns_of_the_default_critics_hessian(hidden: tuple[int, ...], reordered: bool) -> None:
+    params = {
+        name: (leaf + 0.3 * torch.randn(leaf.shape, generator=seeded(1))).double()
+        for name, leaf in init_critic(3, hidden, seeded(0)).items()
+    }
+    if reordered:
+        params = dict(reversed(params.items()))
+    obs = torch.randn(7, 3, generator=seeded(2), dtype=torch.float64)
+    targets = 5 + torch.randn(7, generator=seeded(3), dtype=torch.float64)  # far from the values
+    w, shapes = flatten(params), shapes_of(params)
+
+    def loss(w: Tensor) -> Tensor:
+        return (critic_value(unflatten(w, shapes), obs) - targets).square().mean()
+
+    expected = torch.func.hessian(loss)(w)
+    order = torch.randperm(len(w), generator=seeded(4))
+    units = torch.eye(len(w), dtype=torch.float64)[order]
+    columns = ValueJacobian(params, obs).hessian_columns(targets, units)
+    error = (columns - expected[order]).abs().max() / expected.abs().max()
+    assert error <= 1e-14  # sums of 7 products of layers
 
 
 @pytest.mark.parametrize("make", [tanh_net, conv_net])

@@ -440,7 +440,8 @@ def test_far_more_iterations_than_needed_do_no_harm(solver: Any) -> None:
 @pytest.mark.parametrize("count", [1, 5, 80])
 def test_negative_curvature_in_a_fixed_number_of_iterations(count: int) -> None:
     indefinite = symmetric(INDEFINITE["alternating"](20), seed=1).matrix
-    matrix = torch.block_diag(indefinite, torch.full((1, 1), 2.0, dtype=F64))
+    matrix = torch.zeros(21, 21, dtype=F64)
+    matrix[:20, :20], matrix[20, 20] = indefinite, 2.0
     rows = gaussian(3, 21, seed=2)
     # A positive eigenvector: solved, whatever the others meet.  Without rounding, for of a residual
     # of noise the next step meets negative curvature, or does not, as the processor has it.
