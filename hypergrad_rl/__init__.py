@@ -8,6 +8,7 @@ from hypergrad_rl.errors import (
     EnvironmentFault,
     EnvironmentUnsupported,
     HypergradRLError,
+    RolloutError,
     RunDirectoryError,
     TrainingDiverged,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "HypergradRLError",
     "Networks",
     "PPOConfig",
+    "RolloutError",
     "RunDirectoryError",
     "TrainResult",
     "TrainedPolicy",

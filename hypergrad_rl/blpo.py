@@ -32,6 +32,7 @@ from torch import Tensor
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.compiled import Compiled, fold
 from hypergrad_rl.config import BLPOConfig
+from hypergrad_rl.errors import RolloutError
 from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, unflatten
 from hypergrad_rl.hypergradient import (
     act,
@@ -41,10 +42,11 @@ from hypergrad_rl.hypergradient import (
     critic_gradient,
     direct_gradient,
     follower_pass,
+    successive,
 )
 from hypergrad_rl.inverse import draw_sketch, ritz_extremes
 from hypergrad_rl.networks import Params
-from hypergrad_rl.rollout import Batch
+from hypergrad_rl.rollout import Batch, Rollout
 
 
 class BLPO(Agent):
@@ -102,6 +104,25 @@ class BLPO(Agent):
         if draws[0] is None:
             return rows
         return *rows, torch.stack([d for d in draws if d is not None]) if self.folds else draws
+
+    def update(self, rollout: Rollout, progress: float) -> dict[str, float]:
+        """As :meth:`Agent.update`.
+
+        Raises:
+            RolloutError: with ``bootstrap_truncated=False``, a next state that is not the state of
+                the step after it, though the episode goes on.
+        """
+        if successive(self.config):
+            ahead = (rollout.next_obs[:, :-1] == rollout.obs[:, 1:]).all(-1)
+            skipped = ~(ahead | rollout.done[:, :-1])
+            if skipped.any():
+                env, step = skipped.nonzero()[0].tolist()
+                raise RolloutError(
+                    f"next_obs[{env}, {step}] is not obs[{env}, {step + 1}], though done[{env}, "
+                    f"{step}] is False; expected successive states of an episode, or "
+                    "bootstrap_truncated=True, which takes every next state as it is"
+                )
+        return super().update(rollout, progress)
 
     def _look(self, seen: tuple[Tensor, ...]) -> dict[str, float]:
         if not seen:

@@ -17,6 +17,10 @@ class EnvironmentFault(HypergradRLError, RuntimeError):
     """An environment raised, or returned a non-finite observation or reward."""
 
 
+class RolloutError(HypergradRLError, ValueError):
+    """A rollout is not one that an agent can learn from."""
+
+
 class EnvironmentNotReproducible(UserWarning):
     """An environment's episode, played again from its seed and its actions, came out otherwise."""
 

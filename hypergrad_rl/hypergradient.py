@@ -142,32 +142,51 @@ def follower_pass(
     config: BLPOConfig,
     value_fn: Critic = DEFAULT_CRITIC,
 ) -> tuple[Tensor, Params, Jacobian]:
-    """A_w, v, and the Jacobian of the values at states and next states, of one pass over them.
+    """A_w, v, and :func:`transition_jacobian`, of one pass over the states.
 
     They are those of :func:`critic_advantages` and :func:`follower_gradient`: f_outer depends on w
     through the values alone, so that v = J' (its gradient in them).
     """
-    jacobian = transition_jacobian(critic, batch, value_fn)
-    table = _table(jacobian.values, batch)
+    jacobian = transition_jacobian(critic, batch, value_fn, successive(config))
+    table = {"values": jacobian.values}
     advantages, _ = critic_advantages(table, batch, config.gamma, _entries)
     weights = follower_gradient(table, log_ratio, batch, config, _entries)["values"]
-    return advantages, jacobian.pull(weights.flatten()), jacobian
+    return advantages, jacobian.pull(weights), jacobian
+
+
+def successive(config: BLPOConfig) -> bool:
+    """Whether a next state counts only where it is the state of the step after it.
+
+    That is so where every end of an episode is worth nothing. The last step of a rollout has no
+    step after it.
+    """
+    return not config.bootstrap_truncated
 
 
 def transition_jacobian(
-    critic: Params, batch: Batch, value_fn: Critic = DEFAULT_CRITIC
+    critic: Params, batch: Batch, value_fn: Critic = DEFAULT_CRITIC, successive: bool = False
 ) -> Jacobian:
-    """The Jacobian of the values at ``batch.obs``, then at ``batch.next_obs``: 2 n T rows."""
-    return value_fn.jacobian(critic, torch.stack([batch.obs, batch.next_obs]).flatten(0, -2))
+    """The Jacobian of the values at ``batch.obs``, then at ``batch.next_obs``: 2 n T rows.
 
-
-def _table(values: Tensor, batch: Batch) -> Params:
-    """A critic that is a table of its values at states and next states."""
-    return {"values": values.view(2, *batch.targets.shape)}
+    ``successive``: of the latter only the n at the last step, so that half of the work is saved
+    where the others are not needed: see :func:`successive`.
+    """
+    following = batch.next_obs[:, -1:] if successive else batch.next_obs
+    states = torch.cat([batch.obs.flatten(0, -2), following.flatten(0, -2)])
+    return value_fn.jacobian(critic, states)
 
 
 def _entries(table: Params, states: Tensor) -> Tensor:
-    return table["values"]
+    """A critic that is a table of its values at the states of :func:`transition_jacobian`.
+
+    ``states`` (2, n, T, obs_dim) are states and next states.
+    """
+    values, shape = table["values"], states.shape[:-1]
+    if len(values) == shape.numel():
+        return values.view(shape)
+    now = values[: shape[1:].numel()].view(shape[1:])
+    last = values[now.numel() :, None]
+    return torch.stack([now, torch.cat([now[:, 1:], last], 1)])
 
 
 def cross_term(
@@ -214,8 +233,8 @@ def published_cross_term(
     that of ``transition_jacobian``, serve where there are any.
     """
     acted = acted or act(policy, actor, batch)
-    jacobian = jacobian or transition_jacobian(critic, batch, value_fn)
-    now, change = (_table(u, batch) for u in (jacobian.values, jacobian.times(x)))
+    jacobian = jacobian or transition_jacobian(critic, batch, value_fn, successive(config))
+    now, change = ({"values": u} for u in (jacobian.values, jacobian.times(x)))
     without = replace(batch, rewards=torch.zeros_like(batch.rewards))
     advantages, values = critic_advantages(now, batch, config.gamma, _entries)
     advantages_change, values_change = critic_advantages(change, without, config.gamma, _entries)

@@ -35,7 +35,8 @@ def example_rollout(policy: Policy, actor: Params, config: AgentConfig, obs_dim:
     """Made-up transitions in the shapes and dtypes of a real rollout: to compile with."""
     shape = config.num_envs, config.num_steps
     generator = torch.Generator().manual_seed(0)
-    obs, next_obs = torch.randn(2, *shape, obs_dim, generator=generator)
+    states = torch.randn(shape[0], shape[1] + 1, obs_dim, generator=generator)
+    obs, next_obs = states[:, :-1].clone(), states[:, 1:].clone()
     none = torch.zeros(shape, dtype=torch.bool)
     rewards = torch.randn(shape, generator=generator)
     return Rollout(obs, policy.act(actor, obs, None), rewards, next_obs, none, none.clone())

@@ -23,7 +23,8 @@ def one_update(algo: str, **settings: Any) -> Callable[[], dict[str, float]]:
     agent: Any = hypergrad_rl.train(config, callbacks=[lambda *_: True]).agent
     generator = torch.Generator().manual_seed(1)
     shape = config.num_envs, config.num_steps
-    obs, next_obs = torch.randn(2, *shape, agent.obs_dim, generator=generator)
+    states = torch.randn(shape[0], shape[1] + 1, agent.obs_dim, generator=generator)
+    obs, next_obs = states[:, :-1].clone(), states[:, 1:].clone()
     noise = agent.policy.noise(*shape, generator)
     ended = torch.rand(shape, generator=generator) < 0.02
     rollout = SimpleNamespace(

@@ -220,9 +220,12 @@ def test_combine_bounds_the_correction() -> None:
 @pytest.mark.parametrize("bonus", [0.0, 0.3])
 @pytest.mark.parametrize("objective", ["return", "advantage"])
 @pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("cross", ["suffix", "paper"])
+@pytest.mark.parametrize("bootstrap", [True, False])
 def test_shared_passes_give_what_separate_ones_do(
-    problem: Problem, own: bool, objective: str, bonus: float, dtype: torch.dtype
-) -> None:
+    problem: Problem, bootstrap: bool, cross: str, own: bool, objective: str, bonus: float,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """One pass of the actor and one of the critic, of tanh layers and of a network of one's own."""
     actor, critic, batch = problem
     value_fn = Critic()
@@ -232,14 +235,19 @@ def test_shared_passes_give_what_separate_ones_do(
     actor, critic = ({n: p.detach().to(dtype) for n, p in x.items()} for x in (actor, critic))
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}
     batch = Batch(**{n: x.to(dtype) if x.is_floating_point() else x for n, x in fields.items()})
+    if not bootstrap:
+        batch.terminated = batch.done
     settings = config(
-        outer_objective=objective, entropy_bonus=bonus, solver="cg", cg_rtol=0.0, cg_iters=5
-    )
+        outer_objective=objective, entropy_bonus=bonus, solver="cg", cg_rtol=0.0, cg_iters=5,
+        cross_term=cross,
+    )  # fmt: skip
     advantages, _ = critic_advantages(critic, batch, GAMMA, value_fn)
     d, stats = direct_gradient(POLICY, actor, batch, advantages, settings)
     v = follower_gradient(critic, stats["log_ratio"], batch, settings, value_fn)
     c, solved = correction(POLICY, actor, critic, v, batch, settings, value_fn=value_fn)
 
+    # The values of next states are those of the steps after, but for the last step.
+    settings = dataclasses.replace(settings, bootstrap_truncated=bootstrap)
     acted = act(POLICY, actor, batch)
     log_ratio = acted.log_probs - batch.log_probs
     again, shared_v, jacobian = follower_pass(critic, log_ratio, batch, settings, value_fn)
@@ -247,6 +255,8 @@ def test_shared_passes_give_what_separate_ones_do(
     shared_c, other = correction(
         POLICY, actor, critic, shared_v, batch, settings, None, None, value_fn, acted, jacobian
     )
+    states = batch.targets.numel() + (batch.targets.numel() if bootstrap else len(batch.targets))
+    assert jacobian.values.shape == (states,)
     # Sums of 24 terms in another order, then five steps of CG, of a condition of about ten.
     rtol = 1e-10 if dtype == torch.float64 else 1e-4
     for mine, theirs in (

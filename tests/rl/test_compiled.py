@@ -17,7 +17,7 @@ from hypergrad_rl.agent import Agent
 from hypergrad_rl.cli import main
 from hypergrad_rl.compiled import WORTH_COMPILING, Compiled, backend_of
 from hypergrad_rl.functional import AdamState, adam
-from hypergrad_rl.graph_passes import Once
+from hypergrad_rl.graph_passes import Once, turn_narrow
 from hypergrad_rl.hypergradient import critic_gradient
 from hypergrad_rl.networks import (
     CategoricalPolicy,
@@ -349,6 +349,26 @@ def test_a_graph_computes_nothing_twice() -> None:
     assert torch.equal(result[0], expected[0])
     assert float(result[1].abs().max()) > 0
     assert result[2].data_ptr() != result[3].data_ptr()
+
+
+def test_narrow_products_are_computed_transposed() -> None:
+    source = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(7, n, generator=source, dtype=torch.float64) for n in (40, 5))
+
+    def function(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return a.T @ b, b.T @ a, a.T @ a, a @ a.T, a.T @ b[:, :1]  # the first alone is narrow
+
+    module = make_fx(function, tracing_mode="fake")(left, right)
+    expected = function(left, right)
+    turn_narrow(module.graph)
+    module.graph.lint()
+    module.recompile()
+    products = module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    shapes = [tuple(node.meta["val"].shape) for node in products]
+    assert shapes == [(5, 40), (5, 40), (40, 40), (7, 7), (40, 1)]
+    for mine, theirs in zip(module(left, right), expected, strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("actions", POLICIES)

@@ -20,6 +20,7 @@ from hypergrad_rl.errors import (
     ConfigError,
     EnvironmentFault,
     EnvironmentUnsupported,
+    RolloutError,
     TrainingDiverged,
 )
 from hypergrad_rl.report import read_metrics, summarize, to_metrics
@@ -72,6 +73,41 @@ def test_rollout_keeps_final_observations_and_true_returns(registered: Register)
     rollout, episodes = collector.collect(actor)  # episodes go on over rollouts
     assert rollout.obs[0, :, 0].tolist() == [1, 2, 0, 1, 2, 0, 1]
     assert episodes.returns == [3.0] * 4
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_next_states_are_the_states_of_the_steps_after(
+    normalize: bool, registered: Register
+) -> None:
+    env_id = registered(Countdown, limit=4)
+    collector, env = collector_of(env_id, normalize_observations=normalize)
+    actor = env.policy.init(1, (4,), torch.Generator())
+    for _ in range(3):
+        rollout, _ = collector.collect(actor)
+        going_on = ~rollout.done[:, :-1]
+        assert going_on.any()
+        assert torch.equal(rollout.next_obs[:, :-1][going_on], rollout.obs[:, 1:][going_on])
+        # Where an episode ends they are not, which nobody may take for granted.
+        assert (rollout.next_obs[:, :-1] != rollout.obs[:, 1:])[~going_on].all()
+
+
+def test_an_update_that_needs_successive_states_says_so(registered: Register) -> None:
+    collector, env = collector_of(registered(Countdown, limit=4))
+    settings: dict[str, Any] = {"num_envs": 2, "num_steps": 7, "hidden": (4,), "compile": False}
+    rollout, _ = collector.collect(env.policy.init(1, (4,), torch.Generator()))
+    rollout.next_obs[1, 2] += 1.0
+    for bootstrap in (True, False):
+        config = BLPOConfig(bootstrap_truncated=bootstrap, **settings)
+        agent = make_agent(config, collector, torch.Generator().manual_seed(0))
+        before = agent.actor_state.params.clone()
+        if bootstrap:
+            agent.update(rollout, 0.0)
+            continue
+        with pytest.raises(RolloutError, match=r"next_obs\[1, 2\] is not obs\[1, 3\].*expected"):
+            agent.update(rollout, 0.0)
+        assert torch.equal(agent.actor_state.params, before)
+        rollout.done[1, 2] = rollout.terminated[1, 2] = True  # an end of an episode
+        agent.update(rollout, 0.0)
 
 
 def test_terminations_are_told_from_time_limits(registered: Register) -> None:
