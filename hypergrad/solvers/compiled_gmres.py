@@ -176,7 +176,6 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
         x, rest, numbers = results
         before, (norm, largest) = norm, numbers.tolist()  # one transfer from the device
         done += cycle.done
-        system.num_hvps += cycle.done + 1
         if not _ordinary(system, cycle, norm, largest):
             return None
         answer = x[None]
@@ -211,8 +210,11 @@ def _run(
         results = graph.run(system.operator, system.b[0], x, cycle.basis[0].clone(), number)
     finally:
         del _local.cycle
+        system.num_hvps += cycle.done
     if cycle.error is not None:
         raise cycle.error
+    if results is not None:
+        system.num_hvps += 1
     found: tuple[Tensor, ...] | None = results
     return found
 
