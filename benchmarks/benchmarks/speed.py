@@ -102,6 +102,9 @@ class OneGraph:
         "MINRES": lambda compile: hypergrad.MINRES(
             rtol=0.0, max_iters=CG_ITERATIONS, compile=compile
         ),
+        "GMRES": lambda compile: hypergrad.GMRES(
+            rtol=0.0, max_iters=CG_ITERATIONS, compile=compile
+        ),
         "Neumann": lambda compile: hypergrad.Neumann(CG_ITERATIONS, compile=compile),
         "Nystrom": lambda compile: hypergrad.Nystrom(
             RANK, generator=torch.Generator().manual_seed(0), compile=compile

@@ -24,7 +24,7 @@ from .options import check_option, is_count
 _DEFAULT_RESTART = 50
 #: A cycle that lowers the residual by less than this, relatively, has gained nothing: at that
 #: pace all the cycles of the default budget together would not gain a fifth.
-_GAIN = 1e-3
+GAIN = 1e-3
 #: A step that leaves a residual this many times the best is not taken.
 _HARM = 2.0
 #: By what the bound below which pivots are dropped grows after such a step, and how far.
@@ -55,10 +55,20 @@ class GMRES(Solver):
             memory a right-hand side.  A longer one converges in fewer products, or at all.
         preconditioner: an approximate inverse of A + damping I, not necessarily symmetric:
             anything :func:`hypergrad.as_operator` takes.
+        compile: whether a cycle for one right-hand side is one graph of ``torch.compile``, for the
+            operators that ``CG(compile=True)`` takes; not with a preconditioner.  The products and
+            the check at the end are the graph's; the basis, in the working dtype, and the least
+            squares are beside it, and end the cycle where the eager solver would.  What is left
+            to that, which begins anew: a cycle that gains nothing, pivots at the rounding of the
+            products (a singular system), several right-hand sides.
 
     Raises (when solving):
         NotSymmetricError: ``damping="auto"`` with an operator that is not symmetric: it is chosen
             from real eigenvalues.
+
+    Warns (when solving):
+        CompilationWarning: with ``compile``, an operator that is not known to be tensor code, or
+            no compiler; the solve is then an eager one.
 
     Cost: one HVP an iteration and one a cycle; O(restart n) operations an iteration besides.
     Many right-hand sides share block products; rows that are done take no further part.
@@ -79,14 +89,27 @@ class GMRES(Solver):
     max_iters: int | None = None
     restart: int = _DEFAULT_RESTART
     preconditioner: Any = None
+    compile: bool = False
 
     self_adjoint = False
 
     def __post_init__(self) -> None:
         check_krylov_options(self.rtol, self.atol, self.max_iters)
         check_option(is_count(self.restart), "restart", self.restart, "an integer >= 1")
+        check_option(isinstance(self.compile, bool), "compile", self.compile, "True or False")
+        good = not (self.compile and self.preconditioner is not None)
+        check_option(good, "compile", self.compile, "False where there is a preconditioner")
 
     def _run(self, system: DampedSystem, x0: Tensor | None) -> Outcome:
+        if system.damping == "auto":
+            _check_symmetric(system)
+            system.resolve_damping()
+        if self.compile:
+            from .compiled_gmres import run_compiled  # with parts of PyTorch that take long
+
+            found = run_compiled(self, system, x0)
+            if found is not None:
+                return found
         return _Restarts(self, system, x0).run()
 
 
@@ -98,8 +121,6 @@ class _Restarts:
 
     def __init__(self, config: GMRES, system: DampedSystem, x0: Tensor | None) -> None:
         self.system = system
-        if system.damping == "auto":
-            _check_symmetric(system)
         self.damping = system.resolve_damping()
         self.max_iters = config.max_iters or DEFAULT_MAX_ITERS
         self.restart = min(config.restart, system.operator.layout.dim)
@@ -142,7 +163,7 @@ class _Restarts:
         self.x = self._bounded(self.x + self.precondition(step))
         self.r = self.system.residual(self.x, self.damping, self.row)
         self.norms = row_norms(self.r)
-        gained = self.norms < (1.0 - _GAIN) * self.best
+        gained = self.norms < (1.0 - GAIN) * self.best
         better = self.norms < self.best
         self.best = torch.where(better, self.norms, self.best)
         self.best_x = where_rows(better, self.x, self.best_x)

@@ -123,6 +123,11 @@ def team() -> Team:
                 lambda work: hypergrad.MINRES(rtol=rtol_of(work), compile=True),
                 compiled=True,
             ),
+            of(
+                "GMRES, one graph",
+                lambda work: hypergrad.GMRES(rtol=rtol_of(work), compile=True),
+                compiled=True,
+            ),
         ),
         {},
     )
