@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hypergrad_rl.layers import affine, tanh_layer
 from hypergrad_rl.modules import ModuleJacobian, ModuleNetwork
 from hypergrad_rl.modules import Params as Params
-from hypergrad_rl.value_jacobian import ValueJacobian, tanh_layer
+from hypergrad_rl.value_jacobian import ValueJacobian
 
 #: One step of a policy on NumPy arrays: (observations, noise) -> actions.
 Step = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.generic]]
@@ -48,7 +49,7 @@ def mlp(params: Params, x: Tensor) -> Tensor:
     depth = sum(name.startswith("weight") for name in params)
     for i in range(depth - 1):
         x = tanh_layer(x, params[f"weight{i}"], params[f"bias{i}"])
-    return torch.nn.functional.linear(x, params[f"weight{depth - 1}"], params[f"bias{depth - 1}"])
+    return affine(x, params[f"weight{depth - 1}"], params[f"bias{depth - 1}"])
 
 
 def numpy_mlp(params: Params) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:

@@ -8,19 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
+from hypergrad_rl.layers import tanh_layer
 from hypergrad_rl.modules import Params
-
-
-def tanh_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """tanh(W x + b), (..., in) -> (..., out).
-
-    In a compiled graph as 2 sigmoid(2 (W x - (-b))) - 1, to 2e-7 in float32: PyTorch's compiler
-    makes a third as quick code of the function itself, and adds a bias in a pass of its own where
-    it sees a product and a sum.
-    """
-    if torch.compiler.is_compiling():
-        return 2 * torch.sigmoid(2 * (x @ weight.T - (-bias))) - 1
-    return torch.tanh(torch.nn.functional.linear(x, weight, bias))
 
 
 class ValueJacobian:

@@ -1,6 +1,7 @@
 """The compiled update is the eager one: one graph, equal parameters, and what surrounds it."""
 
 import dataclasses
+import math
 import warnings
 from collections import Counter
 from typing import Any
@@ -19,6 +20,7 @@ from hypergrad_rl.compiled import WORTH_COMPILING, Compiled, backend_of
 from hypergrad_rl.functional import AdamState, adam
 from hypergrad_rl.graph_passes import Once, turn_narrow
 from hypergrad_rl.hypergradient import critic_gradient
+from hypergrad_rl.layers import affine, tanh_layer
 from hypergrad_rl.networks import (
     CategoricalPolicy,
     Critic,
@@ -349,6 +351,28 @@ def test_a_graph_computes_nothing_twice() -> None:
     assert torch.equal(result[0], expected[0])
     assert float(result[1].abs().max()) > 0
     assert result[2].data_ptr() != result[3].data_ptr()
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 4), (9,), (3, 5)], ids=str)
+def test_layers_in_a_graph_are_the_layers(rows: tuple[int, ...]) -> None:
+    source = torch.Generator().manual_seed(0)
+    shapes = ((*rows, 6), (5, 6), (5,))
+    x, weight, bias = (torch.randn(s, generator=source, dtype=torch.float64) for s in shapes)
+    for layer, expected in (
+        (affine, x @ weight.T + bias),
+        (tanh_layer, torch.tanh(x @ weight.T + bias)),
+    ):
+        graphs: list[torch.fx.GraphModule] = []
+
+        def kept(graph: torch.fx.GraphModule, _: Any, kept: Any = graphs) -> Any:
+            kept.append(graph)
+            return graph
+
+        compiled = torch.compile(layer, fullgraph=True, backend=kept)(x, weight, bias)
+        torch.testing.assert_close(compiled, expected, rtol=1e-13, atol=1e-14)
+        # Of few states sums, which no library is called for.
+        sums = "sum" in str(graphs[0].graph)
+        assert sums == (math.prod(rows) <= 8)
 
 
 def test_narrow_products_are_computed_transposed() -> None:
