@@ -43,7 +43,7 @@ def turn_narrow(graph: torch.fx.Graph) -> None:
     """
     aten = torch.ops.aten
     mm, permute, clone = aten.mm.default, aten.permute.default, aten.clone.default
-    contiguous = {"memory_format": torch.contiguous_format}
+    contiguous: dict[str, Any] = {"memory_format": torch.contiguous_format}
     for node in graph.find_nodes(op="call_function", target=mm):
         shape = node.meta["val"].shape
         rows, columns = shape
