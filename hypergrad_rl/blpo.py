@@ -137,7 +137,7 @@ class BLPO(Agent):
 
         Cost: ``nested_steps`` critic gradients, two actor gradients, one gradient of f_outer in
         the critic, the matrix J J' of the batch, 2 ``rank`` + 1 products with it. In the published
-        setting ``rank`` products with the Hessian as one block, and one more in the last minibatch.
+        setting ``rank`` columns of the Hessian by formula, one product in the last minibatch.
         """
         config, c = self.config, None
         seen: tuple[Tensor, ...] = ()

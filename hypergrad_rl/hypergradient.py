@@ -289,8 +289,8 @@ def correction(
     """The cross term c by the options of ``config``, and the solve behind it.
 
     The curvature is that of ``batch``; c is formed on its trajectories ``envs``, None for all. The
-    policy's pass over these, and the critic's Jacobian at the batch's states and next states, serve
-    where there are any.
+    policy's pass over these, and :func:`transition_jacobian` of the batch, serve where there are
+    any.
 
     Raises:
         RolloutError: that of :func:`check_successive`, under the cross term "paper".
