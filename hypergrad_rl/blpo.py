@@ -32,10 +32,10 @@ from torch import Tensor
 from hypergrad_rl.agent import Agent
 from hypergrad_rl.compiled import Compiled, fold
 from hypergrad_rl.config import BLPOConfig
-from hypergrad_rl.errors import RolloutError
 from hypergrad_rl.functional import AdamState, adam_scales, adam_step, flatten, unflatten
 from hypergrad_rl.hypergradient import (
     act,
+    check_successive,
     combine,
     correction,
     critic_advantages,
@@ -113,15 +113,7 @@ class BLPO(Agent):
                 the step after it, though the episode goes on.
         """
         if successive(self.config):
-            ahead = (rollout.next_obs[:, :-1] == rollout.obs[:, 1:]).all(-1)
-            skipped = ~(ahead | rollout.done[:, :-1])
-            if skipped.any():
-                env, step = skipped.nonzero()[0].tolist()
-                raise RolloutError(
-                    f"next_obs[{env}, {step}] is not obs[{env}, {step + 1}], though done[{env}, "
-                    f"{step}] is False; expected successive states of an episode, or "
-                    "bootstrap_truncated=True, which takes every next state as it is"
-                )
+            check_successive(rollout, rollout.done)
         return super().update(rollout, progress)
 
     def _look(self, seen: tuple[Tensor, ...]) -> dict[str, float]:
@@ -145,7 +137,7 @@ class BLPO(Agent):
 
         Cost: ``nested_steps`` critic gradients, two actor gradients, one gradient of f_outer in
         the critic, the matrix J J' of the batch, 2 ``rank`` + 1 products with it. In the published
-        setting ``rank`` products with the Hessian as one block, and one more in the last minibatch.
+        setting ``rank`` columns of the Hessian by formula, one product in the last minibatch.
         """
         config, c = self.config, None
         seen: tuple[Tensor, ...] = ()

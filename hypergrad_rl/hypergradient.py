@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hypergrad_rl.advantages import gae
 from hypergrad_rl.config import AgentConfig, BLPOConfig
+from hypergrad_rl.errors import RolloutError
 from hypergrad_rl.functional import flatten, gradient, shapes_of, unflatten
 from hypergrad_rl.inverse import Sketch, Solved, critic_response, inverse_hvp
 from hypergrad_rl.modules import Pull, pullback
@@ -31,7 +32,7 @@ from hypergrad_rl.networks import (
     ValueFn,
 )
 from hypergrad_rl.objectives import cross_term_weights, f_advantage, f_return
-from hypergrad_rl.rollout import Batch
+from hypergrad_rl.rollout import Batch, Rollout
 
 
 def critic_advantages(
@@ -146,6 +147,9 @@ def follower_pass(
 
     They are those of :func:`critic_advantages` and :func:`follower_gradient`: f_outer depends on w
     through the values alone, so that v = J' (its gradient in them).
+
+    Raises:
+        RolloutError: that of :func:`check_successive`.
     """
     jacobian = transition_jacobian(critic, batch, value_fn, successive(config))
     table = {"values": jacobian.values}
@@ -163,6 +167,23 @@ def successive(config: BLPOConfig) -> bool:
     return not config.bootstrap_truncated
 
 
+def check_successive(rollout: Rollout, over: Tensor) -> None:
+    """See that next states are the states of the steps after, but where nothing counts: ``over``.
+
+    Raises:
+        RolloutError: one is not.
+    """
+    ahead = (rollout.next_obs[:, :-1] == rollout.obs[:, 1:]).all(-1)
+    skipped = ~(ahead | over[:, :-1])
+    if skipped.any():
+        env, step = skipped.nonzero()[0].tolist()
+        raise RolloutError(
+            f"next_obs[{env}, {step}] is not obs[{env}, {step + 1}], though what follows counts "
+            "there; expected successive states of an episode, with ends of both kinds counted as "
+            "terminated, or bootstrap_truncated=True, which takes every next state as it is"
+        )
+
+
 def transition_jacobian(
     critic: Params, batch: Batch, value_fn: Critic = DEFAULT_CRITIC, successive: bool = False
 ) -> Jacobian:
@@ -170,7 +191,12 @@ def transition_jacobian(
 
     ``successive``: of the latter only the n at the last step, so that half of the work is saved
     where the others are not needed: see :func:`successive`.
+
+    Raises:
+        RolloutError: that of :func:`check_successive`. A graph cannot look; who calls it does.
     """
+    if successive and not torch.compiler.is_compiling():
+        check_successive(batch, batch.terminated)
     following = batch.next_obs[:, -1:] if successive else batch.next_obs
     states = torch.cat([batch.obs.flatten(0, -2), following.flatten(0, -2)])
     return value_fn.jacobian(critic, states)
@@ -231,6 +257,9 @@ def published_cross_term(
     Along x the values change by J x and, being linear in them, the advantages by those of J x
     without rewards; rho alone depends on theta. ``acted``, the policy's pass, and ``jacobian``,
     that of ``transition_jacobian``, serve where there are any.
+
+    Raises:
+        RolloutError: that of :func:`check_successive`.
     """
     acted = acted or act(policy, actor, batch)
     jacobian = jacobian or transition_jacobian(critic, batch, value_fn, successive(config))
@@ -260,8 +289,11 @@ def correction(
     """The cross term c by the options of ``config``, and the solve behind it.
 
     The curvature is that of ``batch``; c is formed on its trajectories ``envs``, None for all. The
-    policy's pass over these, and the critic's Jacobian at the batch's states and next states, serve
-    where there are any.
+    policy's pass over these, and :func:`transition_jacobian` of the batch, serve where there are
+    any.
+
+    Raises:
+        RolloutError: that of :func:`check_successive`, under the cross term "paper".
     """
     part = batch if envs is None else batch.select(envs)
     states = jacobian and jacobian.first(batch.targets.numel())

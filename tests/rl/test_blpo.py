@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hypergrad_rl import BLPO
+from hypergrad_rl import BLPO, RolloutError
 from hypergrad_rl.functional import AdamState, shapes_of, unflatten
 from hypergrad_rl.hypergradient import (
     act,
@@ -198,6 +198,27 @@ def test_published_cross_term_by_finite_differences(problem: Problem) -> None:
 
     difference = (actor_gradient(1e-5) - actor_gradient(-1e-5)) / 2e-5
     torch.testing.assert_close(flat(c), difference, rtol=1e-6, atol=1e-8)
+
+
+def test_pieces_refuse_next_states_that_are_not_those_of_the_steps_after(problem: Problem) -> None:
+    """The batch has a time limit that is no end, which ``bootstrap_truncated=False`` denies."""
+    actor, critic, batch = problem
+    settings = config(cross_term="paper", solver="exact", bootstrap_truncated=False)
+    log_ratio, v = batch.log_probs.detach(), {n: torch.ones_like(p) for n, p in critic.items()}
+
+    def pieces() -> None:
+        follower_pass(critic, log_ratio, batch, settings)
+        correction(POLICY, actor, critic, v, batch, settings)
+
+    for piece in (
+        lambda: follower_pass(critic, log_ratio, batch, settings),
+        lambda: correction(POLICY, actor, critic, v, batch, settings),
+        lambda: published_cross_term(POLICY, actor, critic, v, batch, settings),
+    ):
+        with pytest.raises(RolloutError, match=r"next_obs\[1, 7\] is not obs\[1, 8\].*terminated"):
+            piece()
+    batch.terminated = batch.done
+    pieces()
 
 
 def test_combine_bounds_the_correction() -> None:

@@ -380,7 +380,10 @@ def test_narrow_products_are_computed_transposed() -> None:
     left, right = (torch.randn(7, n, generator=source, dtype=torch.float64) for n in (40, 5))
 
     def function(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        return a.T @ b, b.T @ a, a.T @ a, a @ a.T, a.T @ b[:, :1]  # the first alone is narrow
+        narrow = a.T @ b  # alone of these
+        # What comes after may go by places in memory, as loops and branches do by strides.
+        part = narrow.as_strided((6, 2), (5, 1), 3)
+        return narrow, b.T @ a, a.T @ a, a @ a.T, a.T @ b[:, :1], part
 
     module = make_fx(function, tracing_mode="fake")(left, right)
     expected = function(left, right)
@@ -391,8 +394,19 @@ def test_narrow_products_are_computed_transposed() -> None:
     shapes = [tuple(node.meta["val"].shape) for node in products]
     assert shapes == [(5, 40), (5, 40), (40, 40), (7, 7), (40, 1)]
     for mine, theirs in zip(module(left, right), expected, strict=True):
-        assert mine.shape == theirs.shape
+        assert (mine.shape, mine.stride()) == (theirs.shape, theirs.stride())
         torch.testing.assert_close(mine, theirs, rtol=1e-14, atol=1e-14)
+
+    class Told(torch.fx.Interpreter):
+        """What the compiler goes by is what a node gives."""
+
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.op == "call_function":
+                assert n.meta["val"].stride() == result.stride()
+            return result
+
+    Told(module).run(left, right)
 
 
 @pytest.mark.parametrize("actions", POLICIES)
