@@ -112,7 +112,7 @@ class BLPO(Agent):
             RolloutError: with ``bootstrap_truncated=False``, a next state that is not the state of
                 the step after it, though the episode goes on.
         """
-        if successive(self.config):
+        if self.config.solver != "none" and successive(self.config):
             check_successive(rollout, rollout.done)
         return super().update(rollout, progress)
 

@@ -181,9 +181,10 @@ def inverse_hvp(
         sketching = config.solver in ("nystrom", "nystrom_pcg")
         mode: Mode = "forward_over_reverse" if sketching else "reverse_over_reverse"
         curvature = hypergrad.hessian(loss, w, obs, targets, mode=mode)
-        if jacobian is None and isinstance(value_fn, Critic):
+        by_units = sketching and config.sketch in ("columns", "diagonal")
+        if by_units and jacobian is None and isinstance(value_fn, Critic):
             jacobian = value_fn.jacobian(unflatten(w, shapes), obs)
-        if isinstance(jacobian, ValueJacobian):
+        if by_units and isinstance(jacobian, ValueJacobian):
             columns = functools.partial(jacobian.hessian_columns, targets)
     diagonal = None
     if config.solver == "nystrom" and config.sketch == "diagonal" and isinstance(sketch, Tensor):
