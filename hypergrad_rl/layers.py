@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 #: Up to so many states a product with a layer is a sum, in a compiled graph.
 FEW = 8
+
+
+def _few(x: Tensor) -> bool:
+    """Whether these are few states; an unknown number, of an exported policy, is not."""
+    count = math.prod(x.shape[:-1])  # Size.numel would fix it
+    return isinstance(count, int) and count <= FEW
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -15,7 +23,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     In a compiled graph, for few states, as sums that are part of the code around them: a call of
     BLAS for the four states of a rollout's step takes as long as the arithmetic of all its layers.
     """
-    if torch.compiler.is_compiling() and x.shape[:-1].numel() <= FEW:
+    if torch.compiler.is_compiling() and _few(x):
         return (x[..., None, :] * weight).sum(-1) + bias
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -29,6 +37,6 @@ def tanh_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return torch.tanh(affine(x, weight, bias))
-    if x.shape[:-1].numel() <= FEW:
+    if _few(x):
         return 2 * torch.sigmoid(2 * affine(x, weight, bias)) - 1
     return 2 * torch.sigmoid(2 * (x @ weight.T - (-bias))) - 1

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from .contestants import Program
 from .places import Place
@@ -33,6 +35,7 @@ class Run:
         start_cpu, start_wall: from the imports to the first timed step, without what the steps in
             it take once all is compiled: making environments, and compiling.
         versions: of what it is made of.
+        processor: that it ran on, and what BLAS and compilers choose their code by.
     """
 
     round: int
@@ -44,6 +47,7 @@ class Run:
     start_cpu: float
     start_wall: float
     versions: str
+    processor: str = ""
 
 
 class ProgramError(RuntimeError):
@@ -99,8 +103,21 @@ def read(program: Program, number: int, output: str) -> Run:
     return Run(
         number, program.group, program.name, last - first, 1e6 * cpu, 1e6 * wall,
         max(start[0], 0.0), max(start[1], 0.0),
-        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        ", ".join(f"{name} {version}" for name, version in versions.items()), processor(),
     )  # fmt: skip
+
+
+def processor() -> str:
+    """The processor's name, and the widest vectors that it has; its architecture elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    about = dict(reversed([[word.strip() for word in x.partition(":")[::2]] for x in lines if x]))
+    name = about.get("model name", platform.machine())
+    flags = about.get("flags", "").split()
+    vectors = next((word for word in ("avx512f", "avx2") if word in flags), "")
+    return f"{name} ({vectors.rstrip('f').upper()})" if vectors else name
 
 
 def write(runs: Sequence[Run], path: Path) -> None:
@@ -120,6 +137,7 @@ def load(path: Path) -> list[Run]:
 
 
 def _rows(rows: Iterable[dict[str, str]]) -> Iterable[Run]:
-    kinds = {"round": int, "steps": int, "group": str, "program": str, "versions": str}
+    kinds: dict[str, Any] = {"round": int, "steps": int}
+    kinds |= dict.fromkeys(("group", "program", "versions", "processor"), str)
     for row in rows:
         yield Run(**{name: kinds.get(name, float)(value) for name, value in row.items()})

@@ -14,6 +14,7 @@ from .measure import Run
 FIELDS = (
     "group", "program", "steps/s", "CPU, us a step", "median", "wall, us a step", "CPU / ours",
     "of medians", "CPU / its PPO", "first start, CPU s", "next start, CPU s", "rounds", "versions",
+    "processor",
 )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ class Row:
             "next start, CPU s": f"{min(later):.1f}" if compiles and later else "",
             "rounds": str(len(self.runs)),
             "versions": self.runs[-1].versions,
+            "processor": self.runs[-1].processor,
         }
 
 
@@ -106,12 +108,14 @@ def markdown(found: Sequence[Row], left_out: Mapping[str, str]) -> str:
     """A table a group, and what is in none."""
     rounds = sorted({len(row.runs) for row in found})
     many = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else rounds[0] if rounds else "no"
-    parts = [f"Least and median of the rounds, {many} a program."]
+    places = sorted({run.processor for row in found for run in row.runs if run.processor})
+    where = f", on {' and '.join(places)}" if places else ""
+    parts = [f"Least and median of the rounds, {many} a program{where}."]
     for group in dict.fromkeys(row.program.group for row in found):
         cells = [row.cells() for row in found if row.program.group == group]
         shown = [
             field for field in FIELDS
-            if field not in ("group", "rounds", "versions") and any(row[field] for row in cells)
+            if field not in ("group", *FIELDS[-3:]) and any(row[field] for row in cells)
         ]  # fmt: skip
         lines = [f"**{group}**", "", _line(shown), "|---" * len(shown) + "|"]
         parts.append("\n".join([*lines, *(_line([row[f] for f in shown]) for row in cells)]))

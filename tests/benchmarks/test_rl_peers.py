@@ -72,6 +72,18 @@ def test_ratios_are_those_of_minima_and_of_medians(tmp_path: Path) -> None:
     assert text.count("| mine |") == 1
     assert "CPU / its PPO" not in text
     assert "- LeanRL: not there" in text
+    assert "3 a program.\n" in text
+    # What BLAS and compilers make of an update depends on where it ran.
+    with_place = [replace(r, processor="Chip (AVX2)") for r in runs]
+    measure.write(with_place, tmp_path / "runs.csv")
+    assert measure.load(tmp_path / "runs.csv")[0].processor == "Chip (AVX2)"
+    text = report.markdown(report.rows(with_place, [MINE, PEER]), {})
+    assert "3 a program, on Chip (AVX2).\n" in text
+
+
+def test_the_processor_has_a_name() -> None:
+    assert measure.processor()
+    assert "\n" not in measure.processor()
 
 
 def test_algorithms_are_compared_with_their_own_and_with_ppo_of_the_same_authors() -> None:
