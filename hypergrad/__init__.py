@@ -103,6 +103,7 @@ from .operators import (
     minibatch_hessian,
     root_operator,
     to_linear_operator,
+    transpose_narrow,
 )
 from .solvers import (
     CG,
@@ -255,5 +256,6 @@ __all__ = [
     "stackelberg_gradient",
     "to_linear_operator",
     "trace",
+    "transpose_narrow",
     "unrolled_hypergradient",
 ]

@@ -10,6 +10,7 @@ from .interop import as_operator
 from .invertible import InvertibleOperator
 from .kronecker import KroneckerOperator, kfac
 from .minibatch import MinibatchOperator, minibatch_ggn, minibatch_hessian
+from .narrow_products import transpose_narrow
 from .root import RootOperator, RowsOperator, root_operator
 from .sampled import SampledOperator
 from .symmetry import check_symmetric
@@ -39,4 +40,5 @@ __all__ = [
     "minibatch_hessian",
     "root_operator",
     "to_linear_operator",
+    "transpose_narrow",
 ]

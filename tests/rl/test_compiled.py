@@ -18,7 +18,7 @@ from hypergrad_rl.agent import Agent
 from hypergrad_rl.cli import main
 from hypergrad_rl.compiled import WORTH_COMPILING, Compiled, backend_of
 from hypergrad_rl.functional import AdamState, adam
-from hypergrad_rl.graph_passes import Once, turn_narrow
+from hypergrad_rl.graph_passes import Once
 from hypergrad_rl.hypergradient import critic_gradient
 from hypergrad_rl.layers import affine, tanh_layer
 from hypergrad_rl.networks import (
@@ -373,40 +373,6 @@ def test_layers_in_a_graph_are_the_layers(rows: tuple[int, ...]) -> None:
         # Of few states sums, which no library is called for.
         sums = "sum" in str(graphs[0].graph)
         assert sums == (math.prod(rows) <= 8)
-
-
-def test_narrow_products_are_computed_transposed() -> None:
-    source = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(7, n, generator=source, dtype=torch.float64) for n in (40, 5))
-
-    def function(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        narrow = a.T @ b  # alone of these
-        # What comes after may go by places in memory, as loops and branches do by strides.
-        part = narrow.as_strided((6, 2), (5, 1), 3)
-        return narrow, b.T @ a, a.T @ a, a @ a.T, a.T @ b[:, :1], part
-
-    module = make_fx(function, tracing_mode="fake")(left, right)
-    expected = function(left, right)
-    turn_narrow(module.graph)
-    module.graph.lint()
-    module.recompile()
-    products = module.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
-    shapes = [tuple(node.meta["val"].shape) for node in products]
-    assert shapes == [(5, 40), (5, 40), (40, 40), (7, 7), (40, 1)]
-    for mine, theirs in zip(module(left, right), expected, strict=True):
-        assert (mine.shape, mine.stride()) == (theirs.shape, theirs.stride())
-        torch.testing.assert_close(mine, theirs, rtol=1e-14, atol=1e-14)
-
-    class Told(torch.fx.Interpreter):
-        """What the compiler goes by is what a node gives."""
-
-        def run_node(self, n: torch.fx.Node) -> Any:
-            result = super().run_node(n)
-            if n.op == "call_function":
-                assert n.meta["val"].stride() == result.stride()
-            return result
-
-    Told(module).run(left, right)
 
 
 @pytest.mark.parametrize("actions", POLICIES)
