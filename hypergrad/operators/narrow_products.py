@@ -25,8 +25,8 @@ def transpose_narrow(graph: Graph) -> None:
 
     Args:
         graph: of ``aten`` operations, with the fake tensors of PyTorch's compiler in ``meta``.
-            ``mm``, ``addmm`` and ``bmm`` of floating-point tensors are looked at, where those are
-            there, and the sizes are known.
+            ``mm``, ``addmm`` and ``bmm`` of floating-point tensors of the CPU are looked at, where
+            those are there, and the sizes are known.
 
     Examples:
         >>> import torch, hypergrad
@@ -51,8 +51,8 @@ def _is_narrow(node: Node) -> bool:
         return False  # a scaled sum; a graph that nothing is known of
     value = node.meta["val"]
     rows, columns = value.shape[-2:]
-    if not value.is_floating_point():
-        return False  # no BLAS multiplies integers
+    if not value.is_floating_point() or value.device.type != "cpu":
+        return False  # no BLAS multiplies integers; of other devices nothing is known
     known = isinstance(rows, int) and isinstance(columns, int)
     return known and 1 < columns < NARROW and rows >= 2 * columns
 

@@ -74,6 +74,12 @@ def test_an_unknown_number_of_rows_stays() -> None:
     assert module.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default) == []
 
 
+def test_products_of_other_devices_stay() -> None:
+    module = make_fx(torch.mm, tracing_mode="fake")(A.T.to("meta"), B.to("meta"))
+    hypergrad.transpose_narrow(module.graph)
+    assert module.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default) == []
+
+
 def test_graphs_of_operators_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products and solves of a classifier of few classes, with generated code."""
     seen: list[tuple[int, ...]] = []
