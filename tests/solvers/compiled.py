@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,8 +13,47 @@ from torch import Tensor
 from torch.fx import Graph
 
 import hypergrad
-from hypergrad.operators import loops
-from tests.strategies import F64
+from hypergrad.operators import compilation, loops
+from tests.strategies import F64, SPECTRA, symmetric
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Graphs are captured and run, without code from them."""
+    torch._dynamo.reset()
+    compilation.forget_compiled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation, "BACKEND", "eager")
+        yield
+    compilation.forget_compiled()
+
+
+@contextmanager
+def generating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Code is generated from graphs, and nobody else's are used."""
+    pytest.importorskip("torch._inductor")
+    compilation.forget_compiled()
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    yield
+    compilation.forget_compiled()
+
+
+def answers_watched(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[bool]:
+    """Of each compiled solve by ``module``, whether its graph answered; else eager code did."""
+    answered: list[bool] = []
+    run = module.run_compiled
+
+    def watched(*args: Any) -> Any:
+        found = run(*args)
+        answered.append(found is not None)
+        return found
+
+    monkeypatch.setattr(module, "run_compiled", watched)
+    return answered
+
+
+def matrix(spectrum: str = "alternating", n: int = 12, dtype: torch.dtype = F64) -> Tensor:
+    return symmetric(SPECTRA[spectrum](n), seed=1).matrix.to(dtype)
 
 
 def model(p: dict[str, Tensor], x: Tensor) -> Tensor:

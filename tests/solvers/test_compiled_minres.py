@@ -21,9 +21,13 @@ from hypergrad import MINRES, Status
 from hypergrad.operators import compilation
 from hypergrad.solvers import compiled_minres
 from tests.solvers.compiled import (
+    answers_watched,
+    capturing,
     eager_and_compiled,
+    generating,
     leaves,
     loss,
+    matrix,
     passes_counted,
     point,
     right_hand_side,
@@ -53,41 +57,21 @@ CALM = ["flat", "inverse", "outliers", *INDEFINITE]
 @pytest.fixture(scope="module", autouse=True)
 def captured() -> Iterator[None]:
     """Graphs are captured and run, without code from them; the tests here share them."""
-    torch._dynamo.reset()
-    compilation.forget_compiled()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compilation, "BACKEND", "eager")
+    with capturing():
         yield
-    compilation.forget_compiled()
 
 
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Code is generated from graphs, and the graphs are the test's own."""
-    pytest.importorskip("torch._inductor")
-    compilation.forget_compiled()
-    monkeypatch.setattr(compilation, "BACKEND", "inductor")
-    yield
-    compilation.forget_compiled()
+    with generating(monkeypatch):
+        yield
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each compiled solve, whether the graph answered; else eager MINRES did."""
-    answered: list[bool] = []
-    run = compiled_minres.run_compiled
-
-    def watched(*args: Any) -> Any:
-        found = run(*args)
-        answered.append(found is not None)
-        return found
-
-    monkeypatch.setattr(compiled_minres, "run_compiled", watched)
-    return answered
-
-
-def matrix(spectrum: str = "alternating", n: int = N, dtype: torch.dtype = F64) -> Tensor:
-    return symmetric(SPECTRA[spectrum](n), seed=1).matrix.to(dtype)
+    return answers_watched(monkeypatch, compiled_minres)
 
 
 def both(
