@@ -67,7 +67,8 @@ class CallableOperator(LinearOperator):
         return signature_of(self, (), self.hvp_fn) if self.batchable else None
 
     def _traced_products(self, block: Tensor) -> Tensor:
-        rows = [self.hvp_fn(self.layout.unflatten(row)) for row in block.unbind()]
+        # Copies, as in products that are not compiled.
+        rows = [self.hvp_fn(self.layout.unflatten(row)) for row in block.clone().unbind()]
         return torch.cat([self.layout.rows(row, name="the output of hvp_fn") for row in rows])
 
     def _passing(self, vector: Tensor) -> Tensor:
@@ -90,15 +91,16 @@ class CallableOperator(LinearOperator):
 
     def _products(self, block: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
         name = "the output of hvp_fn"
-        if self.batchable:
-            products = torch.func.vmap(self.hvp_fn)(self.layout.unflatten_block(block))
-            return finish(self.layout.rows(products, name=name, batched=True))
         # Copies: a callable that works in place on its argument must not reach the solver's own
         # vectors.
+        own = block.clone()
+        if self.batchable:
+            products = torch.func.vmap(self.hvp_fn)(self.layout.unflatten_block(own))
+            return finish(self.layout.rows(products, name=name, batched=True))
         return torch.cat(
             [
                 finish(self.layout.rows(self.hvp_fn(self.layout.unflatten(row)), name=name))
-                for row in block.clone()
+                for row in own
             ]
         )
 
@@ -150,9 +152,10 @@ class ScipyOperator(LinearOperator):
         self.operator = aslinearoperator(operator)
 
     def _apply(self, block: Tensor) -> Tensor:
-        # NumPy has no bfloat16; float64 holds every 16 and 32-bit value exactly.
-        columns = block.T.to(torch.float64).cpu().numpy()
-        products = np.ascontiguousarray(self.operator.matmat(columns).T)
+        # NumPy has no bfloat16; float64 holds every 16 and 32-bit value exactly.  Copies: what is
+        # behind the operator may write on its argument, and on a product that it gave before.
+        columns = block.T.to(torch.float64, copy=True).cpu().numpy()
+        products = np.array(self.operator.matmat(columns).T, order="C")
         return torch.from_numpy(products).to(dtype=self.dtype, device=self.device)
 
     def _transposed(self) -> LinearOperator:
@@ -171,8 +174,9 @@ class ForeignOperator(LinearOperator):
 
     def _apply(self, block: Tensor) -> Tensor:
         columns = block.detach().T.to(dtype=self.operator.dtype, device=self.operator.device)
-        products: Tensor = self.operator @ columns.contiguous()
-        return products.detach().T.to(dtype=self.dtype, device=self.device)
+        # Copies, as for operators of SciPy.
+        products: Tensor = self.operator @ columns.clone(memory_format=torch.contiguous_format)
+        return products.detach().T.to(dtype=self.dtype, device=self.device, copy=True)
 
     def _transposed(self) -> LinearOperator:
         theirs = self.operator

@@ -232,6 +232,112 @@ class TestHonestCallables:
         assert torch.equal(v, torch.ones(3, dtype=F64))
 
 
+def _foreign(values: Tensor, multiply: Any) -> Any:
+    operator = linear_operator.operators.DiagLinearOperator(values)
+    object.__setattr__(operator, "matmul", multiply)  # which its @ calls
+    return operator
+
+
+def _of_scipy(values: Any, multiply: Any) -> Any:
+    n = len(values)
+    return scipy.sparse.linalg.LinearOperator(
+        (n, n), matvec=multiply, matmat=multiply, dtype=values.numpy().dtype
+    )
+
+
+def _in_place(values: Any) -> Any:
+    def multiply(x: Any) -> Any:
+        x *= values.reshape((-1,) + (1,) * (x.ndim - 1))
+        return x
+
+    return multiply
+
+
+def _overwriting(values: Any) -> Any:
+    def multiply(x: Any) -> Any:
+        product = x * values.reshape((-1,) + (1,) * (x.ndim - 1))
+        x[...] = 7.0
+        return product
+
+    return multiply
+
+
+def _reusing(values: Any) -> Any:
+    memory: dict[Any, Any] = {}
+
+    def multiply(x: Any) -> Any:
+        product = x * values.reshape((-1,) + (1,) * (x.ndim - 1))
+        memory.setdefault(x.shape, product)[...] = product
+        return memory[x.shape]
+
+    return multiply
+
+
+#: Operators of products that write on their argument, or on a product that they gave before.
+CARELESS: dict[str, Any] = {
+    "scipy": lambda make, d: _of_scipy(d, make(d.numpy())),
+    "linear_operator": lambda make, d: _foreign(d, make(d)),
+    "batchable": lambda make, d: hypergrad.as_operator(make(d), like=d, batchable=True),
+    "callable": lambda make, d: hypergrad.as_operator(make(d), like=d),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        (name, make)
+        for name in CARELESS
+        for make in (_in_place, _overwriting, _reusing)
+        if (name, make) != ("batchable", _reusing)  # vmap lets no product be kept
+    ],
+)
+class TestWhatAProductDoesWithItsMemory:
+    """It is its own affair: vectors and products are those of the solver, or of the caller."""
+
+    def test_products_and_the_algebra(self, name: str, make: Any, dtype: torch.dtype) -> None:
+        d = torch.linspace(1.0, 3.0, 5).to(dtype)
+        op = hypergrad.as_operator(CARELESS[name](make, d), like=d)
+        v, block = torch.ones(5, dtype=dtype), torch.ones(2, 5, dtype=dtype)
+        host = np.ones(5, dtype=v.numpy().dtype)
+        doubled = op + op
+        first, many = op @ v, op.matmat(block)
+        assert torch.equal(doubled @ (3.0 * v), 6.0 * d)
+        assert torch.equal(doubled.matmat(3.0 * block), 6.0 * d.expand(2, 5))
+        assert torch.equal((2.0 * op + 1.0).matmat(block), (2.0 * d + 1.0).expand(2, 5))
+        # Those of before are as they were, and so is what was multiplied.
+        assert torch.equal(first, d)
+        assert torch.equal(many, d.expand(2, 5))
+        assert torch.equal(v, torch.ones(5, dtype=dtype))
+        assert torch.equal(block, torch.ones(2, 5, dtype=dtype))
+        assert np.array_equal(op.to_scipy() @ host, d.numpy())
+        assert np.array_equal(host, np.ones(5))
+
+    @pytest.mark.parametrize(
+        "solver",
+        [
+            hypergrad.Exact(),
+            hypergrad.CG(),
+            hypergrad.MINRES(),
+            hypergrad.GMRES(),
+            hypergrad.Neumann(200),
+            hypergrad.Nystrom(5),
+            hypergrad.NystromPCG(2),
+        ],
+        ids=lambda solver: type(solver).__name__,
+    )
+    def test_solves(self, name: str, make: Any, dtype: torch.dtype, solver: Any) -> None:
+        d = torch.linspace(1.0, 3.0, 5).to(dtype)
+        op = hypergrad.as_operator(CARELESS[name](make, d), like=d)
+        rows = torch.linspace(1.0, 2.0, 10).reshape(2, 5).to(dtype)
+        for many, operator in ((1, op), (2, op + op)):
+            expected = rows.double() / (many * d.double() + 0.25)
+            for v, answer in ((rows, expected), (rows[0], expected[0])):
+                found = hypergrad.solve(operator, v, solver, damping=0.25, batched=v.ndim == 2)
+                assert not found.info.status.failed
+                assert relative_error(found.value, answer) < 2e-5
+
+
 def test_an_operator_of_another_dtype_is_refused() -> None:
     with pytest.raises(hypergrad.LeafTypeError, match=r"expected torch\.float64"):
         hypergrad.as_operator(hypergrad.as_operator(A), like=torch.ones(6, dtype=F32))
