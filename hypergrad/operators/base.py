@@ -38,6 +38,8 @@ class LinearOperator(ABC):
     """
 
     layout: TreeLayout
+    #: How many products one of :meth:`_attached` counts for.
+    _attached_count: int = 1
 
     def __init__(self, layout: TreeLayout) -> None:
         self.layout = layout
@@ -105,6 +107,11 @@ class LinearOperator(ABC):
         Such as one in a closure.  None where only a product can tell, and there was none yet.
         """
         return False
+
+    def _look(self) -> int:
+        """Make a product that :meth:`_depends_on_more` can tell by; how many were made."""
+        self._apply(torch.ones(1, self.layout.dim, dtype=self.dtype, device=self.device))
+        return 1
 
     def _transposed(self) -> LinearOperator:
         """The operator of A', for solvers that do not need A to be symmetric."""
@@ -289,6 +296,7 @@ class _Affine(LinearOperator):
         self.base: LinearOperator = base
         self.scale: float | Tensor = scale
         self.offset: float | Tensor = shift
+        self._attached_count = base._attached_count
         if isinstance(base, _Affine):  # keep chains of algebra one level deep
             self.base = base.base
             self.scale = scale * base.scale
@@ -338,6 +346,9 @@ class _Affine(LinearOperator):
     def _depends_on_more(self) -> bool | None:
         return self.base._depends_on_more()
 
+    def _look(self) -> int:
+        return self.base._look()
+
     def _transposed(self) -> LinearOperator:
         return _Affine(self.base._transposed(), self.scale, self.offset)
 
@@ -383,6 +394,9 @@ class _Sum(LinearOperator):
     def _depends_on_more(self) -> bool | None:
         parts = (self.left._depends_on_more(), self.right._depends_on_more())
         return True if any(parts) else (None if None in parts else False)
+
+    def _look(self) -> int:
+        return max(self.left._look(), self.right._look())
 
     def _transposed(self) -> LinearOperator:
         return _Sum(self.left._transposed(), self.right._transposed())

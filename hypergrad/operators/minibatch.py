@@ -91,10 +91,15 @@ class MinibatchOperator(LinearOperator):
                 pass
         sizes = self._loader.sizes
         assert sizes is not None
-        parts: list[LinearOperator] = [_Part(self, index) for index in range(len(sizes))]
-        if self.reduction == "sum":
-            parts, sizes = [float(len(parts)) * part for part in parts], [1.0] * len(parts)
-        return SampledOperator(parts, weights=sizes, generator=generator)
+        weights = sizes if self.reduction == "mean" else [1.0] * len(sizes)
+        return _SampledBatches(self, weights, generator)
+
+    def _parts(self) -> list[LinearOperator]:
+        """The operators of the minibatches, of which the whole is the mean."""
+        assert self._loader.sizes is not None
+        count = len(self._loader.sizes)
+        parts: list[LinearOperator] = [_Part(self, index) for index in range(count)]
+        return parts if self.reduction == "mean" else [float(count) * part for part in parts]
 
     def _probe(self) -> None:
         """Raise unless two passes agree."""
@@ -164,7 +169,7 @@ class MinibatchOperator(LinearOperator):
     def _tensors(self) -> list[Tensor]:
         return self._point.tensors
 
-    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> MinibatchOperator:
         other = copy.copy(self)
         other._point = self._point.replaced(tensors)
         return other
@@ -251,6 +256,41 @@ class _Part(LinearOperator):
         with seeded(whole._seed_of(self.index), self.device), naming(self.index):
             product: Tensor = made(whole._make, params, batch)._apply(block)
             return product
+
+
+class _SampledBatches(SampledOperator):
+    """One minibatch a product; its derivatives are by passes, with one minibatch at a time."""
+
+    def __init__(
+        self,
+        whole: MinibatchOperator,
+        weights: list[float],
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__(whole._parts(), weights=weights, generator=generator)
+        self.whole = whole
+
+    def _tensors(self) -> list[Tensor]:
+        return self.whole._tensors()
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> SampledOperator:
+        whole = self.whole._with_tensors(tensors)
+        other = copy.copy(self)
+        other.whole, other.operators = whole, whole._parts()
+        return other
+
+    def _attached(self, block: Tensor) -> Tensor:
+        return self.whole._attached(block)
+
+    def _depends_on_more(self) -> bool | None:
+        return self.whole._depends_on_more()
+
+    def _look(self) -> int:
+        self.whole._look()
+        return len(self.operators)
+
+    def _transposed(self) -> SampledOperator:
+        return self
 
 
 def minibatch_hessian(

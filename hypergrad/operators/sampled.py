@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,8 @@ class SampledOperator(LinearOperator):
     """The mean of operators, of which each product uses one that is drawn at random.
 
     Made for LiSSA, ``Neumann(num_samples=...)``; no other solver can use products that differ from
-    call to call.  All vectors of one block are multiplied by the same draw.
+    call to call.  All vectors of one block are multiplied by the same draw.  The derivatives of a
+    solve in the tensors of the operators are those of the mean, all of whose products they take.
 
     Args:
         operators: at least one of anything that :func:`hypergrad.as_operator` takes, such as the
@@ -78,6 +80,7 @@ class SampledOperator(LinearOperator):
         self._shares = [w / total for w in numbers]
         self.probabilities = torch.tensor(self._shares, dtype=torch.float64)
         self.generator = generator
+        self._attached_count = len(self.operators)
 
     @property
     def mean(self) -> LinearOperator:
@@ -88,6 +91,36 @@ class SampledOperator(LinearOperator):
         drawn = torch.multinomial(self.probabilities, 1, generator=self.generator)
         return self.operators[int(drawn)]._apply(block)
 
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for part in self.operators for tensor in part._tensors()]
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> SampledOperator:
+        rest = iter(tensors)
+        return self._of(
+            [part._with_tensors([next(rest) for _ in part._tensors()]) for part in self.operators]
+        )
+
+    def _of(self, operators: list[LinearOperator]) -> SampledOperator:
+        other = copy.copy(self)
+        other.operators = operators
+        return other
+
+    def _attached(self, block: Tensor) -> Tensor:
+        """Products with the mean: one that is drawn anew is no function to be differentiated."""
+        parts = zip(self._shares, self.operators, strict=True)
+        return torch.stack([weight * part._attached(block) for weight, part in parts]).sum(dim=0)
+
+    def _depends_on_more(self) -> bool | None:
+        parts = [part._depends_on_more() for part in self.operators]
+        return True if any(parts) else (None if None in parts else False)
+
+    def _look(self) -> int:
+        # Each: a draw says nothing of the others.
+        return sum(part._look() for part in self.operators if part._depends_on_more() is None)
+
+    def _transposed(self) -> SampledOperator:
+        return self._of([part._transposed() for part in self.operators])
+
 
 class _Mean(LinearOperator):
     def __init__(self, sampled: SampledOperator) -> None:
@@ -97,3 +130,22 @@ class _Mean(LinearOperator):
     def _apply(self, block: Tensor) -> Tensor:
         parts = zip(self.sampled._shares, self.sampled.operators, strict=True)
         return sum((weight * part._apply(block) for weight, part in parts), torch.zeros_like(block))
+
+    def _tensors(self) -> list[Tensor]:
+        return self.sampled._tensors()
+
+    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
+        return _Mean(self.sampled._with_tensors(tensors))
+
+    def _attached(self, block: Tensor) -> Tensor:
+        return self.sampled._attached(block)
+
+    def _depends_on_more(self) -> bool | None:
+        return self.sampled._depends_on_more()
+
+    def _look(self) -> int:
+        self.sampled._look()
+        return 1
+
+    def _transposed(self) -> LinearOperator:
+        return _Mean(self.sampled._transposed())

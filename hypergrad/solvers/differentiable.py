@@ -62,8 +62,7 @@ def answer(call: BlockSolve, block: Tensor, start: Tensor | None, damping: Tenso
         return x
     depends = operator._depends_on_more()
     if depends is None:  # v = 0 is answered without a product
-        operator._apply(torch.ones_like(block[:1]))
-        call.hvps.append(1)
+        call.hvps.append(operator._look())
         depends = operator._depends_on_more()
     if depends:
         if tangents():
@@ -209,7 +208,7 @@ def _attached_to_closure(
     ``second`` is the product of an attached x, which knows one order of derivatives itself.
     """
     products = call.operator._attached
-    call.hvps.append(orders * len(x))
+    call.hvps.append(orders * len(x) * call.operator._attached_count)
     first = products(x)
     attached = apply(_Closure, call, x, block, first, None, damping)
     if orders == 2:
