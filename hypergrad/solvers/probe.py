@@ -105,7 +105,8 @@ def chebyshev_iterations(condition: float, rtol: float) -> float:
     In the residual's norm, which exceeds the bound on that of A by the root of the condition.
     """
     root = math.sqrt(max(condition, 1.1))
-    return math.log(2.0 * root / rtol) / math.log((root + 1.0) / (root - 1.0)) + 1.0
+    pace = math.log1p(2.0 / (root - 1.0))  # of (root + 1) / (root - 1), which rounds to one
+    return math.log(2.0 * root / rtol) / pace + 1.0 if pace > 0.0 else math.inf
 
 
 def probe(system: DampedSystem, start: Tensor, steps: int, rtol: float | None) -> Probe:

@@ -316,6 +316,16 @@ def test_every_product_is_counted_and_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("damping", [1e-40, 1e-200, 5e-324])
+def test_a_damping_far_below_the_spectrum_is_a_damping(damping: float, m: int) -> None:
+    # A condition number whose root is one above or below it, to rounding, or infinite.
+    matrix, v = torch.diag(1.0 / torch.arange(1, 61, dtype=F64)), gaussian(m, 60)
+    solution = hypergrad.solve(matrix, v, "auto", damping=damping, batched=True)
+    assert solution.info.converged
+    assert relative_error(solution.value, v / matrix.diagonal()) < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
 def test_narrow_dtypes(dtype: torch.dtype) -> None:
     problem = symmetric(torch.linspace(0.5, 1.0, 100, dtype=F64), seed=1)
