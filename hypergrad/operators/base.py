@@ -223,8 +223,9 @@ class LinearOperator(ABC):
         """A as a :class:`scipy.sparse.linalg.LinearOperator` on flat NumPy vectors.
 
         Products run on the operator's own device and dtype and come back as NumPy arrays
-        (float32 for 16-bit operators, which NumPy and SciPy's solvers do not serve).  Adjoint
-        products are those of the transpose for matrices, and the same as A's for all others.
+        (float32 for 16-bit operators, which NumPy and SciPy's solvers do not serve); those of
+        complex vectors are two.  Adjoint products are those of the transpose for matrices, and the
+        same as A's for all others.
 
         Examples:
             >>> import torch, hypergrad
@@ -243,6 +244,10 @@ class LinearOperator(ABC):
             adjoint = self
 
         def matmat(columns: Any, operator: LinearOperator = self) -> Any:
+            if columns.dtype.kind == "c":  # as of SciPy's own real operators
+                products = matmat(columns.real, operator) + 0j
+                products.imag = matmat(columns.imag, operator)
+                return products
             block = torch.as_tensor(columns).T.to(dtype=self.dtype, device=self.device)
             return operator._apply(block.contiguous()).T.to(host).cpu().numpy()
 

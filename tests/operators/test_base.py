@@ -106,6 +106,27 @@ def test_scipy_solves_with_an_exported_operator(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(exported @ np.eye(6, dtype=b.dtype), A.numpy(), atol=30 * eps)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exported_operators_multiply_complex_vectors(dtype: torch.dtype) -> None:
+    # A matrix that is not symmetric, so that the adjoint is another.
+    matrix = A.to(dtype) + torch.arange(6, dtype=dtype)
+    exported, dense = hypergrad.as_operator(matrix).to_scipy(), matrix.numpy()
+    block = (gaussian(6, 2) + 1j * gaussian(6, 2, seed=1)).numpy()
+    block = block.astype(np.result_type(dense, np.complex64))
+    eps = 100 * torch.finfo(dtype).eps
+    for found, expected in (
+        (exported @ block, dense @ block),
+        (exported.matvec(block[:, 0]), dense @ block[:, 0]),
+        (exported.rmatvec(block[:, 0]), dense.T @ block[:, 0]),
+        (exported.rmatmat(block), dense.T @ block),
+    ):
+        assert found.dtype == block.dtype
+        np.testing.assert_allclose(found, expected, rtol=eps, atol=eps)
+    # An infinity stays in its own part.
+    column = np.array([1j, 1j, 1j, 1j, 1j, complex(0.0, np.inf)], block.dtype)
+    assert np.isfinite((exported @ column).real).all()
+
+
 def test_16_bit_operators_are_exported_as_float32() -> None:
     exported = hypergrad.as_operator(torch.eye(3, dtype=torch.bfloat16)).to_scipy()
     assert exported.dtype == np.float32
