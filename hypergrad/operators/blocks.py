@@ -9,11 +9,19 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from ..errors import NegativeCurvatureError, OperatorTooLargeError, SolverOptionError
+from ..errors import (
+    NegativeCurvatureError,
+    NotSymmetricError,
+    OperatorTooLargeError,
+    SolverOptionError,
+    StaleOperatorError,
+)
+from ..norms import powers_of_two
 from ..pytree import Tree, TreeLayout, working_dtype
 from .base import LinearOperator
 from .interop import as_operator
 from .invertible import InvertibleOperator
+from .point import version_of
 from .root import RootOperator
 
 #: As many numbers are multiplied at once, at most: masked copies of a vector, one for each block.
@@ -47,6 +55,8 @@ class BlockDiagonalOperator(InvertibleOperator):
             for leaves in groups.values()
         ]
         self._dense: list[Tensor] | None = None
+        #: Of the operator's tensors when the blocks were made.
+        self._versions: list[int] = []
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
@@ -88,18 +98,28 @@ class BlockDiagonalOperator(InvertibleOperator):
         return BlockDiagonalOperator(other, self._groups, max_bytes=self.max_bytes)
 
     def dense_blocks(self) -> dict[str, Tensor]:
-        """The blocks by name, each a symmetric matrix in the working dtype; kept once made.
+        """The blocks by name, each a symmetric matrix in the working dtype.
+
+        They are kept, and made again where a matrix was modified in place since; those of an
+        operator that is of the point where it was made, such as a Hessian, stay.
 
         Raises:
             OperatorTooLargeError: they would take more than ``max_bytes``.
+            NotSymmetricError: a block is not symmetric beyond the rounding of its products.
 
         Cost: as many products as the operator has dimensions; for operators of few rows F, such as
         Gauss-Newton and Fisher matrices of few samples, the rows instead.
         """
-        if self._dense is None:
+        versions = [version_of(tensor) for tensor in self._tensors()]
+        if self._dense is None or versions != self._versions:
             self._check_memory()
-            dense = self._from_rows()
-            self._dense = self._from_products() if dense is None else dense
+            try:
+                dense = self._from_rows()
+                self._dense = self._from_products() if dense is None else dense
+            except StaleOperatorError:  # its point is that where it was made
+                if self._dense is None:
+                    raise
+            self._versions = versions
         return dict(zip(self.names, self._dense, strict=True))
 
     def _check_memory(self) -> None:
@@ -131,7 +151,7 @@ class BlockDiagonalOperator(InvertibleOperator):
         wide, n = working_dtype(self.dtype, self.device), self.layout.dim
         chunk = max(1, min(256, _NUMBERS // n))
         dense = []
-        for places in self._places:
+        for name, places in zip(self.names, self._places, strict=True):
             columns = []
             for own in places.split(chunk):  # type: ignore[no-untyped-call]
                 rows = torch.zeros(len(own), n, dtype=self.dtype, device=self.device)
@@ -140,8 +160,24 @@ class BlockDiagonalOperator(InvertibleOperator):
                 self.layout.check_finite(product, "the output of the operator")
                 columns.append(product[:, places].to(wide))
             matrix = torch.cat(columns)
+            self._check_symmetric(matrix, name)
             dense.append(0.5 * (matrix + matrix.T))
         return dense
+
+    def _check_symmetric(self, matrix: Tensor, name: str) -> None:
+        """As :class:`hypergrad.Exact` does: generous to rounding, not to what is wrong in kind."""
+        if matrix.numel() == 0:  # of a leaf without entries
+            return
+        matrix = matrix / powers_of_two(matrix.abs().max())
+        skew, size = float((matrix - matrix.T).norm()) / 2, float(matrix.norm())
+        allowed = torch.finfo(self.dtype).eps ** 0.25
+        if skew > allowed * size:
+            raise NotSymmetricError(
+                f"the block {name or 'of all leaves'} is not symmetric: its antisymmetric part has "
+                f"relative size {skew / size:.1e}, expected rounding only (at most {allowed:.0e}). "
+                "Symmetrise the matrix, use a Hessian or Gauss-Newton operator, or solve with "
+                "hypergrad.GMRES()."
+            )
 
     def _inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         factors = []
@@ -197,6 +233,7 @@ def block_diagonal(
     Raises:
         SolverOptionError: ``by`` is none of these.
         OperatorTooLargeError: for the inverse, the blocks would take more than ``max_bytes``.
+        NotSymmetricError: for the inverse, a block is not symmetric.
         NegativeCurvatureError: for the inverse, a block plus damping is not positive definite.
 
     Cost: a product is one product with the operator for each block, batched where the operator

@@ -27,7 +27,7 @@ class Point:
         self.params, self.batch = list(params), batch
         self._leaves, self._spec = flat_batch(batch)
         compiling = torch.compiler.is_compiling()
-        self._versions = [] if compiling else [_version(x) for x in self.tensors]
+        self._versions = [] if compiling else [version_of(x) for x in self.tensors]
 
     @property
     def batch_tensors(self) -> list[Tensor]:
@@ -62,7 +62,7 @@ class Point:
                     "Make a new operator after each optimiser step."
                 )
         for leaf, version in zip(self.batch_tensors, self._versions[count:], strict=True):
-            if _version(leaf) != version:
+            if version_of(leaf) != version:
                 raise StaleOperatorError(
                     f"a tensor of the batch, of shape {tuple(leaf.shape)}, was modified in place "
                     "after this operator was made. Make a new operator for new data, or pass "
@@ -76,7 +76,8 @@ class Point:
         return carries_derivatives(lambda: constants._attached(probe))
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was modified in place."""
     # Inference tensors have none.
     return 0 if tensor.is_inference() else tensor._version
 

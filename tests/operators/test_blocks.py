@@ -129,6 +129,42 @@ def test_derivatives_go_to_the_operators_tensors() -> None:
     assert torch.autograd.gradcheck(answer, (matrix,))
 
 
+def test_the_inverse_is_that_of_the_matrix_as_it_is() -> None:
+    matrix, v = torch.diag(torch.tensor([1.0, 2.0], dtype=F64)), torch.ones(2, dtype=F64)
+    blocks = hypergrad.block_diagonal(matrix)
+    assert blocks.solve(v).tolist() == pytest.approx([1.0, 0.5])
+    matrix.mul_(4.0)
+    assert blocks.solve(v).tolist() == pytest.approx([0.25, 0.125])
+    damped = blocks.preconditioner(4.0).to_dense().diagonal()
+    assert damped.tolist() == pytest.approx([1.0 / 8.0, 1.0 / 12.0])
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "few rows"])
+def test_the_inverse_of_an_operator_of_one_point_stays_that_of_this_point(kind: str) -> None:
+    w, v, x = torch.ones(2, dtype=F64), torch.ones(2, dtype=F64), torch.eye(2, dtype=F64)
+    op: Any = hypergrad.hessian(lambda w: (w**4).sum(), w)
+    if kind != "hessian":
+        inputs = x if kind == "ggn" else x[:1]
+        op = hypergrad.ggn(
+            lambda w, x: x @ w**2, lambda o, y: (o - y).pow(2).sum(), w, inputs, inputs[:, 0]
+        )
+    blocks = hypergrad.block_diagonal(op)
+    before = blocks.solve(v, 0.5)
+    w.add_(1.0)
+    assert torch.equal(blocks.solve(v, 0.5), before)
+    with pytest.raises(hypergrad.StaleOperatorError):
+        hypergrad.block_diagonal(op).solve(v, 0.5)
+
+
+def test_a_leaf_without_entries_is_a_block_without() -> None:
+    like = {"0.w": torch.zeros(2, dtype=F64), "1.w": torch.zeros(0, dtype=F64)}
+    matrix = torch.diag(torch.tensor([1.0, 2.0], dtype=F64))
+    blocks = hypergrad.block_diagonal(matrix, like=like)
+    x = blocks.solve({"0.w": torch.ones(2, dtype=F64), "1.w": like["1.w"]})
+    assert x["0.w"].tolist() == pytest.approx([1.0, 0.5])
+    assert x["1.w"].shape == (0,)
+
+
 class TestBadInput:
     matrix = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
 
@@ -147,6 +183,17 @@ class TestBadInput:
         for damping in (-1.0, float("nan"), "auto"):
             with pytest.raises(hypergrad.DampingError, match="finite number >= 0"):
                 blocks.preconditioner(damping)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
+    def test_blocks_that_are_not_symmetric(self, scale: float) -> None:
+        matrix = scale * torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0]]).double()
+        like = [torch.zeros(2, dtype=F64), torch.zeros(1, dtype=F64)]
+        blocks = hypergrad.block_diagonal(matrix, by="leaf", like=like)
+        with pytest.raises(hypergrad.NotSymmetricError, match=r"the block \[0\] .* 1\.9e-01"):
+            blocks.solve(like)
+        apart = hypergrad.block_diagonal(matrix, by=lambda path: path, like=list(matrix[0]))
+        assert apart.block_sizes == (1, 1, 1)
+        apart.solve(list(matrix[0]))  # what is not symmetric lies between them
 
     def test_too_large_blocks_are_refused_before_any_product(self) -> None:
         def never(v: Tensor) -> Tensor:
