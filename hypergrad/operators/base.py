@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ from ..transforms import apply, differentiable, plain
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
+
+
+#: A power of two that takes the smallest numbers to those that have an inverse.
+_FAR = 2.0**100
 
 
 class LinearOperator(ABC):
@@ -179,6 +184,8 @@ class LinearOperator(ABC):
         scalar = _as_scalar(other)
         if isinstance(scalar, float) and scalar == 0.0:
             raise ZeroDivisionError("an operator was divided by zero")
+        if isinstance(scalar, float) and abs(scalar) < sys.float_info.min:
+            return self * _FAR / (scalar * _FAR)  # its inverse may be beyond the range
         return NotImplemented if scalar is None else _Affine(self, 1.0 / scalar, 0.0)
 
     def __neg__(self) -> LinearOperator:
@@ -303,9 +310,9 @@ class _Affine(LinearOperator):
         self.offset: float | Tensor = shift
         self._attached_count = base._attached_count
         if isinstance(base, _Affine):  # keep chains of algebra one level deep
-            self.base = base.base
-            self.scale = scale * base.scale
-            self.offset = scale * base.offset + shift
+            whole, offset = scale * base.scale, scale * base.offset
+            if _holds(whole, scale, base.scale) and _holds(offset, scale, base.offset):
+                self.base, self.scale, self.offset = base.base, whole, offset + shift
 
     def _apply(self, block: Tensor) -> Tensor:
         return self._combined(self.base._apply(block), block, plain(self.scale), plain(self.offset))
@@ -318,6 +325,8 @@ class _Affine(LinearOperator):
             product = scale * product
         if isinstance(offset, Tensor):
             return product + offset.to(block.dtype) * block
+        if block.element_size() == 2:  # a number passed as alpha is rounded to 16 bits first
+            return product + offset * block if offset else product
         return torch.add(product, block, alpha=offset) if offset else product
 
     def _tensors(self) -> list[Tensor]:
@@ -356,6 +365,13 @@ class _Affine(LinearOperator):
 
     def _transposed(self) -> LinearOperator:
         return _Affine(self.base._transposed(), self.scale, self.offset)
+
+
+def _holds(product: float | Tensor, *factors: float | Tensor) -> bool:
+    """Whether numbers were multiplied without leaving the range; of tensors nothing is asked."""
+    if isinstance(product, Tensor) or 0.0 in factors:
+        return True
+    return sys.float_info.min <= abs(product) < math.inf
 
 
 class _Sum(LinearOperator):

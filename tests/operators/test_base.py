@@ -133,6 +133,40 @@ def test_16_bit_operators_are_exported_as_float32() -> None:
     assert (exported @ np.ones(3, np.float32)).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_factors_of_a_chain_do_not_leave_the_range_together() -> None:
+    one, many = torch.ones(1, dtype=F64), torch.ones(2, 1, dtype=F64)
+    op = hypergrad.as_operator(torch.full((1, 1), 1e300, dtype=F64))
+    tiny = 1e-200 * (1e-200 * op)
+    for chain, expected in (
+        (tiny, 1e-100),
+        (1e200 * tiny, 1e100),
+        (1e200 * tiny + 1e100, 2e100),
+        (1e200 * (1e-200 * (1e-200 * (op + 1e300))), 2e100),
+        (1e-200 * (1e200 * (1e200 * (1e-300 * op))), 1e200),
+        ((1e-300 * op) * 1e-310 / 1e-310, 1.0),
+        (-(tiny - tiny), 0.0),
+    ):
+        assert (chain @ one).item() == pytest.approx(expected, rel=1e-12)
+        assert chain.matmat(many).flatten().tolist() == pytest.approx([expected] * 2, rel=1e-12)
+    # What stays in the range is one factor and one shift.
+    chain = 2.0 * (3.0 * (op + 1.0)) - 6.0
+    assert (chain @ one).item() == pytest.approx(6e300)
+    assert getattr(chain, "base", None) is op
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shift", [1e-9, 3e-6, 1e-3, 1e5])
+def test_shifts_of_16_bit_operators_are_not_rounded_first(dtype: torch.dtype, shift: float) -> None:
+    op = hypergrad.as_operator(torch.zeros(1, 1, dtype=dtype)) + shift
+    # Products of a normal size, far from the ends of the range.
+    v = torch.tensor([min(0.5 / shift, 5e4)]).to(dtype)
+    expected = shift * v.double()
+    near = 2.0**-14 if dtype == torch.float16 else 0.0  # below it there are fewer digits
+    eps = torch.finfo(dtype).eps
+    found = (op @ v).double()
+    assert (found - expected).abs().item() <= eps * max(expected.item(), near)
+
+
 def test_what_has_no_meaning_is_refused() -> None:
     op = hypergrad.as_operator(A)
     with pytest.raises(TypeError, match="not self-adjoint in general"):
