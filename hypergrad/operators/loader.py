@@ -104,6 +104,9 @@ class Loader:
                 raise LoaderError(
                     f"batches() returned a {type(source).__name__}, expected an iterable."
                 )
+            running = getattr(source, "_iterator", None) is not None
+            if isinstance(source, DataLoader) and running:
+                self._draw_seed(source)  # persistent workers have theirs, and draw none
             iterator = iter(source)
         end = object()
         while True:
@@ -158,14 +161,18 @@ class Loader:
         sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         if self._indices is None:
             with self._stream().drawing():
-                # A pass draws the seed of its workers before the order.
-                torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+                self._draw_seed(loader)
                 self._indices = list(sampler)
         with seeded(self.seed + index, self.device):  # augmentations
             chosen = self._indices[index]
             if loader.batch_sampler is None:
                 return loader.collate_fn(loader.dataset[chosen])
             return loader.collate_fn([loader.dataset[i] for i in chosen])
+
+    def _draw_seed(self, loader: DataLoader[Any]) -> None:
+        """As a pass of a ``DataLoader`` draws the seed of its workers, before the order."""
+        if loader is self.batches or loader.generator is None:  # not from what is not put back
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
 
     def _arguments(self, batch: Any, index: int) -> tuple[Any, ...]:
         structure = torch_pytree.tree_structure(batch, is_leaf=_without_tensors)

@@ -668,3 +668,32 @@ def test_the_parts_of_a_shuffled_loader_are_those_of_a_pass(own: bool) -> None:
     )
     assert isinstance(mean, Tensor)
     assert relative_error(mean, op.layout.flatten(op @ v)) <= 1e-12
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_workers_that_persist_give_one_order_from_the_first_pass_on(
+    own: bool, made_anew: bool
+) -> None:
+    # They draw their seed once, before the order of the first pass.
+    source = torch.Generator().manual_seed(3) if own else None
+    loader: Any = DataLoader(
+        TensorDataset(*data()),
+        batch_size=4,
+        shuffle=True,
+        generator=source,
+        num_workers=1,
+        persistent_workers=True,
+    )
+    sources = [torch.default_generator] if source is None else [torch.default_generator, source]
+    before = [source.get_state() for source in sources]
+    batches: Any = (lambda: loader) if made_anew and not own else loader
+    op = hypergrad.minibatch_hessian(dropout_loss, params(), batches, probe=False)
+    v = {"w": gaussian(3, 2), "b": gaussian(2)}
+    first, second = op @ v, op @ v
+    assert torch.equal(first["w"], second["w"])
+    if batches is loader:
+        mean = op.sampled().mean @ v
+        assert relative_error(mean["w"], first["w"]) <= 1e-12
+    for source, state in zip(sources, before, strict=True):
+        assert torch.equal(source.get_state(), state)
