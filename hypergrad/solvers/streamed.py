@@ -7,6 +7,8 @@ and what needs the rows as a whole needs only their inner products.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -245,7 +247,7 @@ def _multiplied(system: DampedSystem, rows: Tensor) -> Core:
         transposed[i] = _along(system, leaves, first)[0]
         for into, leaf in zip(_views(system, rows[i]), leaves, strict=True):
             into.copy_(leaf.reshape(-1))
-    skew = torch.linalg.vector_norm(w[0] - transposed)
+    skew = row_norms((w[0] - transposed)[None])[0]
     w[0] = 0.5 * (w[0] + transposed)
     w = w.triu() + w.triu(1).T
     gram, top = _scaled_gram(rows, system.b.dtype)
@@ -299,10 +301,10 @@ def _ritz_pairs(system: DampedSystem, rows: Tensor) -> Approximation:
             for part in _slices(columns):
                 image = leaf.reshape(-1)[part].to(small.dtype)
                 gap = image - small[i] @ columns[:, part].to(small.dtype)
-                missed += float(gap.square().sum())
+                missed = math.hypot(missed, float(row_norms(gap[None])))
     values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
     basis = _recombine(vectors.flip(1).T.contiguous(), rows)
-    return Approximation(values.flip(0), basis, missed**0.5, float(values[0]))
+    return Approximation(values.flip(0), basis, missed, float(values[0]))
 
 
 def streamed_complement(

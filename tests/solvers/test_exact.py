@@ -250,3 +250,12 @@ def test_automatic_damping_cannot_be_compiled_and_says_so() -> None:
     system = UncheckedSystem(hypergrad.as_operator(torch.eye(2)), torch.ones(1, 2), "auto")
     with pytest.raises(hypergrad.SolverOptionError, match="compile"):
         Exact()._run_traced(system, None)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_asymmetry_is_refused_at_every_scale(scale: float) -> None:
+    matrix = scale * torch.tensor([[2.0, 1.0], [0.0, 3.0]], dtype=F64)
+    with pytest.raises(hypergrad.NotSymmetricError, match=r"relative size 1\.9e-01"):
+        hypergrad.solve(matrix, scale * torch.ones(2, dtype=F64), hypergrad.Exact())
+    x = hypergrad.solve(matrix + matrix.T, scale * torch.ones(2, dtype=F64), hypergrad.Exact())
+    assert x.info.converged

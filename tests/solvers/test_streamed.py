@@ -185,3 +185,22 @@ def test_a_sketch_of_rank_ten_takes_fourteen_vectors(
 def test_a_sketch_of_ten_million_parameters(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert vectors_of_a_sketch(2200, dtype) <= 14.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(F64, 2.0**-660), (F64, 2.0**660), (torch.bfloat16, 2.0**-76), (torch.bfloat16, 2.0**76)],
+)
+@pytest.mark.parametrize("name", [*POSITIVE, *INDEFINITE])
+def test_the_scale_of_the_operator_changes_nothing(
+    name: str, dtype: torch.dtype, scale: float
+) -> None:
+    # Squares of its products, of their rounding, and of what they miss, are beyond the range.
+    plain, other = (sketched(a * matrix(name, dtype), dtype) for a in (1.0, scale))
+    close = 1e-8 if dtype == F64 else 1e-2  # LAPACK scales by no power of two
+    torch.testing.assert_close(other.eigenvalues / scale, plain.eigenvalues, rtol=0, atol=close)
+    assert other.tail / scale == pytest.approx(plain.tail, abs=close)
+    assert other.auto_damping() / scale == pytest.approx(plain.auto_damping(), abs=close)
+    above = torch.triu(torch.ones(N, N, dtype=dtype), 1)
+    with pytest.raises(hypergrad.NotSymmetricError):
+        sketched(scale * (matrix(name, dtype) + above - above.T), dtype)
