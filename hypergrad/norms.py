@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .tracing import compiling
+
 
 def row_norms(block: Tensor) -> Tensor:
     """Euclidean norm of each row of (m, n), safe from overflow and underflow; shape (m,)."""
@@ -12,7 +14,7 @@ def row_norms(block: Tensor) -> Tensor:
     # In this range no square that counts has left the dtype's: the usual case, in one pass.
     limits = torch.finfo(block.dtype)
     low, high = (limits.tiny / limits.eps) ** 0.5, limits.max**0.5
-    if not torch.compiler.is_compiling() and bool(((norms > low) & (norms < high)).all()):
+    if not compiling() and bool(((norms > low) & (norms < high)).all()):
         return norms
     return safe_norms(block)
 

@@ -16,6 +16,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from .errors import DeviceError, EmptyTreeError, LeafTypeError, NonFiniteError, TreeStructureError
+from .tracing import compiling
 
 #: A tensor, or a nested dict, list or tuple of tensors.
 Tree: TypeAlias = Any
@@ -65,7 +66,7 @@ _MOST_LAYOUTS = 256
 
 def _key(tree: Tree) -> Any:
     """What the layout of a tensor, or of a plain dict of tensors, follows from; else None."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return None
     if type(tree) is not dict:
         return _kind(tree)
@@ -351,7 +352,7 @@ class TreeLayout:
 
     def check_finite(self, flat: Tensor, what: str) -> None:
         """Raise :class:`NonFiniteError`, naming the first bad leaf, unless ``flat`` is finite."""
-        if torch.compiler.is_compiling():  # values cannot be looked at
+        if compiling():  # values cannot be looked at
             return
         # A nan or an infinity passes into the sum: one pass, unless finite entries overflow it.
         if math.isfinite(flat.sum()):

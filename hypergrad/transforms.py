@@ -19,6 +19,7 @@ from torch._functorch.pyfunctorch import (
 from torch.overrides import TorchFunctionMode
 
 from .errors import HypergradError, LossError
+from .tracing import compiling
 
 _functorch = torch._C._functorch
 _state = threading.local()
@@ -26,7 +27,7 @@ _state = threading.local()
 
 def transforming() -> bool:
     """Whether a transform of ``torch.func`` (vmap, grad, jvp ...) is running."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not compiling() and torch._C._are_functorch_transforms_active()
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def must_repeat() -> bool:
 
 def building_no_graph() -> bool:
     """Whether autograd's own graphs cannot be built: under ``torch.func`` or ``torch.compile``."""
-    return torch.compiler.is_compiling() or transforming()
+    return compiling() or transforming()
 
 
 def differentiable(tensor: Tensor) -> bool:

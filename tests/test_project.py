@@ -20,6 +20,7 @@ PACKAGES = ("hypergrad", "hypergrad_rl")
 # A module may import those of its own layer and of the layers before it.
 LAYERS = (
     "errors",
+    "tracing",
     "transforms",
     "norms",
     "pytree",

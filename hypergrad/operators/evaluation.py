@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import HypergradError, LossError
 from ..pytree import TreeLayout
+from ..tracing import compiling
 from ..transforms import unwrapped
 from .layers import Layers, named, twice_differentiable
 
@@ -52,14 +53,14 @@ class Evaluation:
 
     def __call__(self) -> AbstractContextManager[None]:
         """The setting of an evaluation."""
-        if not torch.compiler.is_compiling():
+        if not compiling():
             return self._evaluation()
         # The one part that torch.compile can trace; it refuses what cannot be differentiated twice.
         return sdpa_kernel([SDPBackend.MATH])
 
     def product(self) -> AbstractContextManager[None]:
         """The setting of a backward pass through the graph that an evaluation has left."""
-        if torch.compiler.is_compiling():
+        if compiling():
             return nullcontext()
         # Checkpoints evaluate parts of the loss again then, with the kernels of the first time.
         again = self._layers is not None and self._layers.saved_elsewhere
@@ -104,7 +105,7 @@ class Evaluation:
         The gradient of a function marked with ``once_differentiable`` comes without a graph: its
         share of the curvature would be zero without a word.
         """
-        if torch.compiler.is_compiling() or not isinstance(loss, Tensor) or loss.grad_fn is None:
+        if compiling() or not isinstance(loss, Tensor) or loss.grad_fn is None:
             return
         for node in _graph([loss.grad_fn], set()):
             if _is_once_differentiable(node):

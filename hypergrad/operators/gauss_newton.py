@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import LossError, NegativeCurvatureError, NonFiniteError
 from ..pytree import Tree, working_dtype
+from ..tracing import compiling
 from ..transforms import building_no_graph
 from .compilation import check_compile, compiled_products, is_compiled, signature_of
 from .outputs import OutputOperator, Weight
@@ -73,7 +74,7 @@ class GaussNewtonOperator(OutputOperator):
 
     def _roots(self, outputs: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(self._blocks(outputs.detach()))
-        if not torch.compiler.is_compiling():
+        if not compiling():
             self._check_convex(values, outputs)
             # Directions without curvature, such as the one that softmax does not see, need no row.
             floor = values.shape[-1] * torch.finfo(values.dtype).eps * values.abs().max()
@@ -139,7 +140,7 @@ def _widened(target: Any, narrow: torch.dtype, wide: torch.dtype) -> Any:
 def _blocks_of(product: Weight, outputs: Tensor) -> Tensor:
     """Blocks on the diagonal of a symmetric matrix on outputs, that outside of which it is zero."""
     count = outputs.shape[0] if outputs.ndim else 1
-    groups = 1 if torch.compiler.is_compiling() or _coupled(product, outputs) else count
+    groups = 1 if compiling() or _coupled(product, outputs) else count
     size = outputs.numel() // groups
     # Column j of every block at once.
     probes = torch.eye(size, dtype=outputs.dtype, device=outputs.device)

@@ -13,6 +13,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import LoaderError, SolverOptionError
 from ..pytree import Tree, TreeLayout, working_dtype
+from ..tracing import compiling
 from ..transforms import apply, pullback, tangents, transforming, unwrapped
 from .base import LinearOperator
 from .evaluation import seeded
@@ -129,7 +130,7 @@ class MinibatchOperator(LinearOperator):
 
         Each is evaluated with random numbers of its own seed, so that the operator is one matrix.
         """
-        if torch.compiler.is_compiling():
+        if compiling():
             raise LoaderError(
                 "a pass over a loader cannot be traced by torch.compile. Solve outside of the "
                 "compiled function, or compile with hypergrad.hessian of one batch."

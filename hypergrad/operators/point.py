@@ -16,6 +16,7 @@ from ..errors import (
     warn,
 )
 from ..pytree import TreeLayout, flat_batch, rebuilt_batch
+from ..tracing import compiling
 from ..transforms import carries_derivatives, unwrapped
 from .base import LinearOperator
 
@@ -26,8 +27,7 @@ class Point:
     def __init__(self, params: Sequence[Tensor], batch: tuple[Any, ...]) -> None:
         self.params, self.batch = list(params), batch
         self._leaves, self._spec = flat_batch(batch)
-        compiling = torch.compiler.is_compiling()
-        self._versions = [] if compiling else [version_of(x) for x in self.tensors]
+        self._versions = [] if compiling() else [version_of(x) for x in self.tensors]
 
     @property
     def batch_tensors(self) -> list[Tensor]:
@@ -52,7 +52,7 @@ class Point:
         Where the graph was built once products would be of the old values, where the loss is
         evaluated again of the new ones.
         """
-        if torch.compiler.is_compiling() or not self._versions:
+        if compiling() or not self._versions:
             return
         count = len(self.params)
         for leaf, version, path in zip(self.params, self._versions, layout.paths, strict=False):
@@ -84,7 +84,7 @@ def version_of(tensor: Tensor) -> int:
 
 def check_differentiable(leaves: list[Tensor]) -> None:
     """Raise where PyTorch's inference mode forbids derivatives."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return
     if torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in leaves):
         raise LossError(

@@ -16,6 +16,7 @@ from ..norms import powers_of_two, row_norms
 from ..operators import LinearOperator
 from ..pytree import Tree
 from ..spectrum import damping_from_extremes, lanczos_extremes
+from ..tracing import compiling
 from .options import Damping
 
 #: Rows of a smaller norm, or of one above its inverse, are scaled before a product in a narrower
@@ -195,7 +196,7 @@ class DampedSystem:
             norms = row_norms(x)
             small = _SMALL.get(self.operator.dtype, _SMALL_ELSE)
             out_of_range = (norms < small) | (norms > 1.0 / small)
-            if torch.compiler.is_compiling() or bool(out_of_range.any()):
+            if compiling() or bool(out_of_range.any()):
                 scales = powers_of_two(norms)[:, None]
                 x = x / scales
         if passing and len(x) == 1:
@@ -248,7 +249,7 @@ class DampedSystem:
             return known[2]
         scales = factors(self.scales if rows is None else self.scales[rows])
         answer = self.operator.layout.narrowed((x * scales).to(self.operator.dtype))
-        if torch.compiler.is_compiling():
+        if compiling():
             return answer
         # A nan or an infinity passes into the sum: one pass, unless finite entries overflow it.
         if not math.isfinite(answer.sum()) and not bool(torch.isfinite(answer).all()):
@@ -334,7 +335,7 @@ class Solver(ABC):
 
 def factors(scales: Tensor) -> Tensor | float:
     """What rows are to be multiplied by, for one scale a row; a number is quicker for one row."""
-    if len(scales) == 1 and scales.device.type == "cpu" and not torch.compiler.is_compiling():
+    if len(scales) == 1 and scales.device.type == "cpu" and not compiling():
         number: float = scales.tolist()[0]
         return number
     return scales[:, None]

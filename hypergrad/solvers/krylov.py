@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import PreconditionerError
 from ..norms import powers_of_two, row_norms, safe_norms
 from ..operators import as_operator
+from ..tracing import compiling
 from .base import DampedSystem, Outcome, Status, allowed_skew, check_skew
 from .options import check_option, is_count, is_tolerance
 
@@ -250,7 +251,7 @@ def preconditioning(preconditioner: Any, system: DampedSystem) -> Precondition |
         # To the size that a narrow dtype holds all digits of.
         scales = powers_of_two(torch.linalg.vector_norm(r, dim=1))[:, None]
         z = operator._apply((r / scales).to(operator.dtype))
-        if not torch.compiler.is_compiling():
+        if not compiling():
             layout.check_finite(z, "the output of the preconditioner")
         return z.to(r.dtype) * scales
 

@@ -12,6 +12,7 @@ from ..errors import SolverOptionError, TreeStructureError
 from ..operators import LinearOperator
 from ..operators.interop import operator_on
 from ..pytree import Tree, TreeLayout
+from ..tracing import compiling
 from ..transforms import differentiable
 from .base import Solution, Solver
 from .cg import CG
@@ -124,7 +125,7 @@ def solve(
         raise TreeStructureError(
             f"x0 stacks {start.shape[0]} trees, but v stacks {block.shape[0]}; expected the same."
         )
-    if torch.compiler.is_compiling():
+    if compiling():
         x, info = traced(op, solver, number, block, start, batched=batched)
         return Solution(_tree(op, layout, x, batched), info)
     call = BlockSolve(op, solver, number, on_failure, torch.is_grad_enabled())
