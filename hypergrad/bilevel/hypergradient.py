@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import DeviceError, LossError, UnusedParameterWarning, warn
 from ..operators import hessian
+from ..operators.layers import plain_layers
 from ..operators.point import check_loss
 from ..pytree import Tree, TreeLayout
 from ..solvers import CG, Solution, SolveInfo, Solver, solve
@@ -245,7 +246,7 @@ def outer_gradients(
     outer: list[Tensor],
 ) -> tuple[Tensor, Tree, list[Tensor], list[bool]]:
     """f, grad_w f as a tree, the leaves of grad_y f, and which of those f does not use."""
-    with torch.enable_grad():
+    with torch.enable_grad(), plain_layers():
         loss = _outer_value(
             outer_loss, inner_layout.unflatten_leaves(inner), outer_layout.unflatten_leaves(outer)
         )
