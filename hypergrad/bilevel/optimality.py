@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import LossError
 from ..operators import LinearOperator, hessian
 from ..operators.layers import Layers, plain_layers
-from ..operators.point import Point, check_loss
+from ..operators.point import Point, check_dense, check_loss
 from ..pytree import Tree, TreeLayout
 from ..transforms import building_no_graph, tangents
 
@@ -80,6 +80,7 @@ class Minimum(Optimality):
                 value = self.inner_loss(layout.unflatten_leaves(leaves), outer)
                 loss = check_loss(value, self.name)
                 grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            check_dense(layout, grads, self.name)
         filled = [
             torch.zeros_like(x) if grad is None else grad
             for grad, x in zip(grads, leaves, strict=True)

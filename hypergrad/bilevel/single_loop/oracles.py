@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import LossError, UnusedParameterWarning, warn
 from ...operators.layers import Layers, plain_layers
-from ...operators.point import check_differentiable, check_loss, report_unused
+from ...operators.point import check_dense, check_differentiable, check_loss, report_unused
 from ...pytree import TreeLayout
 
 #: ``loss(inner_params, outer_params, *batch)`` -> scalar.
@@ -161,6 +161,7 @@ class Oracle:
         return check_loss(loss, "inner_loss")
 
     def _report_inner(self, grads: tuple[Tensor | None, ...]) -> None:
+        check_dense(self.inner_layout, grads, "inner_loss")
         unused = [grad is None for grad in grads]
         if self.report or all(unused):
             report_unused(self.inner_layout, unused, "inner_loss")
