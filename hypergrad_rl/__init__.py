@@ -1,5 +1,8 @@
 """BLPO (bilevel policy optimisation with Nyström hypergradients) and its PPO baseline."""
 
+import hypergrad_rl.extra  # noqa: F401
+
+# isort: split
 from hypergrad_rl.blpo import BLPO
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
 from hypergrad_rl.errors import (

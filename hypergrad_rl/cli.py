@@ -194,6 +194,8 @@ class Compare:
             raise ConfigError(f"--jobs {self.jobs}: expected an integer >= 1")
         for flag, values in (("algos", self.algos), ("seeds", self.seeds), ("env", self.env)):
             # A run that counts twice would make the spread over seeds too small.
+            if not values:
+                raise ConfigError(f"--{flag}: expected one or more")
             if len(set(values)) < len(values):
                 words = " ".join(map(str, values))
                 raise ConfigError(f"--{flag} {words}: expected each of them once")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 import uuid
@@ -144,7 +145,8 @@ def train(
         RunDirectoryError: ``run_dir`` already holds a run, is in use, holds none to resume, or
             cannot be written; ``config`` is not that of the run to resume; it was trained with
             networks of one's own and ``networks`` lacks them. What was completed is kept.
-        ConfigError: a module that cannot serve, or ``threads`` below 1.
+        ConfigError: a module that cannot serve, ``threads`` below 1, a negative
+            ``checkpoint_every``, or a ``stop_at_return`` that is not finite.
         EnvironmentUnsupported, EnvironmentFault, TrainingDiverged, CheckpointError: see
             ``hypergrad_rl.errors``.
 
@@ -171,6 +173,12 @@ def train(
     before = torch.get_num_threads()
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ConfigError(f"threads={threads!r}: expected an integer >= 1, or None")
+    if not checkpoint_every >= 0:  # nan is none either
+        raise ConfigError(f"checkpoint_every={checkpoint_every!r}: expected a number >= 0")
+    if stop_at_return is not None and not math.isfinite(stop_at_return):
+        raise ConfigError(
+            f"stop_at_return={stop_at_return!r}: expected a finite number or None for no goal"
+        )
     if threads is None:
         threads = 1 if max(config.hidden) <= NARROW and not networks.own else before
     torch.set_num_threads(threads)

@@ -116,6 +116,41 @@ def test_only_the_command_line_needs_tyro() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_missing_extra_is_said_by_name() -> None:
+    code = "import sys; sys.modules['gymnasium'] = sys.modules['tqdm'] = None; import hypergrad_rl"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 1
+    assert last.startswith("hypergrad.errors.MissingPackageError: ")
+    assert "not installed: gymnasium, tqdm. " in last
+    assert 'pip install "hypergrad-torch[rl]"' in last
+
+
+@pytest.mark.parametrize("flag", ["--algos", "--seeds", "--env"])
+def test_compare_refuses_an_empty_list(flag: str, refused: Refused, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert f"{flag}: expected one or more" in refused("compare", "--run-dir", str(run), flag)
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--checkpoint-every", "-1", "checkpoint_every=-1.0: expected a number >= 0"),
+        ("--checkpoint-every", "nan", "checkpoint_every=nan: expected a number >= 0"),
+        ("--stop-at-return", "nan", "stop_at_return=nan: expected a finite number or None"),
+    ],
+)
+def test_numbers_that_train_would_never_meet(
+    flag: str, value: str, expected: str, refused: Refused, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert expected in refused(*PPO, "--run-dir", str(run), flag, value)
+    assert not run.exists()
+
+
 def test_compare_refuses_a_flag_that_no_algorithm_has(refused: Refused, tmp_path: Path) -> None:
     for algos, flag in ((["ppo"], "--rank"), (["ppo", "nested"], "--solver")):
         value = "3" if flag == "--rank" else "cg"
