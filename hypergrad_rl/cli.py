@@ -23,7 +23,7 @@ from hypergrad_rl import play
 from hypergrad_rl.config import BLPOConfig, PPOConfig
 from hypergrad_rl.errors import ConfigError, HypergradRLError
 from hypergrad_rl.presets import preset
-from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_config
+from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_config, load_info
 from hypergrad_rl.trainer import train
 
 PROGRAM = ("python", "-m", "hypergrad_rl")
@@ -223,7 +223,14 @@ class Compare:
                     f"{run_dir} already holds a run, which is left as it is; choose another "
                     f"--run-dir, or `report {self.run_dir}`"
                 )
-        failed = train_all(runs, self.jobs, self.tensorboard)
+        try:
+            failed = train_all(runs, self.jobs, self.tensorboard)
+        except KeyboardInterrupt:
+            unfinished = [path for path in runs if not _has_ended(path)]
+            print(f"interrupted; these, and `report {self.run_dir}`, go on:", file=sys.stderr)
+            for path in unfinished:
+                print(shlex.join(_continuation(path, runs[path])), file=sys.stderr)
+            raise
         if not any((run_dir / CONFIG).exists() for run_dir in runs):  # none has begun
             raise next(iter(failed.values()))
         if finished := [run_dir for run_dir in runs if run_dir not in failed]:
@@ -360,9 +367,18 @@ def _line(error: BaseException) -> str:
 
 
 def _how_to_go_on(run_dir: Path, config: Config, error: BaseException) -> str:
+    command = shlex.join(_continuation(run_dir, config))
+    return f"{_line(error)}; {run_dir} is not finished: {command}"
+
+
+def _has_ended(run_dir: Path) -> bool:
+    return (run_dir / CONFIG).exists() and load_info(run_dir).get("ended") is not None
+
+
+def _continuation(run_dir: Path, config: Config) -> list[str]:
+    """The words of the command that finishes a run, begun or not."""
     from hypergrad_rl.runs import train_command
 
-    begun = (run_dir / CONFIG).exists()
-    settings = {"algo": config.algo, **dataclasses.asdict(config)}
-    command = [*PROGRAM, "resume", str(run_dir)] if begun else train_command(settings, run_dir)
-    return f"{_line(error)}; {run_dir} is not finished: {shlex.join(command)}"
+    if (run_dir / CONFIG).exists():
+        return [*PROGRAM, "resume", str(run_dir)]
+    return train_command({"algo": config.algo, **dataclasses.asdict(config)}, run_dir)

@@ -1,10 +1,13 @@
 """The command line: what a user does wrong is one line and status 2, and loses nothing."""
 
+import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -304,6 +307,34 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert f"interrupted; `resume {tmp_path}` continues\n" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["resume", str(tmp_path), "--no-tensorboard"]) == 0  # from the beginning
+
+
+def test_an_interrupted_comparison_stops_and_says_how_to_go_on(tmp_path: Path) -> None:
+    runs, names = tmp_path / "runs", ("ppo-0", "nested-0", "blpo-0")
+    words = ["compare", *QUICK[2:], "--seeds", "0", "--jobs", "1", "--total-steps", "100000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hypergrad_rl", *words, "--compile", "false", "--run-dir", runs],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        while not (runs / "ppo-0" / "metrics.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        error = process.communicate(timeout=120)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert [(runs / name).exists() for name in names] == [True, False, False]
+    *_, first, resume, nested, blpo = error.splitlines()
+    assert first == f"interrupted; these, and `report {runs}`, go on:"
+    assert resume == f"python -m hypergrad_rl resume {runs / 'ppo-0'}"
+    for name, line in zip(names[1:], (nested, blpo), strict=True):
+        algo = name.split("-")[0]
+        assert line.startswith(f"python -m hypergrad_rl train --algo {algo} --env CartPole-v1 ")
+        assert line.endswith(f" --run-dir {runs / name}")
 
 
 def test_weights_and_biases_where_it_is_installed(
