@@ -22,6 +22,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from hypergrad_rl import play
 from hypergrad_rl.config import BLPOConfig, PPOConfig
 from hypergrad_rl.errors import ConfigError, HypergradRLError
+from hypergrad_rl.meanings import MEANINGS
 from hypergrad_rl.presets import preset
 from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_config, load_info
 from hypergrad_rl.trainer import train
@@ -40,7 +41,9 @@ _KINDS |= {name: kind for name, (kind, _) in _WORDS.items()}
 _Parameters: Any = TypedDict(  # type: ignore[misc]  # made from what the configurations have
     "_Parameters",
     {
-        name: Annotated[kind, arg(help_behavior_hint="(default: the task's preset)")]
+        name: Annotated[
+            kind, arg(help=MEANINGS[name], help_behavior_hint="(default: the task's preset)")
+        ]
         for name, kind in _KINDS.items()
         if name not in ("env", "seed")  # each command has these itself
     },

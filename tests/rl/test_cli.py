@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from hypergrad_rl import load_config
+from hypergrad_rl import BLPOConfig, PPOConfig, load_config
 from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.cli import main
+from hypergrad_rl.meanings import MEANINGS
 from hypergrad_rl.run_directory import held
 from hypergrad_rl.tensor_envs import ArrayCollector
 
@@ -112,6 +115,24 @@ def test_help_is_no_error(command: str, capsys: pytest.CaptureFixture[str]) -> N
         main([command, "--help"])
     assert not ended.value.code
     assert f"usage: python -m hypergrad_rl {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_says_what_each_flag_means(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # nothing is broken into lines
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    ppo, blpo = ({field.name for field in fields(kind)} for kind in (PPOConfig, BLPOConfig))
+    assert set(MEANINGS) == (ppo | blpo) - {"env", "seed"}
+    for name, meaning in MEANINGS.items():
+        flag = re.escape(f"--{name.replace('_', '-')}")
+        assert re.search(rf"{flag}[ ,].*\n? *{re.escape(meaning)} \(default: the task's", told)
+        # The algorithms that a flag belongs to stand in front.
+        assert meaning.startswith("ppo: ") == (name in ppo - blpo)
+        assert ("blpo: " in meaning) == (name in blpo - ppo)
 
 
 def test_only_the_command_line_needs_tyro() -> None:
