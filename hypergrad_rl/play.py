@@ -16,7 +16,12 @@ from torch import Tensor
 from hypergrad_rl.agent import check_parameters
 from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.envs import VectorEnv, make_vector_env
-from hypergrad_rl.errors import ConfigError, EnvironmentUnsupported, RunDirectoryError
+from hypergrad_rl.errors import (
+    ConfigError,
+    EnvironmentUnsupported,
+    ObservationError,
+    RunDirectoryError,
+)
 from hypergrad_rl.functional import shapes_of
 from hypergrad_rl.networks import DEFAULT_NETWORKS, Networks
 from hypergrad_rl.rollout import NORMALIZED_LIMIT
@@ -31,6 +36,9 @@ class TrainedPolicy(torch.nn.Module):
 
     All that is needed is inside: the normalisation, the network, the bounds or the first index of
     the actions.
+
+    Raises:
+        ObservationError: at a call, something else than a tensor of observations.
     """
 
     mean: Tensor
@@ -57,6 +65,16 @@ class TrainedPolicy(torch.nn.Module):
 
     def forward(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
         """The most likely actions; with ``noise`` of the policy, drawn ones."""
+        if not isinstance(obs, Tensor):
+            raise ObservationError(
+                f"obs is a {type(obs).__name__}, expected a torch.Tensor; of an array, "
+                "torch.from_numpy(obs)"
+            )
+        if tuple(obs.shape[max(0, obs.dim() - len(self.shape)) :]) != self.shape:
+            raise ObservationError(
+                f"obs has shape {tuple(obs.shape)}, expected {self.shape}, or that behind any "
+                "leading dimensions"
+            )
         obs = obs.float()  # as in training; booleans too
         obs = obs.reshape(*obs.shape[: obs.dim() - len(self.shape)], math.prod(self.shape))
         if hasattr(self, "mean"):

@@ -14,6 +14,7 @@ from PIL import Image
 from hypergrad_rl import (
     ConfigError,
     EnvironmentUnsupported,
+    ObservationError,
     RunDirectoryError,
     evaluate,
     export,
@@ -121,6 +122,18 @@ def test_the_module_acts_as_the_agent(env_id: str, tmp_path: Path) -> None:
     normalized = torch.from_numpy(normalize(collector.obs_moments, obs.numpy()))
     torch.testing.assert_close(policy(obs), agent.policy.act(agent.actor, normalized, None))
     torch.testing.assert_close(policy(obs[0]), policy(obs)[0])
+
+
+def test_what_is_no_observation_is_said(walk: Path) -> None:
+    policy = load_policy(walk, env_fn=Walk)
+    assert policy(torch.ones(4, 7, 2, 3)).shape[:2] == (4, 7)
+    for obs, message in (
+        (np.ones((2, 3), np.float32), r"obs is a ndarray.*torch\.from_numpy"),
+        (torch.ones(3, 2), r"obs has shape \(3, 2\), expected \(2, 3\)"),
+        (torch.ones(3), r"obs has shape \(3,\), expected \(2, 3\)"),
+    ):
+        with pytest.raises(ObservationError, match=message):
+            policy(obs)
 
 
 def test_the_exported_file_needs_pytorch_alone(walk: Path) -> None:
