@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import operator
+import os
 import re
 import shlex
 import sys
@@ -157,6 +158,8 @@ class Watch(_Played):
     """a .gif, or a .mp4 where imageio-ffmpeg is installed; default: episode.gif in the run"""
 
     def _do(self, line: str) -> None:
+        # Pictures need no display; where there is none SDL would tell of an error that is none.
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         output, returns = play.watch(self.run_dir, self.output, self.episodes, seed=self.seed,
                                      deterministic=not self.stochastic)  # fmt: skip
         print(f"{output}: return {', '.join(f'{value:.1f}' for value in returns)}")

@@ -358,6 +358,24 @@ def test_an_interrupted_comparison_stops_and_says_how_to_go_on(tmp_path: Path) -
         assert line.endswith(f" --run-dir {runs / name}")
 
 
+@pytest.mark.parametrize(("chosen", "used"), [(None, "dummy"), ("x11", "x11")])
+def test_watch_draws_without_a_display(
+    chosen: str | None, used: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("SDL_VIDEODRIVER", chosen)
+    drivers = []
+
+    def watch(*args: Any, **kwargs: Any) -> tuple[Path, list[float]]:
+        drivers.append(os.environ["SDL_VIDEODRIVER"])
+        return tmp_path, [1.0]
+
+    monkeypatch.setattr("hypergrad_rl.play.watch", watch)
+    assert main(["watch", str(tmp_path)]) == 0
+    assert drivers == [used]
+
+
 def test_weights_and_biases_where_it_is_installed(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
