@@ -8,6 +8,7 @@ back.  A tree is a tensor, or a (nested) dict, list, tuple or named tuple of ten
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -32,6 +33,11 @@ def _check_leaf(leaf: Any, path: str, name: str) -> Tensor:
         raise LeafTypeError(
             f"{name}{path} is a torch.nn.Module ({type(leaf).__name__}), expected tensors. "
             "Pass dict(module.named_parameters()) and call it with torch.func.functional_call."
+        )
+    if isinstance(leaf, Iterator):
+        raise LeafTypeError(
+            f"{name}{path} is a {type(leaf).__name__}, which can be gone through once, expected "
+            "tensors. Pass dict(module.named_parameters()), or list(...) of what it yields."
         )
     if not isinstance(leaf, Tensor):
         raise LeafTypeError(

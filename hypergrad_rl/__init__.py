@@ -1,5 +1,8 @@
 """BLPO (bilevel policy optimisation with Nyström hypergradients) and its PPO baseline."""
 
+import hypergrad_rl.extra  # noqa: F401
+
+# isort: split
 from hypergrad_rl.blpo import BLPO
 from hypergrad_rl.config import BLPOConfig, PPOConfig, make_config
 from hypergrad_rl.errors import (
@@ -8,6 +11,7 @@ from hypergrad_rl.errors import (
     EnvironmentFault,
     EnvironmentUnsupported,
     HypergradRLError,
+    ObservationError,
     RolloutError,
     RunDirectoryError,
     TrainingDiverged,
@@ -29,6 +33,7 @@ __all__ = [
     "EnvironmentUnsupported",
     "HypergradRLError",
     "Networks",
+    "ObservationError",
     "PPOConfig",
     "RolloutError",
     "RunDirectoryError",

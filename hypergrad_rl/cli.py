@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import operator
+import os
 import re
 import shlex
 import sys
@@ -22,8 +23,9 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from hypergrad_rl import play
 from hypergrad_rl.config import BLPOConfig, PPOConfig
 from hypergrad_rl.errors import ConfigError, HypergradRLError
+from hypergrad_rl.meanings import MEANINGS
 from hypergrad_rl.presets import preset
-from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_config
+from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_config, load_info
 from hypergrad_rl.trainer import train
 
 PROGRAM = ("python", "-m", "hypergrad_rl")
@@ -40,7 +42,9 @@ _KINDS |= {name: kind for name, (kind, _) in _WORDS.items()}
 _Parameters: Any = TypedDict(  # type: ignore[misc]  # made from what the configurations have
     "_Parameters",
     {
-        name: Annotated[kind, arg(help_behavior_hint="(default: the task's preset)")]
+        name: Annotated[
+            kind, arg(help=MEANINGS[name], help_behavior_hint="(default: the task's preset)")
+        ]
         for name, kind in _KINDS.items()
         if name not in ("env", "seed")  # each command has these itself
     },
@@ -154,6 +158,8 @@ class Watch(_Played):
     """a .gif, or a .mp4 where imageio-ffmpeg is installed; default: episode.gif in the run"""
 
     def _do(self, line: str) -> None:
+        # Pictures need no display; where there is none SDL would tell of an error that is none.
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         output, returns = play.watch(self.run_dir, self.output, self.episodes, seed=self.seed,
                                      deterministic=not self.stochastic)  # fmt: skip
         print(f"{output}: return {', '.join(f'{value:.1f}' for value in returns)}")
@@ -194,6 +200,8 @@ class Compare:
             raise ConfigError(f"--jobs {self.jobs}: expected an integer >= 1")
         for flag, values in (("algos", self.algos), ("seeds", self.seeds), ("env", self.env)):
             # A run that counts twice would make the spread over seeds too small.
+            if not values:
+                raise ConfigError(f"--{flag}: expected one or more")
             if len(set(values)) < len(values):
                 words = " ".join(map(str, values))
                 raise ConfigError(f"--{flag} {words}: expected each of them once")
@@ -221,7 +229,14 @@ class Compare:
                     f"{run_dir} already holds a run, which is left as it is; choose another "
                     f"--run-dir, or `report {self.run_dir}`"
                 )
-        failed = train_all(runs, self.jobs, self.tensorboard)
+        try:
+            failed = train_all(runs, self.jobs, self.tensorboard)
+        except KeyboardInterrupt:
+            unfinished = [path for path in runs if not _has_ended(path)]
+            print(f"interrupted; these, and `report {self.run_dir}`, go on:", file=sys.stderr)
+            for path in unfinished:
+                print(shlex.join(_continuation(path, runs[path])), file=sys.stderr)
+            raise
         if not any((run_dir / CONFIG).exists() for run_dir in runs):  # none has begun
             raise next(iter(failed.values()))
         if finished := [run_dir for run_dir in runs if run_dir not in failed]:
@@ -358,9 +373,18 @@ def _line(error: BaseException) -> str:
 
 
 def _how_to_go_on(run_dir: Path, config: Config, error: BaseException) -> str:
+    command = shlex.join(_continuation(run_dir, config))
+    return f"{_line(error)}; {run_dir} is not finished: {command}"
+
+
+def _has_ended(run_dir: Path) -> bool:
+    return (run_dir / CONFIG).exists() and load_info(run_dir).get("ended") is not None
+
+
+def _continuation(run_dir: Path, config: Config) -> list[str]:
+    """The words of the command that finishes a run, begun or not."""
     from hypergrad_rl.runs import train_command
 
-    begun = (run_dir / CONFIG).exists()
-    settings = {"algo": config.algo, **dataclasses.asdict(config)}
-    command = [*PROGRAM, "resume", str(run_dir)] if begun else train_command(settings, run_dir)
-    return f"{_line(error)}; {run_dir} is not finished: {shlex.join(command)}"
+    if (run_dir / CONFIG).exists():
+        return [*PROGRAM, "resume", str(run_dir)]
+    return train_command({"algo": config.algo, **dataclasses.asdict(config)}, run_dir)

@@ -140,6 +140,17 @@ class VectorEnv:
             raise EnvironmentUnsupported(
                 f"cannot make environment {env_id!r}: {type(error).__name__}: {error}"
             ) from error
+        for env in self.envs:
+            if not hasattr(env, "observation_space"):
+                raise EnvironmentUnsupported(
+                    f"env_fn returned a {type(env).__name__}, expected a gymnasium.Env"
+                )
+        if len({id(env.unwrapped) for env in self.envs}) < num_envs:
+            # Each step would be one of all of them.
+            raise EnvironmentUnsupported(
+                f"env_fn returned one environment for several of {num_envs}; expected a new one at "
+                "each call: env_fn=lambda: gymnasium.make(...)"
+            )
         self._describe(env_id, num_envs, self.envs[0].observation_space, self.envs[0].action_space)
 
     def _describe(

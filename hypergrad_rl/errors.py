@@ -21,6 +21,10 @@ class RolloutError(HypergradRLError, ValueError):
     """A rollout is not one that an agent can learn from."""
 
 
+class ObservationError(HypergradRLError, ValueError):
+    """What a trained policy was called with is no observation of its environment."""
+
+
 class EnvironmentNotReproducible(UserWarning):
     """An environment's episode, played again from its seed and its actions, came out otherwise."""
 

@@ -16,7 +16,12 @@ from torch import Tensor
 from hypergrad_rl.agent import check_parameters
 from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.envs import VectorEnv, make_vector_env
-from hypergrad_rl.errors import ConfigError, EnvironmentUnsupported, RunDirectoryError
+from hypergrad_rl.errors import (
+    ConfigError,
+    EnvironmentUnsupported,
+    ObservationError,
+    RunDirectoryError,
+)
 from hypergrad_rl.functional import shapes_of
 from hypergrad_rl.networks import DEFAULT_NETWORKS, Networks
 from hypergrad_rl.rollout import NORMALIZED_LIMIT
@@ -31,6 +36,9 @@ class TrainedPolicy(torch.nn.Module):
 
     All that is needed is inside: the normalisation, the network, the bounds or the first index of
     the actions.
+
+    Raises:
+        ObservationError: at a call, something else than a tensor of observations.
     """
 
     mean: Tensor
@@ -57,6 +65,16 @@ class TrainedPolicy(torch.nn.Module):
 
     def forward(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
         """The most likely actions; with ``noise`` of the policy, drawn ones."""
+        if not isinstance(obs, Tensor):
+            raise ObservationError(
+                f"obs is a {type(obs).__name__}, expected a torch.Tensor; of an array, "
+                "torch.from_numpy(obs)"
+            )
+        if tuple(obs.shape[max(0, obs.dim() - len(self.shape)) :]) != self.shape:
+            raise ObservationError(
+                f"obs has shape {tuple(obs.shape)}, expected {self.shape}, or that behind any "
+                "leading dimensions"
+            )
         obs = obs.float()  # as in training; booleans too
         obs = obs.reshape(*obs.shape[: obs.dim() - len(self.shape)], math.prod(self.shape))
         if hasattr(self, "mean"):
@@ -134,6 +152,7 @@ def export(
     program = torch.export.export(
         policy, (torch.zeros(2, *policy.shape),), dynamic_shapes={"obs": {0: batch}}
     )
+    _make_parent(path)
     try:
         torch.export.save(program, path)
     except (OSError, RuntimeError) as error:
@@ -152,12 +171,12 @@ def evaluate(
 ) -> list[float]:
     """Returns of ``episodes`` fresh episodes of the checkpointed policy, on separate environments.
 
-    Every environment plays its own episodes to the end and as many as any other, so that short
-    episodes are not over-represented.
+    Every environment plays to the end as many episodes as it was given beforehand, so that short
+    ones are not over-represented.
 
     Args:
         run_dir: a run directory with a checkpoint.
-        episodes: how many, rounded up to a multiple of the environments (at most 8).
+        episodes: how many, shared out among up to 8 environments.
         seed: of the environments and of sampled actions.
         deterministic: take the most likely action (the mean) instead of sampling.
         env_fn: as for :func:`train`.
@@ -169,15 +188,15 @@ def evaluate(
     """
     _check(episodes, seed)
     env, policy = _load(run_dir, env_fn, networks, min(8, episodes))
-    per_env = -(-episodes // env.num_envs)
-    finished: list[list[float]] = [[] for _ in range(env.num_envs)]
+    shares = [len(range(i, episodes, env.num_envs)) for i in range(env.num_envs)]
+    finished: list[list[float]] = [[] for _ in shares]
     with closing(env):
         for ended in _play(env, policy, seed, deterministic):
             for i, value, _ in ended:
                 finished[i].append(value)
-            if min(map(len, finished)) >= per_env:
+            if all(len(done) >= share for done, share in zip(finished, shares, strict=True)):
                 break
-    return [value for returns in finished for value in returns[:per_env]]
+    return [x for done, share in zip(finished, shares, strict=True) for x in done[:share]]
 
 
 def _play(
@@ -232,6 +251,7 @@ def watch(
     if path.suffix not in (".gif", ".mp4"):
         raise ConfigError(f"{path}: expected a name that ends in .gif or .mp4")
     env, policy = _load(run_dir, env_fn, networks, render_mode="rgb_array")
+    _make_parent(path)  # of a place that cannot be, before anything is played
     if not hasattr(env, "envs"):
         raise EnvironmentUnsupported(f"{env.env_id} is simulated without pictures")
     returns: list[float] = []
@@ -280,6 +300,13 @@ def _write_pictures(path: Path, pictures: list[Any], fps: float) -> None:
 
     images = [Image.fromarray(picture) for picture in pictures]
     images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write {path}: {error}") from error
 
 
 def _check(episodes: int, seed: int) -> None:

@@ -115,8 +115,14 @@ def plot_run(run_dir: str | Path, path: str | Path | None = None) -> Path:
     metrics = read_metrics(run_dir)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="environment steps", ylabel="episode return")
-    axes.plot(metrics["env_steps"], metrics["episode_return"], ".", ms=2, alpha=0.4)
-    axes.plot(*learning_curve(metrics, 50))
+    axes.plot(
+        metrics["env_steps"], metrics["episode_return"], ".", ms=3, alpha=0.6,
+        label="mean over the episodes of an update",
+    )  # fmt: skip
+    axes.plot(*learning_curve(metrics, 50), label="mean over those of a fiftieth of the run")
+    axes.legend(
+        fontsize="small", frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2
+    )
     path = Path(run_dir) / "learning_curve.png" if path is None else Path(path)
     figure.savefig(path, dpi=120)
     return path

@@ -6,13 +6,16 @@ but for the seed; what differs is either named, and then sets variants apart, or
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import multiprocessing
 import shlex
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,19 +218,24 @@ def train_all(
 ) -> dict[Path, BaseException]:
     """Train every run in a process of its own on one thread, ``jobs`` at a time.
 
-    One progress bar is for all. A run that fails is no reason to stop the others.
+    One progress bar is for all. A run that fails is no reason to stop the others; an exception
+    here, such as Ctrl-C, stops all of them as it would stop each, and none begins after it.
 
     Returns:
         What the runs that failed raised.
     """
     total = sum(c.num_updates * c.num_envs * c.num_steps for c in runs.values())
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
     with (
         tqdm(total=total, unit="step", unit_scale=True, desc=f"{len(runs)} runs") as bar,
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(jobs, context, _begin, (stop,)) as pool,
     ):
-        waiting = {
-            path: pool.submit(_train, config, path, tensorboard) for path, config in runs.items()
-        }
+        with _ignoring_interrupts():  # which the processes inherit: they begin without a Ctrl-C
+            waiting = {
+                path: pool.submit(_train, config, path, tensorboard)
+                for path, config in runs.items()
+            }
         done = 0
         try:
             while done < len(waiting):
@@ -236,13 +244,48 @@ def train_all(
                 bar.update(sum(map(_steps_done, runs)) - bar.n)
                 bar.set_postfix(finished=f"{done}/{len(runs)}", refresh=False)
         except BaseException:
+            # What waits in the pool's own queue cannot be cancelled: it sees the event. Those that
+            # train save their last update; leaving the pool waits for them.
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return {path: e for path, future in waiting.items() if (e := future.exception()) is not None}
 
 
+#: In a process that trains: whether it is to stop.
+_stop: Any = None
+
+
+def _begin(stop: Any) -> None:
+    global _stop
+    _stop = stop
+
+
 def _train(config: Config, run_dir: Path, tensorboard: bool) -> None:
-    train(config, run_dir, tensorboard=tensorboard, threads=1)
+    # Only while it trains does a Ctrl-C, which a terminal sends to every process, reach this one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _go_on()
+        train(config, run_dir, tensorboard=tensorboard, threads=1, callbacks=[_go_on])
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _go_on(*_: Any) -> None:
+    if _stop.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are another thread's
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _steps_done(run_dir: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 import uuid
@@ -23,7 +24,7 @@ from hypergrad_rl.agent import Agent
 from hypergrad_rl.blpo import BLPO
 from hypergrad_rl.checkpoint import save_checkpoint
 from hypergrad_rl.compiled import backend_of, compiled_here
-from hypergrad_rl.config import PPOConfig
+from hypergrad_rl.config import BLPOConfig, PPOConfig
 from hypergrad_rl.envs import VectorEnv, make_vector_env
 from hypergrad_rl.errors import (
     ConfigError,
@@ -144,7 +145,8 @@ def train(
         RunDirectoryError: ``run_dir`` already holds a run, is in use, holds none to resume, or
             cannot be written; ``config`` is not that of the run to resume; it was trained with
             networks of one's own and ``networks`` lacks them. What was completed is kept.
-        ConfigError: a module that cannot serve, or ``threads`` below 1.
+        ConfigError: an argument of another kind, a module that cannot serve, ``threads`` below 1,
+            a negative ``checkpoint_every``, or a ``stop_at_return`` that is not finite.
         EnvironmentUnsupported, EnvironmentFault, TrainingDiverged, CheckpointError: see
             ``hypergrad_rl.errors``.
 
@@ -153,6 +155,7 @@ def train(
     >>> len(train(config, callbacks=[lambda update, metrics, agent: update == 1]).metrics)
     1
     """
+    _check_kinds(config=config, networks=networks, callbacks=callbacks)
     directory = None if run_dir is None else Path(run_dir)
     if directory is None and (resume or wandb):
         raise RunDirectoryError("resume and wandb need a run directory")
@@ -171,6 +174,12 @@ def train(
     before = torch.get_num_threads()
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ConfigError(f"threads={threads!r}: expected an integer >= 1, or None")
+    if not checkpoint_every >= 0:  # nan is none either
+        raise ConfigError(f"checkpoint_every={checkpoint_every!r}: expected a number >= 0")
+    if stop_at_return is not None and not math.isfinite(stop_at_return):
+        raise ConfigError(
+            f"stop_at_return={stop_at_return!r}: expected a finite number or None for no goal"
+        )
     if threads is None:
         threads = 1 if max(config.hidden) <= NARROW and not networks.own else before
     torch.set_num_threads(threads)
@@ -198,6 +207,21 @@ def train(
             return result
     finally:
         torch.set_num_threads(before)
+
+
+#: What arguments are that are easily taken for something else, and what they are made by.
+_KINDS: dict[str, tuple[Any, str]] = {
+    "config": (PPOConfig | BLPOConfig, "a PPOConfig or BLPOConfig, as make_config returns"),
+    "networks": (Networks, "Networks(actor=..., critic=...) of functions that make modules"),
+    "callbacks": (Sequence, "a list of functions"),
+}
+
+
+def _check_kinds(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        kind, words = _KINDS[name]
+        if not isinstance(value, kind):
+            raise ConfigError(f"{name} is a {type(value).__name__}, expected {words}")
 
 
 def _keep_freed_memory() -> None:

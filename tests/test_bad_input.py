@@ -224,9 +224,37 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: hg.hessian(lambda p: torch.zeros(()), torch.nn.Linear(2, 1)), hg.LeafTypeError,
         "functional_call",
     ),
+    "a sparse embedding": (
+        lambda: hg.hessian(
+            lambda p: torch.nn.functional.embedding(
+                torch.tensor([1]), p["weight"], sparse=True
+            ).square().sum(),
+            {"weight": torch.ones(3, 2)},
+        ),
+        hg.LossError, r"params\['weight'\] is sparse.*sparse=False",
+    ),
+    "a sparse embedding of an implicit solution": (
+        lambda: hg.implicit(
+            lambda w, y: torch.nn.functional.embedding(torch.tensor([1]), w, sparse=True).sum()
+        )(returns(torch.ones(3, 2)))(None, ONES.clone().requires_grad_()),
+        hg.LossError, "gradient of inner_loss.*sparse=False",
+    ),
+    "a sparse embedding of a single-loop method": (
+        lambda: (soba := hg.SOBA(
+            lambda w, y: torch.nn.functional.embedding(torch.tensor([1]), w, sparse=True).sum(),
+            lambda w, y: w.sum(), inner_lr=0.1, outer_lr=0.1,
+        )).step(soba.init(torch.ones(3, 2), ONES)),
+        hg.LossError, "gradient of inner_loss.*sparse=False",
+    ),
+    "batch_size a number": (
+        lambda: hg.minibatch_hessian(
+            lambda p, x: (p * x).sum(), ONES, [(ONES,)], batch_size=16,  # type: ignore[arg-type]
+        ),
+        hg.SolverOptionError, "batch_size is 16, expected None or a function",
+    ),
     "params a generator": (
         lambda: hg.hessian(lambda p: torch.zeros(()), torch.nn.Linear(2, 1).parameters()),
-        hg.LeafTypeError, "params is a generator",
+        hg.LeafTypeError, r"params is a generator.*named_parameters\(\)",
     ),
     "params integer": (
         lambda: hg.hessian(lambda p: p.sum(), torch.arange(3)), hg.LeafTypeError, "int64",
@@ -271,6 +299,14 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "sketch rank over the dimension": (
         lambda: hg.nystrom_sketch(EYE, 4), hg.RankError, "expected 1 <= rank <= 3",
     ),
+    "a preconditioner that returns nothing": (
+        lambda: hg.cg_ihvp(EYE, ONES, preconditioner=returns(None)), hg.LeafTypeError,
+        "the output of the preconditioner is a NoneType",
+    ),
+    "a preconditioner of another shape": (
+        lambda: hg.cg_ihvp(EYE, ONES, preconditioner=returns(torch.ones(2))),
+        hg.TreeStructureError, "the output of the preconditioner has shape",
+    ),
     "damping negative": (
         lambda: hg.cg_ihvp(EYE, ONES, damping=-0.1), hg.DampingError, r"got -0\.1.*indefinite",
     ),
@@ -288,6 +324,10 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "damping a bool": (
         lambda: hg.cg_ihvp(EYE, ONES, damping=True), hg.DampingError, "got True",
+    ),
+    "damping of each entry": (
+        lambda: hg.cg_ihvp(EYE, ONES, damping=ONES), hg.DampingError,  # type: ignore[arg-type]
+        r"one number, got a tensor of shape \(3,\)",
     ),
     "damping complex": (
         lambda: hg.cg_ihvp(EYE, ONES, damping=1j), hg.DampingError, "got 1j",  # type: ignore[arg-type]
@@ -350,6 +390,27 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "outer loss not scalar": (
         lambda: hg.hypergradient(lambda w, y: (w**2).sum(), lambda w, y: w * y, ONES, ONES),
         hg.LossError, "outer_loss has shape",
+    ),
+    "inner loss not scalar": (
+        lambda: hg.hypergradient(lambda w, y: w * y, lambda w, y: w.sum(), ONES, ONES),
+        hg.LossError, "inner_loss: the loss has shape",
+    ),
+    "inner loss nan": (
+        lambda: hg.hypergradient(lambda w, y: (w * NAN).sum(), lambda w, y: w.sum(), ONES, ONES),
+        hg.NonFiniteError, "inner_loss: the loss is nan",
+    ),
+    "a hypergradient in inference mode": (
+        lambda: torch.inference_mode()(hg.hypergradient)(
+            lambda w, y: (w**2).sum(), lambda w, y: w.sum(), ONES, ONES
+        ),
+        hg.LossError, "Leave inference mode",
+    ),
+    "inner_params of inference mode": (
+        lambda: hg.hypergradient(
+            lambda w, y: (w**2).sum(), lambda w, y: w.sum(), torch.inference_mode()(ONES.clone)(),
+            ONES,
+        ),
+        hg.LossError, "clone",
     ),
     "outer loss of neither": (
         lambda: hg.hypergradient(

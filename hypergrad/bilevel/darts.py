@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import UnusedParameterWarning, warn
 from ..norms import row_norms
+from ..operators.layers import plain_layers
 from ..operators.point import check_loss, report_unused
 from ..pytree import Tree, working_dtype
 from ..solvers.options import check_option, is_tolerance
@@ -81,7 +82,7 @@ def darts_hypergradient(
     dtype = working_dtype(layout.dtype, layout.device)
 
     def inner_gradient(at: Tree, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
+        with torch.enable_grad(), plain_layers():
             loss = check_loss(inner_loss(at, outer_tree), "inner_loss")
             grads: tuple[Tensor | None, ...] = torch.autograd.grad(loss, leaves, allow_unused=True)
         return grads

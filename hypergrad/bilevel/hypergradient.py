@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import DeviceError, LossError, UnusedParameterWarning, warn
+from ..errors import DeviceError, LossError, NonFiniteError, UnusedParameterWarning, warn
 from ..operators import hessian
-from ..operators.point import check_loss
+from ..operators.layers import plain_layers
+from ..operators.point import check_differentiable, check_loss
 from ..pytree import Tree, TreeLayout
 from ..solvers import CG, Solution, SolveInfo, Solver, solve
 from ..solvers.options import Damping
@@ -133,9 +135,10 @@ class BilevelPoint:
         )
         # The operator's gradient graph also reaches the outer leaves, which makes the mixed term
         # free.
-        self.curvature = hessian(
-            lambda w: inner_loss(w, outer_tree), self.inner_layout.unflatten_leaves(inner)
-        )
+        with _said_of("inner_loss"):
+            self.curvature = hessian(
+                lambda w: inner_loss(w, outer_tree), self.inner_layout.unflatten_leaves(inner)
+            )
 
     @property
     def inner_gradient(self) -> Tree:
@@ -219,6 +222,15 @@ class BilevelPoint:
         )
 
 
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """Say which of two losses it is that an operator complains of."""
+    try:
+        yield
+    except (LossError, NonFiniteError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def layouts(inner_params: Tree, outer_params: Tree) -> tuple[TreeLayout, TreeLayout]:
     """The layouts of both levels, on one device."""
     inner = TreeLayout.of(inner_params, name="inner_params")
@@ -233,6 +245,7 @@ def layouts(inner_params: Tree, outer_params: Tree) -> tuple[TreeLayout, TreeLay
 
 def fresh_leaves(layout: TreeLayout, tree: Tree, name: str) -> list[Tensor]:
     """Fresh leaves sharing storage, so that the caller's flags and .grad stay untouched."""
+    check_differentiable(layout.leaves(tree, name=name))
     layout.check_finite(layout.flatten(tree, name=name), name)
     return [leaf.detach().requires_grad_() for leaf in layout.leaves(tree, name=name)]
 
@@ -245,7 +258,7 @@ def outer_gradients(
     outer: list[Tensor],
 ) -> tuple[Tensor, Tree, list[Tensor], list[bool]]:
     """f, grad_w f as a tree, the leaves of grad_y f, and which of those f does not use."""
-    with torch.enable_grad():
+    with torch.enable_grad(), plain_layers():
         loss = _outer_value(
             outer_loss, inner_layout.unflatten_leaves(inner), outer_layout.unflatten_leaves(outer)
         )

@@ -120,9 +120,10 @@ class Call:
         if size == 0.0:
             return
         # From the other side: |A' F|, which for a Hessian is the same, is on the graph already.
-        (product,) = torch.autograd.grad(
-            residual, point, value / norms[0].to(value.dtype), allow_unused=True
-        )
+        with condition.evaluated():
+            (product,) = torch.autograd.grad(
+                residual, point, value / norms[0].to(value.dtype), allow_unused=True
+            )
         image = 0.0 if product is None else float(row_norms(product[None]))
         scale = float(row_norms(w[None]))
         if start:  # where the solution is zero, the way to it has a size
@@ -224,9 +225,10 @@ class _Implicit(torch.autograd.Function):
         call: Call = ctx.call
         u = call.solved(w, outer, grad, adjoint=True)
         first = 1 + call.num_start
-        in_outer = pullback(
-            lambda leaves: call.residual(w, leaves), outer, ctx.needs_input_grad[first:], -u
-        )
+        with call.config.condition.evaluated():
+            in_outer = pullback(
+                lambda leaves: call.residual(w, leaves), outer, ctx.needs_input_grad[first:], -u
+            )
         return (*(None,) * first, *in_outer)
 
     @staticmethod

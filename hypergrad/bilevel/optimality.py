@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from ..errors import LossError
 from ..operators import LinearOperator, hessian
-from ..operators.point import Point, check_loss
+from ..operators.layers import Layers, plain_layers
+from ..operators.point import Point, check_dense, check_loss
 from ..pytree import Tree, TreeLayout
 from ..transforms import building_no_graph, tangents
 
@@ -31,6 +33,13 @@ class Optimality(ABC):
     """
 
     name: str
+
+    def __init__(self) -> None:
+        self.layers = Layers()
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """The setting in which F is evaluated, and passed through backwards."""
+        return plain_layers(self.layers)
 
     @abstractmethod
     def residual(self, layout: TreeLayout, w: Tensor, outer: Tree) -> Tensor:
@@ -51,6 +60,7 @@ class Minimum(Optimality):
     name = "inner_loss"
 
     def __init__(self, inner_loss: Callable[[Tree, Tree], Tensor]) -> None:
+        super().__init__()
         self.inner_loss = inner_loss
 
     def residual(self, layout: TreeLayout, w: Tensor, outer: Tree) -> Tensor:
@@ -58,18 +68,19 @@ class Minimum(Optimality):
         leaves = layout.split(w)
         if building_no_graph() or tangents():
             gradient = torch.func.grad(lambda params: self.inner_loss(params, outer).reshape(()))
-            grads: Sequence[Tensor | None] = layout.leaves_unchecked(
-                gradient(layout.unflatten_leaves(leaves))
-            )
+            with self.evaluated():
+                image = gradient(layout.unflatten_leaves(leaves))
+            grads: Sequence[Tensor | None] = layout.leaves_unchecked(image)
         else:
             # Plain autograd where it can be: it also takes losses that write to their buffers.
             leaves = [
                 x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in leaves
             ]
-            with torch.enable_grad():
+            with torch.enable_grad(), self.evaluated():
                 value = self.inner_loss(layout.unflatten_leaves(leaves), outer)
                 loss = check_loss(value, self.name)
                 grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            check_dense(layout, grads, self.name)
         filled = [
             torch.zeros_like(x) if grad is None else grad
             for grad, x in zip(grads, leaves, strict=True)
@@ -91,13 +102,14 @@ class Root(Optimality):
     name = "root"
 
     def __init__(self, function: Map) -> None:
+        super().__init__()
         self.function = function
 
     def residual(self, layout: TreeLayout, w: Tensor, outer: Tree) -> Tensor:
         """The map's output, which must be a tree like the inner parameters."""
-        return layout.rows(
-            self.function(layout.unflatten(w), outer), name=f"the output of {self.name}"
-        )[0]
+        with self.evaluated():
+            image = self.function(layout.unflatten(w), outer)
+        return layout.rows(image, name=f"the output of {self.name}")[0]
 
     def derivative(self, layout: TreeLayout, w: Tensor, outer: Tree) -> LinearOperator:
         """Its Jacobian."""
@@ -156,14 +168,15 @@ class _Jacobian(LinearOperator):
             with torch.enable_grad():
                 self._built = w, self._image(w)
         w, image = self._built
-        return self._rows(w, image, block, create=False).detach()
+        with self.function.evaluated():
+            return self._rows(w, image, block, create=False).detach()
 
     def _attached(self, block: Tensor) -> Tensor:
         if building_no_graph() or tangents():
             return self._functional(block)
         w = self._point.params[0]
         w = w.view_as(w) if w.requires_grad else w.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.function.evaluated():
             return self._rows(w, self._image(w), block, create=True)
 
     def _image(self, w: Tensor) -> Tensor:

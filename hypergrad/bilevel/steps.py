@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import LossError, SolverOptionError, UnusedParameterWarning, warn
 from ..norms import row_norms
+from ..operators.layers import Layers, plain_layers
 from ..operators.point import check_differentiable, check_loss, report_unused
 from ..pytree import Tree
 from ..transforms import forward_mode
@@ -76,6 +77,7 @@ class Unrolling:
         self.gradient_norm = math.nan
         self.tape: list[Segment] = []
         self._reported = False
+        self.layers = Layers()
 
     def start(self) -> Point:
         """w_0 and the optimiser's first state."""
@@ -91,7 +93,7 @@ class Unrolling:
             optimizer = self._optimizer(outer)
         for t in range(first, last):
             params = point.params if graph else [x.detach().requires_grad_() for x in point.params]
-            with torch.enable_grad():
+            with torch.enable_grad(), plain_layers(self.layers):
                 loss = check_loss(self._loss(self._tree(params), outer, t), "inner_loss")
                 grads = torch.autograd.grad(loss, params, create_graph=graph, allow_unused=True)
             if not self._reported:
@@ -155,12 +157,13 @@ class Unrolling:
             starts = segment.start.tensors()
             found: Sequence[Tensor | None] = (None,) * (len(starts) + len(total))
             if pairs:
-                found = torch.autograd.grad(
-                    [end for end, _ in pairs],
-                    starts + self.outer,
-                    grad_outputs=[cotangent for _, cotangent in pairs],
-                    allow_unused=True,
-                )
+                with plain_layers(self.layers):
+                    found = torch.autograd.grad(
+                        [end for end, _ in pairs],
+                        starts + self.outer,
+                        grad_outputs=[cotangent for _, cotangent in pairs],
+                        allow_unused=True,
+                    )
             cotangents = list(found[: len(starts)])
             for i, term in enumerate(found[len(starts) :]):
                 so_far = total[i]
@@ -215,7 +218,11 @@ class Unrolling:
             with replayed(random, device):
                 self._in_reverse(start, v)
 
-        with forward_mode("a loss or the optimiser", in_reverse, remedy='mode="reverse"'):
+        remedy = 'mode="reverse"'
+        with (
+            plain_layers(self.layers),
+            forward_mode("a loss or the optimiser", in_reverse, remedy=remedy),
+        ):
             slopes = torch.func.vmap(along, chunk_size=_FORWARD_CHUNK, randomness="same")(identity)
         return list(self.outer_layout.split(slopes.detach()))
 
@@ -234,9 +241,10 @@ class Unrolling:
             # A zero is no proof: see which leaves the first step's graph reaches.
             first = self._with_graph(start, 0, 1, [])
             ends = [end.sum() for end in first.end.tensors() if end.requires_grad]
-            reached: Sequence[Tensor | None] = torch.autograd.grad(
-                torch.stack(ends).sum(), self.outer, allow_unused=True
-            )
+            with plain_layers(self.layers):
+                reached: Sequence[Tensor | None] = torch.autograd.grad(
+                    torch.stack(ends).sum(), self.outer, allow_unused=True
+                )
             silent = [no and grad is None for no, grad in zip(silent, reached, strict=True)]
         if all(silent):
             warn(

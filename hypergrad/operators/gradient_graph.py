@@ -13,7 +13,7 @@ from ..pytree import TreeLayout
 from ..transforms import forward_mode
 from .evaluation import Evaluation
 from .modes import Block
-from .point import check_loss, report_unused
+from .point import check_dense, check_loss, report_unused
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,7 @@ class GradientGraph:
             loss = check_loss(loss_fn(layout.unflatten_leaves(leaves), *batch), "the loss")
             evaluating.check(loss)
             grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        check_dense(layout, grads, "the loss")
         report_unused(layout, [grad is None for grad in grads], "the loss")
         return cls(loss.detach(), leaves, grads, evaluating)
 

@@ -39,6 +39,8 @@ class CallableOperator(LinearOperator):
     ) -> None:
         super().__init__(layout)
         self.hvp_fn, self.batchable = hvp_fn, batchable
+        #: What its products are called in errors.
+        self.name = "the output of hvp_fn"
         #: Whether a product so far came with a graph: of tensors that cannot be listed.
         self._carries_graph: bool | None = None
 
@@ -54,7 +56,7 @@ class CallableOperator(LinearOperator):
             into = layout.rows_of_leaves(out[start : start + many])
             for i, leaves in enumerate(layout.rows_of_leaves(rows, cast=True)):
                 product = self.hvp_fn(layout.unflatten_leaves(leaves))
-                leaves = layout.leaves(product, name="the output of hvp_fn")
+                leaves = layout.leaves(product, name=self.name)
                 if recording and True in [leaf.requires_grad for leaf in leaves]:
                     self._carries_graph = True
                     leaves = [leaf.detach() for leaf in leaves]
@@ -69,13 +71,13 @@ class CallableOperator(LinearOperator):
     def _traced_products(self, block: Tensor) -> Tensor:
         # Copies, as in products that are not compiled.
         rows = [self.hvp_fn(self.layout.unflatten(row)) for row in block.clone().unbind()]
-        return torch.cat([self.layout.rows(row, name="the output of hvp_fn") for row in rows])
+        return torch.cat([self.layout.rows(row, name=self.name) for row in rows])
 
     def _passing(self, vector: Tensor) -> Tensor:
         if self.batchable or building_no_graph() or tangents():
             return super()._passing(vector)
         product = self.hvp_fn(self.layout.unflatten(vector))
-        out = self.layout.vector(product, name="the output of hvp_fn")
+        out = self.layout.vector(product, name=self.name)
         if out.requires_grad:
             self._carries_graph = self._carries_graph or torch.is_grad_enabled()
             return out.detach()
@@ -90,16 +92,15 @@ class CallableOperator(LinearOperator):
         return product.detach()
 
     def _products(self, block: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
-        name = "the output of hvp_fn"
         # Copies: a callable that works in place on its argument must not reach the solver's own
         # vectors.
         own = block.clone()
         if self.batchable:
             products = torch.func.vmap(self.hvp_fn)(self.layout.unflatten_block(own))
-            return finish(self.layout.rows(products, name=name, batched=True))
+            return finish(self.layout.rows(products, name=self.name, batched=True))
         return torch.cat(
             [
-                finish(self.layout.rows(self.hvp_fn(self.layout.unflatten(row)), name=name))
+                finish(self.layout.rows(self.hvp_fn(self.layout.unflatten(row)), name=self.name))
                 for row in own
             ]
         )

@@ -13,18 +13,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LossError
+from ..tracing import compiling
+
+
+def plain_layers(layers: Layers | None = None) -> AbstractContextManager[None]:
+    """The setting of losses that no operator evaluates: those of bilevel problems.
+
+    It goes around the backward pass, too, in which checkpoints evaluate parts of the loss again:
+    with the same ``layers``, where it is not the same setting.
+    """
+    if compiling():
+        return sdpa_kernel([SDPBackend.MATH])  # all that torch.compile can trace
+    if layers is None:
+        layers = Layers()
+    # A loss is the same function each time: layers that it has not met it will not meet.
+    return twice_differentiable(layers if layers.met or not layers.entered else None)
 
 
 @contextmanager
@@ -66,13 +82,30 @@ class Layers(TorchFunctionMode):
 
     Attributes:
         met: whether there was such an operation.
+        entered: whether it was active before, without an error.
         saved_elsewhere: whether there was one whose tensors for the backward pass are not kept in
             the graph but packed away, or computed again, by hooks.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.met = self.saved_elsewhere = False
+        self.met = self.entered = self.saved_elsewhere = False
+        #: Running statistics within checkpoints, which evaluate again where no mode sees it.
+        self._statistics: list[Tensor] = []
+        self._before: list[list[Tensor]] = []  # where they stood, for each time that it is active
+
+    def __enter__(self) -> Layers:
+        self._before.append([x.clone() for x in self._statistics])
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.entered |= error[0] is None
+        for own, before in zip(self._statistics, self._before.pop(), strict=False):
+            if not torch.equal(own, before):
+                # By .data, as they are saved in graphs that do not look at their values.
+                own.data.copy_(before)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -81,9 +114,30 @@ class Layers(TorchFunctionMode):
         if special is None:
             return func(*args, **(kwargs or {}))
         self.met = True
+        frame, kwargs = sys._getframe(1), kwargs or {}
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self.saved_elsewhere = True
-        return special(sys._getframe(1), func, args, kwargs or {})
+            if func is F.batch_norm and kwargs["training"]:
+                copies: Any = map(self._copied, args[1:])
+                return func(args[0], *copies, **kwargs)
+            if func is F.instance_norm and kwargs["use_input_stats"]:
+                own = {x: self._copied(kwargs.get(x)) for x in ("running_mean", "running_var")}
+                return func(*args, **{**kwargs, **own})
+            if func is Tensor.add_ and _in_batch_norm(frame):
+                self._copied(args[0])
+        return special(frame, func, args, kwargs)
+
+    def _copied(self, statistic: Tensor | None) -> Tensor | None:
+        # A checkpoint evaluates again within torch.autograd.grad, of which a mode sees the call and
+        # nothing inside, and compares what is saved then: it has to be as many tensors of the same
+        # shapes.  So the layer gets copies now, and its own are put back in the end.
+        if statistic is None:
+            return None
+        if not any(statistic is known for known in self._statistics):
+            self._statistics.append(statistic)
+            for before in self._before:
+                before.append(statistic.clone())
+        return statistic.clone()
 
 
 def _attention(frame: FrameType, func: Any, args: Any, kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..errors import LoaderError
+from ..errors import LoaderError, SolverOptionError
 from .evaluation import generators_of, seeded
 
 #: What wraps the iterable of one pass, such as ``tqdm.tqdm``.
@@ -58,6 +58,11 @@ class Loader:
                 "batch use hypergrad.hessian or hypergrad.ggn."
             )
         self.batches, self.device, self.seed = batches, device, seed
+        if batch_size is not None and not callable(batch_size):
+            raise SolverOptionError(
+                f"batch_size is {batch_size!r}, expected None or a function of a batch that "
+                "returns how many examples it counts for. Sizes are seen by themselves."
+            )
         self._batch_size = batch_size
         self._progress = _tqdm if progress is True else (progress or None)
         if self._progress is _tqdm:

@@ -350,7 +350,7 @@ def minibatch_hessian(
             another structure, no size to be seen, or passes that differ.
         LossError, NonFiniteError: as for :func:`hypergrad.hessian`, with the number of the batch.
         StaleOperatorError: at a product, if ``params`` have been modified in place since.
-        SolverOptionError: another ``reduction`` or ``mode``.
+        SolverOptionError: another ``reduction`` or ``mode``; a ``batch_size`` that is a number.
 
     Warns:
         UnusedParameterWarning: no minibatch's loss depends on some leaves; their rows are zero.

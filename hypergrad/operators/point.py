@@ -113,6 +113,17 @@ def check_loss(loss: Any, name: str) -> Tensor:
     return loss.reshape(())
 
 
+def check_dense(layout: TreeLayout, grads: Sequence[Tensor | None], name: str) -> None:
+    """Raise where a layer, such as an embedding, has made a sparse gradient of a loss."""
+    for grad, path in zip(grads, layout.paths, strict=True):
+        if grad is not None and grad.layout is not torch.strided:
+            raise LossError(
+                f"the gradient of {name} in params{path} is sparse ({grad.layout}), expected a "
+                "dense one. Make its layer without sparse gradients: torch.nn.Embedding(..., "
+                "sparse=False)."
+            )
+
+
 def report_unused(layout: TreeLayout, unused: list[bool], name: str) -> None:
     """Raise if no leaf is used, warn if some are not; ``name`` is what should depend on them."""
     names = [path or "the tensor" for path, no in zip(layout.paths, unused, strict=True) if no]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import PreconditionerError
 from ..norms import powers_of_two, row_norms, safe_norms
 from ..operators import as_operator
+from ..operators.interop import CallableOperator
 from ..tracing import compiling
 from .base import DampedSystem, Outcome, Status, allowed_skew, check_skew
 from .options import check_option, is_count, is_tolerance
@@ -27,6 +28,8 @@ PATIENCE = 3
 #: Antisymmetric parts of products up to this many times eps |A| |p0| |p1| are rounding.
 _SKEW_NOISE = 10.0
 
+#: What a preconditioner's products are called in errors.
+OUTPUT = "the output of the preconditioner"
 #: A symmetric positive definite approximation of (A + damping I)^-1, on rows of shape (m, n).
 Precondition = Callable[[Tensor], Tensor]
 #: Norms of the rows of (m, n), safe from over- and underflow: ``safe_norms`` or ``row_norms``.
@@ -246,13 +249,15 @@ def preconditioning(preconditioner: Any, system: DampedSystem) -> Precondition |
     layout = system.operator.layout
     like = layout.unflatten(torch.zeros(layout.dim, dtype=layout.dtype, device=layout.device))
     operator = as_operator(preconditioner, like=like)
+    if isinstance(operator, CallableOperator):
+        operator.name = OUTPUT
 
     def apply(r: Tensor) -> Tensor:
         # To the size that a narrow dtype holds all digits of.
         scales = powers_of_two(torch.linalg.vector_norm(r, dim=1))[:, None]
         z = operator._apply((r / scales).to(operator.dtype))
         if not compiling():
-            layout.check_finite(z, "the output of the preconditioner")
+            layout.check_finite(z, OUTPUT)
         return z.to(r.dtype) * scales
 
     return apply

@@ -18,7 +18,12 @@ def check_damping(damping: Any) -> Damping:
     if isinstance(damping, str) and damping == "auto":
         return "auto"
     if isinstance(damping, Tensor):
-        damping = damping.detach().item() if damping.numel() == 1 else None
+        if damping.numel() != 1:
+            raise DampingError(
+                f"damping must be one number, got a tensor of shape {tuple(damping.shape)}. "
+                "Another number for each entry is a diagonal operator, to be added to yours."
+            )
+        damping = damping.detach().item()
     try:
         # float() would take "0.1" and True, which are mistakes here.
         value = float(None if isinstance(damping, str | bool) else damping)  # type: ignore[arg-type]

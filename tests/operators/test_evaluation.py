@@ -516,6 +516,32 @@ def test_checkpoints_that_run_attention_again() -> None:
         hypergrad.hessian(loss, p, x, True)
 
 
+def test_checkpoints_that_run_batch_norm_again() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, p, before = gaussian(6, 3), parameters(module), copy.deepcopy(module.state_dict())
+
+    def loss(p: Any, again: bool) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            return torch.func.functional_call(module, p, (x,))
+
+        outputs = (
+            torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False) if again else run(x)
+        )
+        return outputs.square().mean()
+
+    operator = hypergrad.hessian(loss, p, True)
+    first = operator @ p
+    module(x)  # the caller's own evaluation moves the statistics, and they stay moved
+    moved = copy.deepcopy(module.state_dict())
+    assert not torch.equal(moved["1.running_mean"], before["1.running_mean"])
+    expected = hypergrad.hessian(loss, p, False) @ p
+    for got in (first, operator @ p):
+        assert relative_error(flat(got), flat(expected)) <= 1e-12
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, moved[name]), name
+
+
 # Parameters -------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,17 @@
 """The command line: what a user does wrong is one line and status 2, and loses nothing."""
 
+import contextlib
 import json
 import os
+import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +21,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from hypergrad_rl import load_config
+from hypergrad_rl import BLPOConfig, PPOConfig, load_config
 from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.cli import main
+from hypergrad_rl.meanings import MEANINGS
 from hypergrad_rl.run_directory import held
 from hypergrad_rl.tensor_envs import ArrayCollector
 
@@ -111,9 +117,62 @@ def test_help_is_no_error(command: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"usage: python -m hypergrad_rl {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_says_what_each_flag_means(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # nothing is broken into lines
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    ppo, blpo = ({field.name for field in fields(kind)} for kind in (PPOConfig, BLPOConfig))
+    assert set(MEANINGS) == (ppo | blpo) - {"env", "seed"}
+    for name, meaning in MEANINGS.items():
+        flag = re.escape(f"--{name.replace('_', '-')}")
+        assert re.search(rf"{flag}[ ,].*\n? *{re.escape(meaning)} \(default: the task's", told)
+        # The algorithms that a flag belongs to stand in front.
+        assert meaning.startswith("ppo: ") == (name in ppo - blpo)
+        assert ("blpo: " in meaning) == (name in blpo - ppo)
+
+
 def test_only_the_command_line_needs_tyro() -> None:
     code = "import sys, hypergrad_rl; sys.exit('tyro' in sys.modules or 'PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_extra_is_said_by_name() -> None:
+    code = "import sys; sys.modules['gymnasium'] = sys.modules['tqdm'] = None; import hypergrad_rl"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 1
+    assert last.startswith("hypergrad.errors.MissingPackageError: ")
+    assert "not installed: gymnasium, tqdm. " in last
+    assert 'pip install "hypergrad-torch[rl]"' in last
+
+
+@pytest.mark.parametrize("flag", ["--algos", "--seeds", "--env"])
+def test_compare_refuses_an_empty_list(flag: str, refused: Refused, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert f"{flag}: expected one or more" in refused("compare", "--run-dir", str(run), flag)
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--checkpoint-every", "-1", "checkpoint_every=-1.0: expected a number >= 0"),
+        ("--checkpoint-every", "nan", "checkpoint_every=nan: expected a number >= 0"),
+        ("--stop-at-return", "nan", "stop_at_return=nan: expected a finite number or None"),
+    ],
+)
+def test_numbers_that_train_would_never_meet(
+    flag: str, value: str, expected: str, refused: Refused, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert expected in refused(*PPO, "--run-dir", str(run), flag, value)
+    assert not run.exists()
 
 
 def test_compare_refuses_a_flag_that_no_algorithm_has(refused: Refused, tmp_path: Path) -> None:
@@ -269,6 +328,52 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert f"interrupted; `resume {tmp_path}` continues\n" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["resume", str(tmp_path), "--no-tensorboard"]) == 0  # from the beginning
+
+
+def test_an_interrupted_comparison_stops_and_says_how_to_go_on(tmp_path: Path) -> None:
+    runs, names = tmp_path / "runs", ("ppo-0", "nested-0", "blpo-0")
+    words = ["compare", *QUICK[2:], "--seeds", "0", "--jobs", "1", "--total-steps", "100000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hypergrad_rl", *words, "--compile", "false", "--run-dir", runs],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        while not (runs / "ppo-0" / "metrics.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        error = process.communicate(timeout=120)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert [(runs / name).exists() for name in names] == [True, False, False]
+    *_, first, resume, nested, blpo = error.splitlines()
+    assert first == f"interrupted; these, and `report {runs}`, go on:"
+    assert resume == f"python -m hypergrad_rl resume {runs / 'ppo-0'}"
+    for name, line in zip(names[1:], (nested, blpo), strict=True):
+        algo = name.split("-")[0]
+        assert line.startswith(f"python -m hypergrad_rl train --algo {algo} --env CartPole-v1 ")
+        assert line.endswith(f" --run-dir {runs / name}")
+
+
+@pytest.mark.parametrize(("chosen", "used"), [(None, "dummy"), ("x11", "x11")])
+def test_watch_draws_without_a_display(
+    chosen: str | None, used: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("SDL_VIDEODRIVER", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("SDL_VIDEODRIVER", chosen)
+    drivers = []
+
+    def watch(*args: Any, **kwargs: Any) -> tuple[Path, list[float]]:
+        drivers.append(os.environ["SDL_VIDEODRIVER"])
+        return tmp_path, [1.0]
+
+    monkeypatch.setattr("hypergrad_rl.play.watch", watch)
+    assert main(["watch", str(tmp_path)]) == 0
+    assert drivers == [used]
 
 
 def test_weights_and_biases_where_it_is_installed(

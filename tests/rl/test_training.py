@@ -451,3 +451,28 @@ def test_train_evaluate_and_resume_from_the_command_line(
     assert "3 episodes: mean return" in capsys.readouterr().out
     assert main(["resume", run]) == 0  # a finished run: nothing left to do
     assert len(read_metrics(run)["update"]) == 2
+
+
+def test_arguments_of_another_kind_are_named() -> None:
+    config = make_config("ppo", total_steps=512)
+    shared = gym.make("CartPole-v1")
+    wrong: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
+        ({"config": {"algo": "ppo"}}, ConfigError, "config is a dict, expected a PPOConfig"),
+        ({"callbacks": print}, ConfigError, "callbacks is a builtin_function.*a list"),
+        (
+            {"networks": torch.nn.Linear(4, 2)},
+            ConfigError,
+            "networks is a Linear, expected Networks",
+        ),
+        ({"env_fn": lambda: None}, EnvironmentUnsupported, "returned a NoneType, expected a gym"),
+        # All environments would be one, which each of them steps: wrong without a word.
+        ({"env_fn": lambda: shared}, EnvironmentUnsupported, "a new one at each call"),
+        (
+            {"env_fn": lambda: gym.wrappers.TimeLimit(shared, 9)},
+            EnvironmentUnsupported,
+            "a new one at each call",
+        ),
+    )
+    for arguments, error, message in wrong:
+        with pytest.raises(error, match=message):
+            train(**{"config": config, **arguments})

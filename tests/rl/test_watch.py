@@ -14,6 +14,7 @@ from PIL import Image
 from hypergrad_rl import (
     ConfigError,
     EnvironmentUnsupported,
+    ObservationError,
     RunDirectoryError,
     evaluate,
     export,
@@ -70,6 +71,9 @@ def walk(tmp_path: Path) -> Path:
 
 
 def test_episodes_become_a_gif(walk: Path) -> None:
+    new = walk / "films" / "episode.gif"
+    assert watch(walk, new, env_fn=Walk)[0] == new
+    assert new.exists()
     path, returns = watch(walk, episodes=2, env_fn=Walk)
     assert (path, returns) == (walk / "episode.gif", [9.0, 9.0])
     with Image.open(path) as gif:
@@ -77,6 +81,7 @@ def test_episodes_become_a_gif(walk: Path) -> None:
         assert gif.info["duration"] == 40  # every second of 50 pictures a second
         assert gif.n_frames == 9  # type: ignore[attr-defined]
     assert evaluate(walk, 2, env_fn=Walk) == [9.0, 9.0]
+    assert evaluate(walk, 11, env_fn=Walk) == [9.0] * 11  # of eight environments
     with pytest.raises(RunDirectoryError, match="environments of one's own"):
         evaluate(walk, 2)  # the registered environment of that name is another
     with pytest.raises(ConfigError, match=r"below 2\^63"):
@@ -92,7 +97,7 @@ def test_what_cannot_be_drawn_is_said(
     with pytest.raises(ConfigError, match="a video needs imageio-ffmpeg"):
         watch(walk, tmp_path / "film.mp4", env_fn=Walk)
     with pytest.raises(OSError, match="cannot write"):
-        watch(walk, tmp_path / "nowhere" / "x.gif", env_fn=Walk)
+        watch(walk, walk / "config.json" / "x.gif", env_fn=Walk)
     monkeypatch.setattr(Walk, "error", gym.error.DependencyNotInstalled("pip install pygame"))
     with pytest.raises(EnvironmentUnsupported, match=r"cannot be drawn: .*pip install pygame"):
         watch(walk, env_fn=Walk)
@@ -119,8 +124,20 @@ def test_the_module_acts_as_the_agent(env_id: str, tmp_path: Path) -> None:
     torch.testing.assert_close(policy(obs[0]), policy(obs)[0])
 
 
+def test_what_is_no_observation_is_said(walk: Path) -> None:
+    policy = load_policy(walk, env_fn=Walk)
+    assert policy(torch.ones(4, 7, 2, 3)).shape[:2] == (4, 7)
+    for obs, message in (
+        (np.ones((2, 3), np.float32), r"obs is a ndarray.*torch\.from_numpy"),
+        (torch.ones(3, 2), r"obs has shape \(3, 2\), expected \(2, 3\)"),
+        (torch.ones(3), r"obs has shape \(3,\), expected \(2, 3\)"),
+    ):
+        with pytest.raises(ObservationError, match=message):
+            policy(obs)
+
+
 def test_the_exported_file_needs_pytorch_alone(walk: Path) -> None:
-    path = export(walk, env_fn=Walk)
+    path = export(walk, walk / "exported" / "policy.pt2", env_fn=Walk)  # in a new directory
     code = (
         "import sys, torch; policy = torch.export.load(sys.argv[1]).module();"
         "print(policy(torch.ones(7, 2, 3)).tolist(), 'hypergrad_rl' in sys.modules)"

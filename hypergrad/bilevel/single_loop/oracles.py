@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...errors import LossError, UnusedParameterWarning, warn
-from ...operators.point import check_differentiable, check_loss, report_unused
+from ...operators.layers import Layers, plain_layers
+from ...operators.point import check_dense, check_differentiable, check_loss, report_unused
 from ...pytree import TreeLayout
 
 #: ``loss(inner_params, outer_params, *batch)`` -> scalar.
@@ -59,7 +60,7 @@ class Oracle:
     def inner_gradient(self, w: Tensor, y: Tensor, batch: Batch) -> Tensor:
         """grad_w g: one gradient."""
         inner, outer = self._leaves(w, y)
-        with torch.enable_grad():
+        with torch.enable_grad(), plain_layers():
             loss = self._inner_value(inner, outer, batch)
             grads = torch.autograd.grad(loss, inner, allow_unused=True)
         self._report_inner(grads)
@@ -69,7 +70,7 @@ class Oracle:
     def both_inner_gradients(self, w: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """grad_w g and grad_y g: one gradient."""
         inner, outer = self._leaves(w, y)
-        with torch.enable_grad():
+        with torch.enable_grad(), plain_layers():
             loss = self._inner_value(inner, outer, batch)
             grads = torch.autograd.grad(loss, inner + outer, allow_unused=True)
         self._report_inner(grads[: len(inner)])
@@ -80,7 +81,7 @@ class Oracle:
     def outer_gradients(self, w: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """grad_w f and grad_y f: one gradient."""
         inner, outer = self._leaves(w, y)
-        with torch.enable_grad():
+        with torch.enable_grad(), plain_layers():
             loss = self.outer_loss(
                 self.inner_layout.unflatten_leaves(inner),
                 self.outer_layout.unflatten_leaves(outer),
@@ -112,7 +113,8 @@ class Oracle:
         """
         inner, outer = self._leaves(w, y)
         wanted = (inner if hvp else []) + (outer if cross else [])
-        with torch.enable_grad():
+        layers = Layers()
+        with torch.enable_grad(), plain_layers(layers):
             loss = self._inner_value(inner, outer, batch)
             grads = torch.autograd.grad(loss, inner, create_graph=True, allow_unused=True)
         self._report_inner(grads)
@@ -124,12 +126,13 @@ class Oracle:
         ]
         products: tuple[Tensor | None, ...] = (None,) * len(wanted)
         if pairs:
-            products = torch.autograd.grad(
-                [grad for grad, _ in pairs],
-                wanted,
-                grad_outputs=[direction for _, direction in pairs],
-                allow_unused=True,
-            )
+            with plain_layers(layers):
+                products = torch.autograd.grad(
+                    [grad for grad, _ in pairs],
+                    wanted,
+                    grad_outputs=[direction for _, direction in pairs],
+                    allow_unused=True,
+                )
         self.num_gradients += 1
         self.num_hvps += 1
         split = len(inner) if hvp else 0
@@ -158,6 +161,7 @@ class Oracle:
         return check_loss(loss, "inner_loss")
 
     def _report_inner(self, grads: tuple[Tensor | None, ...]) -> None:
+        check_dense(self.inner_layout, grads, "inner_loss")
         unused = [grad is None for grad in grads]
         if self.report or all(unused):
             report_unused(self.inner_layout, unused, "inner_loss")
