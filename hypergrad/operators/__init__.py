@@ -13,6 +13,7 @@ from .minibatch import MinibatchOperator, minibatch_ggn, minibatch_hessian
 from .narrow_products import transpose_narrow
 from .root import RootOperator, RowsOperator, root_operator
 from .sampled import SampledOperator
+from .small_products import direct_products
 from .symmetry import check_symmetric
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "as_operator",
     "block_diagonal",
     "check_symmetric",
+    "direct_products",
     "empirical_fisher",
     "fisher",
     "ggn",

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from . import narrow_products
+from . import narrow_products, small_products
 from .narrow_products import transpose_narrow
+from .small_products import direct_products
 
 try:
     from torch._functorch.compile_utils import fx_graph_cse
@@ -35,13 +36,15 @@ class HoistInvariants(CustomGraphPass):
 
     A product with a Hessian is linear in the vector that changes; what is not, the loss and its
     gradient, would be computed again in every turn. Nor is it computed twice by what surrounds the
-    loop: another product that begins or checks.  And narrow products are transposed.
+    loop: another product that begins or checks.  And small products call a kernel, narrow ones are
+    transposed.
     """
 
     def __call__(self, graph: Graph) -> None:
         """Change ``graph``, and those of its loops, in place."""
         module = graph.owning_module
         assert module is not None
+        direct_products(graph)
         transpose_narrow(graph)
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is torch.ops.higher_order.while_loop:
@@ -50,7 +53,9 @@ class HoistInvariants(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """What PyTorch's cache of compiled graphs knows this pass by."""
-        code: bytes = get_hash_for_files((__file__, narrow_products.__file__))
+        code: bytes = get_hash_for_files(
+            (__file__, small_products.__file__, narrow_products.__file__)
+        )
         return code
 
 
