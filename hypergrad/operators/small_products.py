@@ -8,6 +8,7 @@ kernels that oneDNN makes for one shape, PyTorch has a function; here generated 
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from torch.fx import Graph, Node
 _KNOWN = ("2", "13")
 #: ``at::native::cpublas::brgemm`` of float32, with the types of its arguments.
 _SYMBOL = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
-#: Numbers in a matrix, at most: the kernel reads the second one from the caches.
-_LARGEST = 2**20
+#: Numbers in the second factor, at most: the kernel reads it again and again, from the caches.
+_LARGEST = 2**18
 #: What a copied number takes, a multiplication and a call, in nanoseconds.  They were measured on
 #: one processor, and only weigh ways to compute the same.
 _COPY, _KERNEL, _BLAS, _CALL_KERNEL, _CALL_BLAS = 0.25, 1 / 133, 1 / 50, 50, 600
@@ -126,13 +127,13 @@ def _is_small(node: Node) -> bool:
     if any(x.dtype != torch.float32 or x.device.type != "cpu" for x in factors):
         return False
     sizes = [size for x in factors for size in x.shape]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        return False
-    return all(x.shape[-1] * x.shape[-2] <= _LARGEST for x in factors)
+    return all(isinstance(size, int) and size > 0 for size in sizes)
 
 
 def _work(a: Tensor, b: Tensor) -> float:
     """Nanoseconds that A B takes by the kernel, more or less, and the copies that it needs."""
+    if b.shape[-1] * b.shape[-2] > _LARGEST:
+        return math.inf
     copied = sum(x.numel() for x in (a, b) if not _lies_in_rows(x))
     columns = -(-b.shape[-1] // _COLUMNS) * _COLUMNS
     return _CALL_KERNEL + _COPY * copied + _KERNEL * a.numel() * columns
