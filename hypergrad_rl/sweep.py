@@ -22,7 +22,7 @@ from hypergrad_rl.config import setting_text
 from hypergrad_rl.errors import RunDirectoryError
 from hypergrad_rl.grid import Point
 from hypergrad_rl.report import FIGURES, draw_intervals, estimate_text
-from hypergrad_rl.run_directory import CONFIG, has_ended
+from hypergrad_rl.run_directory import CONFIG, difference, has_ended
 from hypergrad_rl.runs import find_runs, train_all, train_command
 from hypergrad_rl.statistics import Bootstrap
 
@@ -150,12 +150,12 @@ def _is_number(value: object) -> bool:
 def sweep_table(results: Mapping[str, Any], shown: int | None = None) -> str:
     """The ranking as a table in Markdown, of the best ``shown`` points."""
     entries, names = results["points"], results["settings"]
-    header = ["rank", *names, "seeds", *FIGURES.values(), "steps/s"]
+    header = ["place", *names, "seeds", *FIGURES.values(), "steps/s"]
     rows = [
-        [str(rank), *(setting_text(entry["values"][name]) for name in names), _seeds(entry),
+        [str(place), *(setting_text(entry["values"][name]) for name in names), _seeds(entry),
          *(estimate_text(entry[name], 1) for name in FIGURES),
          f"{entry['steps_per_second']:.0f}" if entry["runs"] else ""]
-        for rank, entry in enumerate(entries[:shown], 1)
+        for place, entry in enumerate(entries[:shown], 1)
     ]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, [f"{'-' * (width - 1)}:" for width in widths], *rows]
@@ -187,11 +187,11 @@ def write_sweep(results: Mapping[str, Any], output: Path) -> str:
         *notes, f"{trains}\n\n    {best['command']}", "![the points by rank](sweep.png)",
     ]  # fmt: skip
     rows = [
-        {"rank": rank, **{name: setting_text(entry["values"][name]) for name in names},
+        {"place": place, **{name: setting_text(entry["values"][name]) for name in names},
          "seeds": entry["seeds"], "finished": len(entry["runs"]),
          **{f"{name}_{key}": value for name in FIGURES for key, value in entry[name].items()},
          "steps_per_second": entry["steps_per_second"], "command": entry["command"]}
-        for rank, entry in enumerate(entries, 1)
+        for place, entry in enumerate(entries, 1)
     ]  # fmt: skip
     try:
         text = json.dumps(results, indent=1, allow_nan=False)
