@@ -80,11 +80,7 @@ def rank_points(
     entries = []
     for point in points:
         runs = [found[path] for path in point.runs if path in found]
-        known: dict[str, Any] = {"steps_per_second": None, "runs": []} | dict.fromkeys(
-            FIGURES, _UNKNOWN
-        )
-        if runs:
-            known = describe_runs(runs, bootstrap)
+        known = describe_runs(runs, bootstrap) if runs else _NOTHING
         entries.append({
             "point": point.name, "values": point.values, "seeds": len(point.runs), **known,
             "command": shlex.join(_command(point)),
@@ -118,9 +114,9 @@ def _notes(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(entry["runs"] and entry["final_return"]["iqm"] is None for entry in entries):
         notes.append("unknown: no episode ended in the last tenth of a run")
     low = best["final_return"]["low"]
-    if low is None:
+    if best["seeds"] == 1:
         notes.append("a point of 1 seed has no interval; that takes at least 2")
-    elif close := sum(_reaches(other, low) for other in others):
+    elif low is not None and (close := sum(_reaches(other, low) for other in others)):
         notes.append(f"the intervals of {close} of {len(others)} other points reach that of the "
                      "best: these seeds do not tell them apart")  # fmt: skip
     for name, value in best["values"].items():

@@ -165,6 +165,8 @@ def test_points_without_all_runs_come_last(tmp_path: Path) -> None:
     assert [entry["values"]["rank"] for entry in results["points"]] == [16, 32, 4, 8]
     assert "2 of 4 points lack runs" in results["notes"][0]
     assert "no episode ended" in results["notes"][1]
+    unknown = ranked(planned(tmp_path / "other", "rank=4,8"), *[[np.nan, 1.0, 2.0]] * 2)
+    assert not any("1 seed" in note or "reach" in note for note in unknown["notes"])
     lines = sweep_table(results).splitlines()
     assert [line.split("|")[3].strip() for line in lines[2:]] == ["3", "3", "1 of 3", "0 of 3"]
     assert "unknown" in lines[3]
