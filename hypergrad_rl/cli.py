@@ -223,10 +223,7 @@ def _check_lists(jobs: int, **lists: Sequence[Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Train every point of a grid of hyper-parameters on several seeds, and rank the points.
-
-    The same command again continues what is not finished.
-    """
+    """Train every point of a grid of hyper-parameters and rank them; given again, it goes on."""
 
     parameters: HyperParameters
     grid: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME=VALUE,VALUE")] = ()
