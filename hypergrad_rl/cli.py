@@ -1,4 +1,4 @@
-"""The command line: train, resume, evaluate, watch, export, compare, report, plot."""
+"""The command line: train, resume, evaluate, watch, export, compare, sweep, report, plot."""
 
 from __future__ import annotations
 
@@ -12,50 +12,24 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypedDict, get_type_hints
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from hypergrad_rl import play
 from hypergrad_rl.config import BLPOConfig, PPOConfig
 from hypergrad_rl.errors import ConfigError, HypergradRLError
-from hypergrad_rl.meanings import MEANINGS
+from hypergrad_rl.flags import Algo, HyperParameters, Style, settings
+from hypergrad_rl.grid import plan
 from hypergrad_rl.presets import preset
-from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_config, load_info
+from hypergrad_rl.run_directory import CONFIG, METRICS, Config, has_ended, load_config
 from hypergrad_rl.trainer import train
 
 PROGRAM = ("python", "-m", "hypergrad_rl")
-Algo = Literal["ppo", "nested", "blpo"]
-Style = Literal["tuned", "paper", "fast"]
-#: Words of the command line in the place of Python's.
-_WORDS: dict[str, tuple[Any, dict[Any, Any]]] = {
-    "compile": (Literal["auto", "true", "false"], {"true": True, "false": False}),
-    "correction_bound": (float | Literal["none"], {"none": None}),
-}
-_KINDS = {**get_type_hints(PPOConfig), **get_type_hints(BLPOConfig)}
-_KINDS |= {name: kind for name, (kind, _) in _WORDS.items()}
-#: Every hyper-parameter as a flag; a command has those that were given, which override the preset.
-_Parameters: Any = TypedDict(  # type: ignore[misc]  # made from what the configurations have
-    "_Parameters",
-    {
-        name: Annotated[
-            kind, arg(help=MEANINGS[name], help_behavior_hint="(default: the task's preset)")
-        ]
-        for name, kind in _KINDS.items()
-        if name not in ("env", "seed")  # each command has these itself
-    },
-    total=False,
-)
-HyperParameters: TypeAlias = OmitArgPrefixes[_Parameters]
-
-
-def _settings(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    words = {name: words for name, (_, words) in _WORDS.items()}
-    return {name: words.get(name, {}).get(x, x) for name, x in parameters.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +58,7 @@ class Train:
 
     def config(self) -> Config:
         """The preset with the hyper-parameters that were given."""
-        given = _settings(self.parameters)
+        given = settings(self.parameters)
         return preset(self.algo, self.env, self.style, seed=self.seed, **given)
 
     def _do(self, line: str) -> None:
@@ -194,19 +168,11 @@ class Compare:
     tensorboard: bool = True
 
     def _do(self, line: str) -> int:
-        from hypergrad_rl.runs import train_all
+        from hypergrad_rl.runs import continuation, train_all
 
-        if self.jobs < 1:
-            raise ConfigError(f"--jobs {self.jobs}: expected an integer >= 1")
-        for flag, values in (("algos", self.algos), ("seeds", self.seeds), ("env", self.env)):
-            # A run that counts twice would make the spread over seeds too small.
-            if not values:
-                raise ConfigError(f"--{flag}: expected one or more")
-            if len(set(values)) < len(values):
-                words = " ".join(map(str, values))
-                raise ConfigError(f"--{flag} {words}: expected each of them once")
+        _check_lists(self.jobs, algos=self.algos, seeds=self.seeds, env=self.env)
         runs: dict[Path, Config] = {}
-        given = _settings(self.parameters)
+        given = settings(self.parameters)
         taken: set[str] = set()
         for env in self.env:
             parent = self.run_dir / env.replace("/", "-") if len(self.env) > 1 else self.run_dir
@@ -232,18 +198,62 @@ class Compare:
         try:
             failed = train_all(runs, self.jobs, self.tensorboard)
         except KeyboardInterrupt:
-            unfinished = [path for path in runs if not _has_ended(path)]
+            unfinished = [path for path in runs if not has_ended(path)]
             print(f"interrupted; these, and `report {self.run_dir}`, go on:", file=sys.stderr)
             for path in unfinished:
-                print(shlex.join(_continuation(path, runs[path])), file=sys.stderr)
+                print(shlex.join(continuation(path, runs[path])), file=sys.stderr)
             raise
-        if not any((run_dir / CONFIG).exists() for run_dir in runs):  # none has begun
-            raise next(iter(failed.values()))
+        _raise_if_none_began(runs, failed)
         if finished := [run_dir for run_dir in runs if run_dir not in failed]:
             _write_report(finished, self.run_dir, line)
-        for run_dir, error in failed.items():
-            print(_how_to_go_on(run_dir, runs[run_dir], error), file=sys.stderr)
-        return int(bool(failed))
+        return _tell_of(failed, runs)
+
+
+def _check_lists(jobs: int, **lists: Sequence[Any]) -> None:
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: expected an integer >= 1")
+    for flag, values in lists.items():
+        # A run that counts twice would make the spread over seeds too small.
+        if not values:
+            raise ConfigError(f"--{flag}: expected one or more")
+        if len(set(values)) < len(values):
+            words = " ".join(map(str, values))
+            raise ConfigError(f"--{flag} {words}: expected each of them once")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Train every point of a grid of hyper-parameters and rank them; given again, it goes on."""
+
+    parameters: HyperParameters
+    grid: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME=VALUE,VALUE")] = ()
+    """a hyper-parameter and its values, widths as 64x64; given again, every combination"""
+    algo: Algo = "blpo"
+    env: str = "CartPole-v1"
+    """a Gymnasium id"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    style: Style = "tuned"
+    run_dir: Path = Path("runs/sweep")
+    jobs: int = 2
+    """runs at a time, one thread each"""
+    tensorboard: bool = True
+
+    def _do(self, line: str) -> int:
+        from hypergrad_rl import sweep
+
+        _check_lists(self.jobs, seeds=self.seeds)
+        points = plan(self.grid, self.run_dir, self.seeds, algo=self.algo, env=self.env,
+                      style=self.style, fixed=settings(self.parameters))  # fmt: skip
+        try:
+            failed = sweep.train_points(points, self.jobs, self.tensorboard)
+        except KeyboardInterrupt:
+            print(f"interrupted; the same command goes on: {line}", file=sys.stderr)
+            raise
+        runs = {path: config for point in points for path, config in point.runs.items()}
+        _raise_if_none_began(runs, failed)
+        if len(failed) < len(runs):
+            print(sweep.write_sweep(sweep.rank_points(points, command=line), self.run_dir))
+        return _tell_of(failed, runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +336,7 @@ _COMMANDS: Any = functools.reduce(
     operator.or_,
     [
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())]
-        for kind in (Train, Resume, Evaluate, Watch, Export, Compare, Report, Plot)
+        for kind in (Train, Resume, Evaluate, Watch, Export, Compare, Sweep, Report, Plot)
     ],
 )
 
@@ -353,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status.
 
     It is 2, with one line on stderr, for an error of the user's, and 1 where runs of a comparison
-    failed, with a line for each.
+    or a sweep failed, with a line for each.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -372,19 +382,16 @@ def _line(error: BaseException) -> str:
     return f"hypergrad_rl: {' '.join(str(error).split())}"
 
 
-def _how_to_go_on(run_dir: Path, config: Config, error: BaseException) -> str:
-    command = shlex.join(_continuation(run_dir, config))
-    return f"{_line(error)}; {run_dir} is not finished: {command}"
+def _raise_if_none_began(runs: Iterable[Path], failed: Mapping[Path, BaseException]) -> None:
+    if not any((run_dir / CONFIG).exists() for run_dir in runs):
+        raise next(iter(failed.values()))
 
 
-def _has_ended(run_dir: Path) -> bool:
-    return (run_dir / CONFIG).exists() and load_info(run_dir).get("ended") is not None
+def _tell_of(failed: Mapping[Path, BaseException], runs: Mapping[Path, Config]) -> int:
+    """Say how what failed goes on; the exit status."""
+    from hypergrad_rl.runs import continuation
 
-
-def _continuation(run_dir: Path, config: Config) -> list[str]:
-    """The words of the command that finishes a run, begun or not."""
-    from hypergrad_rl.runs import train_command
-
-    if (run_dir / CONFIG).exists():
-        return [*PROGRAM, "resume", str(run_dir)]
-    return train_command({"algo": config.algo, **dataclasses.asdict(config)}, run_dir)
+    for path, error in failed.items():
+        command = shlex.join(continuation(path, runs[path]))
+        print(f"{_line(error)}; {path} is not finished: {command}", file=sys.stderr)
+    return int(bool(failed))

@@ -28,6 +28,11 @@ from hypergrad_rl.report import (
 from hypergrad_rl.runs import Run, Tasks, find_runs, group_runs
 from hypergrad_rl.statistics import Bootstrap, interquartile_mean, probability_of_improvement
 
+FEW_SEEDS = (
+    "intervals of fewer than 5 seeds are too short: 95% ones hold the truth about 50% of the time "
+    "with 2, 75% with 3, 87% with 4"
+)
+
 
 def compare_runs(
     paths: Sequence[str | Path],
@@ -90,8 +95,7 @@ def compare_runs(
         notes += [note for label, runs in algorithms.items() for note in _notes(env, label, runs)]
     sizes = {len(runs) for algorithms in grouped.values() for runs in algorithms.values()}
     if any(1 < size < 5 for size in sizes):
-        notes.append("intervals of fewer than 5 seeds are too short: 95% ones hold the truth "
-                     "about 50% of the time with 2, 75% with 3, 87% with 4")  # fmt: skip
+        notes.append(FEW_SEEDS)
     improvement = _improvement(grouped, bootstrap)
     if any(pair[name]["probability"] in (0, 1) for pair in improvement for name in FIGURES):
         notes.append("where no run of one algorithm comes up to any of the other, the interval of "
@@ -121,9 +125,8 @@ def _ends(interval: tuple[Any, Any] | None) -> dict[str, float | None]:
     return {"low": _number(low), "high": _number(high)}
 
 
-def _describe(
-    runs: Sequence[Run], points: int, horizon: float, bootstrap: Bootstrap
-) -> dict[str, Any]:
+def describe_runs(runs: Sequence[Run], bootstrap: Bootstrap) -> dict[str, Any]:
+    """Both figures of the runs of one thing, with intervals, and those of every run."""
     entry: dict[str, Any] = {}
     for name in FIGURES:
         values = _returns(runs, name)
@@ -134,6 +137,21 @@ def _describe(
             "standard_deviation": _number(values.std(ddof=1)) if len(values) > 1 else None,
         }
     entry["steps_per_second"] = float(_returns(runs, "steps_per_second").mean())
+    entry["runs"] = [
+        {
+            "run_dir": str(run.path), "seed": run.settings["seed"],
+            **{name: _number(getattr(run, name)) for name in FIGURES},
+            "steps_per_second": run.steps_per_second, "command": run.command,
+        }
+        for run in runs
+    ]  # fmt: skip
+    return entry
+
+
+def _describe(
+    runs: Sequence[Run], points: int, horizon: float, bootstrap: Bootstrap
+) -> dict[str, Any]:
+    entry = describe_runs(runs, bootstrap)
     curves = [learning_curve(run.metrics, points, horizon) for run in runs]
     values = np.stack([returns for _, returns in curves], axis=-1)
     band = bootstrap.interval([values])
@@ -143,14 +161,6 @@ def _describe(
         "low": None if band is None else [_number(v) for v in band[0]],
         "high": None if band is None else [_number(v) for v in band[1]],
     }
-    entry["runs"] = [
-        {
-            "run_dir": str(run.path), "seed": run.settings["seed"],
-            **{name: _number(getattr(run, name)) for name in FIGURES},
-            "steps_per_second": run.steps_per_second, "command": run.command,
-        }
-        for run in runs
-    ]  # fmt: skip
     return entry
 
 
@@ -247,8 +257,8 @@ def write_comparison(results: Mapping[str, Any], output: str | Path) -> str:
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        _write_csv(output / "results.csv", figures)
-        _write_csv(output / "runs.csv", runs)
+        write_csv(output / "results.csv", figures)
+        write_csv(output / "runs.csv", runs)
         (output / "comparison.txt").write_text(f"{table}\n\ncommands of the runs:\n{commands}\n")
         plot_comparison(results, output / "comparison.png")
     except OSError as error:
@@ -256,7 +266,8 @@ def write_comparison(results: Mapping[str, Any], output: str | Path) -> str:
     return table
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same columns, named in the first line."""
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()

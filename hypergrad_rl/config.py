@@ -5,6 +5,7 @@ The annotation of a hyper-parameter says what it may be: its type and, of a numb
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -62,6 +63,24 @@ def _words(kind: Any) -> str:
     if origin is tuple:
         return f"one or more widths, each {_words(parts[0])}"
     return _NAMES.get(kind, "None")
+
+
+def _read(kind: Any, text: str) -> Any:
+    """What a text says where this kind is expected; the text itself where it says no such thing."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _read(parts[0], text)
+    if origin in (typing.Union, types.UnionType):
+        read = [(part, _read(part, text)) for part in parts]
+        return next((value for part, value in read if _allowed(part, value)), text)
+    if origin is tuple:
+        return tuple(_read(parts[0], entry) for entry in text.split("x"))
+    if kind in (bool, types.NoneType):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 _hints = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))
@@ -248,3 +267,39 @@ def make_config(algo: str, **settings: Any) -> PPOConfig | BLPOConfig:
                'no solver with algo "nested"; use algo "blpo"')  # fmt: skip
         settings["solver"] = "none"
     return cls(**settings)
+
+
+def hyper_parameters(algo: str) -> list[str]:
+    """The names that ``make_config(algo)`` takes, in the order of the configuration."""
+    cls = PPOConfig if algo == "ppo" else BLPOConfig
+    names = [field.name for field in dataclasses.fields(cls)]
+    return [name for name in names if algo != "nested" or name != "solver"]
+
+
+def read_setting(algo: str, name: str, text: str) -> Any:
+    """The value of a hyper-parameter of ``algo`` from a text; ``setting_text`` is the inverse.
+
+    Widths are joined as in "64x64"; "true", "false" and "none" are Python's.
+
+    Raises:
+        ConfigError: the text says none of its values.
+
+    >>> read_setting("blpo", "hidden", "64x32"), read_setting("blpo", "correction_bound", "none")
+    ((64, 32), None)
+    """
+    kind = _hints(PPOConfig if algo == "ppo" else BLPOConfig)[name]
+    value = _read(kind, text)
+    form = ", joined as in 64x64" if get_origin(kind) is tuple else ""
+    _check(_allowed(kind, value), name, text, _words(kind) + form)
+    return value
+
+
+def setting_text(value: Any) -> str:
+    """The value of a hyper-parameter as a word.
+
+    >>> setting_text((64, 32)), setting_text(1e-4), setting_text(None)
+    ('64x32', '0.0001', 'none')
+    """
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -145,7 +145,7 @@ def plot_comparison(results: Mapping[str, Any], path: str | Path) -> None:
         row[0].set(xlabel="environment steps", ylabel="episode return", title=env)
         row[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k: six digits overlap
         for axes, (name, title) in zip(row[1:], FIGURES.items(), strict=True):
-            _draw_intervals(axes, task["algorithms"], name, colours)
+            draw_intervals(axes, task["algorithms"], name, colours)
             axes.set_title(title)
     band = f"interquartile mean over seeds, {results['confidence']:.0%} bootstrap interval"
     figure.suptitle(band, fontsize="medium")
@@ -166,9 +166,10 @@ def _draw_curves(axes: Axes, algorithms: Mapping[str, Any], colours: Mapping[str
     axes.grid(alpha=0.2)
 
 
-def _draw_intervals(
+def draw_intervals(
     axes: Axes, algorithms: Mapping[str, Any], name: str, colours: Mapping[str, Any]
 ) -> None:
+    """A line for each algorithm: its runs as dots, the interquartile mean and the interval."""
     for place, (label, entry) in enumerate(algorithms.items()):
         figure, values = entry[name], np.array([run[name] for run in entry["runs"]], float)
         axes.plot(values, [place - 0.22] * len(values), "o", ms=3, alpha=0.5, color=colours[label])

@@ -59,17 +59,30 @@ def settings_of(config: Config) -> dict[str, Any]:
     return {**settings, "hidden": list(config.hidden)}
 
 
-def check_config(run_dir: Path, config: Config) -> None:
-    """Raise RunDirectoryError unless ``run_dir`` holds a run, and one of this configuration."""
+def difference(run_dir: Path, config: Config) -> str:
+    """The first setting in which the run in ``run_dir`` is not one of this configuration, or "".
+
+    Raises:
+        RunDirectoryError, ConfigError: see :func:`load_config`.
+    """
     own = {"algo": config.algo, **dataclasses.asdict(config)}
     saved = load_config(run_dir)
     for name, value in {"algo": saved.algo, **dataclasses.asdict(saved)}.items():
         if value != own.get(name):
-            raise RunDirectoryError(
+            return (
                 f"{run_dir} was trained with {name}={value!r}, and the configuration has "
-                f"{own.get(name)!r}: continue it with load_config({str(run_dir)!r}), or choose "
-                "another directory"
+                f"{own.get(name)!r}"
             )
+    return ""
+
+
+def check_config(run_dir: Path, config: Config) -> None:
+    """Raise RunDirectoryError unless ``run_dir`` holds a run, and one of this configuration."""
+    if different := difference(run_dir, config):
+        raise RunDirectoryError(
+            f"{different}: continue it with load_config({str(run_dir)!r}), or choose another "
+            "directory"
+        )
 
 
 def load_info(run_dir: Path) -> dict[str, Any]:
@@ -79,6 +92,11 @@ def load_info(run_dir: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()) if path.exists() else {})
     except (OSError, ValueError, TypeError) as error:
         raise RunDirectoryError(f"{path} is damaged: {error}") from error
+
+
+def has_ended(run_dir: Path) -> bool:
+    """Whether a run is there, and finished."""
+    return (run_dir / CONFIG).exists() and load_info(run_dir).get("ended") is not None
 
 
 def check_networks(run_dir: Path, networks: Networks, parts: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from hypergrad_rl.errors import ConfigError, RunDirectoryError
 from hypergrad_rl.report import Metrics, read_metrics, summarize
-from hypergrad_rl.run_directory import METRICS, Config, load_info
+from hypergrad_rl.run_directory import CONFIG, METRICS, Config, load_info
 from hypergrad_rl.trainer import train
 
 _MISSING = "(not recorded)"
@@ -75,6 +75,13 @@ def train_command(settings: Mapping[str, Any], run_dir: Path) -> list[str]:
     return [*words, "--run-dir", str(run_dir)]
 
 
+def continuation(run_dir: Path, config: Config) -> list[str]:
+    """The words of the command that finishes a run, begun or not."""
+    if (run_dir / CONFIG).exists():
+        return ["python", "-m", "hypergrad_rl", "resume", str(run_dir)]
+    return train_command({"algo": config.algo, **dataclasses.asdict(config)}, run_dir)
+
+
 Tasks = dict[str, dict[str, list[Run]]]  # of each environment, the runs of each algorithm
 
 
@@ -95,7 +102,7 @@ def find_runs(paths: Sequence[str | Path], steps: int | None = None) -> tuple[li
         if not found:
             raise RunDirectoryError(
                 f"{path} holds no run: there is no config.json in it or below; give the "
-                "directories that `train` or `compare` wrote"
+                "directories that `train`, `compare` or `sweep` wrote"
             )
         read = {directory.resolve(): _read_run(directory, steps) for directory in found}
         unfinished = [run for run in read.values() if isinstance(run, str)]
@@ -214,12 +221,13 @@ def _check_alike(label: str, env: str, runs: Sequence[Run], named: set[str]) -> 
 
 
 def train_all(
-    runs: Mapping[Path, Config], jobs: int, tensorboard: bool
+    runs: Mapping[Path, Config], jobs: int, tensorboard: bool, begun: Collection[Path] = ()
 ) -> dict[Path, BaseException]:
     """Train every run in a process of its own on one thread, ``jobs`` at a time.
 
     One progress bar is for all. A run that fails is no reason to stop the others; an exception
-    here, such as Ctrl-C, stops all of them as it would stop each, and none begins after it.
+    here, such as Ctrl-C, stops all of them as it would stop each, and none begins after it. Those
+    that have ``begun`` are continued.
 
     Returns:
         What the runs that failed raised.
@@ -228,12 +236,18 @@ def train_all(
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with (
-        tqdm(total=total, unit="step", unit_scale=True, desc=f"{len(runs)} runs") as bar,
+        tqdm(
+            total=total,
+            initial=sum(map(_steps_done, begun)),
+            unit="step",
+            unit_scale=True,
+            desc=f"{len(runs)} runs",
+        ) as bar,
         ProcessPoolExecutor(jobs, context, _begin, (stop,)) as pool,
     ):
         with _ignoring_interrupts():  # which the processes inherit: they begin without a Ctrl-C
             waiting = {
-                path: pool.submit(_train, config, path, tensorboard)
+                path: pool.submit(_train, config, path, tensorboard, path in begun)
                 for path, config in runs.items()
             }
         done = 0
@@ -261,12 +275,13 @@ def _begin(stop: Any) -> None:
     _stop = stop
 
 
-def _train(config: Config, run_dir: Path, tensorboard: bool) -> None:
+def _train(config: Config, run_dir: Path, tensorboard: bool, resume: bool) -> None:
     # Only while it trains does a Ctrl-C, which a terminal sends to every process, reach this one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _go_on()
-        train(config, run_dir, tensorboard=tensorboard, threads=1, callbacks=[_go_on])
+        train(config, run_dir, resume=resume, tensorboard=tensorboard, threads=1,
+              callbacks=[_go_on])  # fmt: skip
     finally:
         signal.signal(signal.SIGINT, before)
 

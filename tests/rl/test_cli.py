@@ -109,7 +109,9 @@ def test_commands_that_are_none(refused: Refused, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "resume", "evaluate", "watch", "compare", "report"])
+@pytest.mark.parametrize(
+    "command", ["train", "resume", "evaluate", "watch", "compare", "sweep", "report"]
+)
 def test_help_is_no_error(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -117,7 +119,7 @@ def test_help_is_no_error(command: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"usage: python -m hypergrad_rl {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("command", ["train", "compare", "sweep"])
 def test_help_says_what_each_flag_means(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
