@@ -109,11 +109,12 @@ def attention() -> torch.nn.Module:
     return torch.nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double()
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("route", "recomputed"),
+    # PyTorch's checkpoints have no forward-mode derivative.
+    [(r, again) for r in ROUTES for again in (False, True) if not (again and r == "forward")],
+)
 def test_running_statistics_stay_where_they_are(route: str, recomputed: bool) -> None:
-    if recomputed and route == "forward":
-        pytest.skip("PyTorch's checkpoints have no forward-mode derivative")
     module = batch_norm()
     before = copy.deepcopy(module.state_dict())
     ROUTES[route](*problem(module, 6, 3, recomputed=recomputed))
