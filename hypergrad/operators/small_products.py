@@ -11,7 +11,7 @@ import ctypes
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -182,7 +182,8 @@ def _has_kernel() -> bool:
     """Whether this PyTorch and this processor have the kernel."""
     if tuple(torch.__version__.split(".")[:2]) != _KNOWN:
         return False
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+    processor, onednn = torch.backends.cpu.get_cpu_capability(), cast(Any, torch.backends.mkldnn)
+    if processor not in ("AVX2", "AVX512") or not onednn.is_available():
         return False
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     return library.is_file() and hasattr(ctypes.CDLL(str(library)), _SYMBOL)
