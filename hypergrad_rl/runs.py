@@ -235,6 +235,9 @@ def train_all(
     total = sum(c.num_updates * c.num_envs * c.num_steps for c in runs.values())
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
+    # What a shell begins in the background ignores Ctrl-C, and so do its processes then.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    handler = signal.SIG_IGN if ignored else signal.default_int_handler
     with (
         tqdm(
             total=total,
@@ -243,7 +246,7 @@ def train_all(
             unit_scale=True,
             desc=f"{len(runs)} runs",
         ) as bar,
-        ProcessPoolExecutor(jobs, context, _begin, (stop,)) as pool,
+        ProcessPoolExecutor(jobs, context, _begin, (stop, handler)) as pool,
     ):
         with _ignoring_interrupts():  # which the processes inherit: they begin without a Ctrl-C
             waiting = {
@@ -266,18 +269,19 @@ def train_all(
     return {path: e for path, future in waiting.items() if (e := future.exception()) is not None}
 
 
-#: In a process that trains: whether it is to stop.
+#: In a process that trains: whether it is to stop, and what it does at a Ctrl-C.
 _stop: Any = None
+_handler: Any = None
 
 
-def _begin(stop: Any) -> None:
-    global _stop
-    _stop = stop
+def _begin(stop: Any, handler: Any) -> None:
+    global _stop, _handler
+    _stop, _handler = stop, handler
 
 
 def _train(config: Config, run_dir: Path, tensorboard: bool, resume: bool) -> None:
     # Only while it trains does a Ctrl-C, which a terminal sends to every process, reach this one.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, _handler)
     try:
         _go_on()
         train(config, run_dir, resume=resume, tensorboard=tensorboard, threads=1,

@@ -25,7 +25,7 @@ from hypergrad_rl import BLPOConfig, PPOConfig, load_config
 from hypergrad_rl.checkpoint import load_checkpoint
 from hypergrad_rl.cli import main
 from hypergrad_rl.meanings import MEANINGS
-from hypergrad_rl.run_directory import held
+from hypergrad_rl.run_directory import has_ended, held
 from hypergrad_rl.tensor_envs import ArrayCollector
 
 QUICK = ["--total-steps", "256", "--num-envs", "2", "--num-steps", "32", "--epochs", "1",
@@ -335,8 +335,13 @@ def test_an_interrupted_run_says_how_to_go_on(
 def test_an_interrupted_comparison_stops_and_says_how_to_go_on(tmp_path: Path) -> None:
     runs, names = tmp_path / "runs", ("ppo-0", "nested-0", "blpo-0")
     words = ["compare", *QUICK[2:], "--seeds", "0", "--jobs", "1", "--total-steps", "100000000"]
+    # What a shell begins in the background ignores Ctrl-C, and so would these tests' children.
+    heeding = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('hypergrad_rl', run_name='__main__')"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "hypergrad_rl", *words, "--compile", "false", "--run-dir", runs],
+        [sys.executable, "-c", heeding, *words, "--compile", "false", "--run-dir", runs],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -358,6 +363,27 @@ def test_an_interrupted_comparison_stops_and_says_how_to_go_on(tmp_path: Path) -
         algo = name.split("-")[0]
         assert line.startswith(f"python -m hypergrad_rl train --algo {algo} --env CartPole-v1 ")
         assert line.endswith(f" --run-dir {runs / name}")
+
+
+def test_a_comparison_in_the_background_ignores_ctrl_c(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    words = ["compare", *QUICK[2:], "--algos", "ppo", "nested", "--seeds", "0", "--jobs", "1"]
+    deaf = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "runpy.run_module('hypergrad_rl', run_name='__main__')"
+    )
+    words += ["--total-steps", "12800", "--compile", "false", "--run-dir", str(runs)]
+    process = subprocess.Popen([sys.executable, "-c", deaf, *words], start_new_session=True)
+    try:
+        while not (runs / "ppo-0" / "metrics.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=120) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert all(has_ended(runs / name) for name in ("ppo-0", "nested-0"))
 
 
 @pytest.mark.parametrize(("chosen", "used"), [(None, "dummy"), ("x11", "x11")])
