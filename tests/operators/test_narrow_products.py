@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hypergrad
 from hypergrad.operators import compilation, loops, narrow_products
+from tests.operators.graphs import Told
 from tests.strategies import F64, gaussian
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
@@ -37,19 +38,6 @@ CASES: dict[str, tuple[Function, tuple[Tensor, ...], list[tuple[int, ...]]]] = {
     # What comes after may go by places in memory, as loops and branches do by strides.
     "places": (lambda a, b: (a.T @ b).as_strided((6, 2), (5, 1), 3), (A, B), [(5, 40)]),
 }
-
-
-class Told(torch.fx.Interpreter):
-    """What the compiler goes by, ``meta``, is what a node gives."""
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.op == "call_function":
-            told = n.meta["val"]
-            assert (told.shape, told.stride(), told.dtype) == (
-                result.shape, result.stride(), result.dtype,
-            )  # fmt: skip
-        return result
 
 
 @pytest.mark.parametrize("name", CASES)
