@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import DifferentiationError, TreeStructureError
 from ..pytree import Tree, TreeLayout
-from ..transforms import apply, differentiable, plain
+from ..transforms import apply, differentiable
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -167,16 +167,20 @@ class LinearOperator(ABC):
         return self.matvec(v)
 
     def __add__(self, other: object) -> LinearOperator:
+        from .algebra import Sum  # which is made of operators
+
         if isinstance(other, LinearOperator):
-            return _Sum(self, other)
+            return Sum(self, other)
         scalar = _as_scalar(other)
         return NotImplemented if scalar is None else self.shift(scalar)
 
     __radd__ = __add__
 
     def __mul__(self, other: object) -> LinearOperator:
+        from .algebra import Affine  # which is made of operators
+
         scalar = _as_scalar(other)
-        return NotImplemented if scalar is None else _Affine(self, scalar, 0.0)
+        return NotImplemented if scalar is None else Affine(self, scalar, 0.0)
 
     __rmul__ = __mul__
 
@@ -186,27 +190,29 @@ class LinearOperator(ABC):
             raise ZeroDivisionError("an operator was divided by zero")
         if isinstance(scalar, float) and abs(scalar) < sys.float_info.min:
             return self * _FAR / (scalar * _FAR)  # its inverse may be beyond the range
-        return NotImplemented if scalar is None else _Affine(self, 1.0 / scalar, 0.0)
+        return NotImplemented if scalar is None else self * (1.0 / scalar)
 
     def __neg__(self) -> LinearOperator:
-        return _Affine(self, -1.0, 0.0)
+        return self * -1.0
 
     def __sub__(self, other: object) -> LinearOperator:
         if isinstance(other, LinearOperator):
-            return _Sum(self, -other)
+            return self + -other
         scalar = _as_scalar(other)
         return NotImplemented if scalar is None else self.shift(-scalar)
 
     def __rsub__(self, other: object) -> LinearOperator:
         scalar = _as_scalar(other)
-        return NotImplemented if scalar is None else _Affine(self, -1.0, scalar)
+        return NotImplemented if scalar is None else (-self).shift(scalar)
 
     def shift(self, damping: float | Tensor) -> LinearOperator:
         """A + damping I."""
+        from .algebra import Affine  # which is made of operators
+
         scalar = _as_scalar(damping)
         if scalar is None:
             raise ValueError(f"an operator was shifted by {damping!r}; expected a finite number")
-        return _Affine(self, 1.0, scalar)
+        return Affine(self, 1.0, scalar)
 
     def to_dense(self, chunk_size: int = 256) -> Tensor:
         """The matrix of A in the flat coordinates of ``layout``, shape (n, n).
@@ -298,129 +304,6 @@ class _ConstantProduct(torch.autograd.Function):
         stacked = block.movedim(in_dims[1], 0)
         rows = stacked.reshape(-1, stacked.shape[-1])
         return apply(_ConstantProduct, operator, rows).reshape(stacked.shape), 0
-
-
-class _Affine(LinearOperator):
-    """scale * A + shift * I."""
-
-    def __init__(self, base: LinearOperator, scale: float | Tensor, shift: float | Tensor) -> None:
-        super().__init__(base.layout)
-        self.base: LinearOperator = base
-        self.scale: float | Tensor = scale
-        self.offset: float | Tensor = shift
-        self._attached_count = base._attached_count
-        if isinstance(base, _Affine):  # keep chains of algebra one level deep
-            whole, offset = scale * base.scale, scale * base.offset
-            if _holds(whole, scale, base.scale) and _holds(offset, scale, base.offset):
-                self.base, self.scale, self.offset = base.base, whole, offset + shift
-
-    def _apply(self, block: Tensor) -> Tensor:
-        return self._combined(self.base._apply(block), block, plain(self.scale), plain(self.offset))
-
-    @staticmethod
-    def _combined(
-        product: Tensor, block: Tensor, scale: float | Tensor, offset: float | Tensor
-    ) -> Tensor:
-        if isinstance(scale, Tensor) or scale != 1.0:
-            product = scale * product
-        if isinstance(offset, Tensor):
-            return product + offset.to(block.dtype) * block
-        if block.element_size() == 2:  # a number passed as alpha is rounded to 16 bits first
-            return product + offset * block if offset else product
-        return torch.add(product, block, alpha=offset) if offset else product
-
-    def _tensors(self) -> list[Tensor]:
-        own = [x for x in (self.scale, self.offset) if isinstance(x, Tensor)]
-        return own + self.base._tensors()
-
-    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
-        rest = list(tensors)
-        scale = rest.pop(0) if isinstance(self.scale, Tensor) else self.scale
-        offset = rest.pop(0) if isinstance(self.offset, Tensor) else self.offset
-        return _Affine(self.base._with_tensors(rest), scale, offset)
-
-    def _attached(self, block: Tensor) -> Tensor:
-        return self._combined(self.base._attached(block), block, self.scale, self.offset)
-
-    def _signature(self) -> Hashable:
-        base, fixed = self.base._signature(), (self.scale, self.offset)
-        known = base is not None and not any(isinstance(x, Tensor) for x in fixed)
-        return (_Affine, base, *fixed) if known else None
-
-    def _check_fresh(self) -> None:
-        self.base._check_fresh()
-
-    def _note_constant(self) -> None:
-        self.base._note_constant()
-
-    def _traced_products(self, block: Tensor) -> Tensor:
-        product = self.base._traced_products(block)
-        return self._combined(product, block, plain(self.scale), plain(self.offset))
-
-    def _depends_on_more(self) -> bool | None:
-        return self.base._depends_on_more()
-
-    def _look(self) -> int:
-        return self.base._look()
-
-    def _transposed(self) -> LinearOperator:
-        return _Affine(self.base._transposed(), self.scale, self.offset)
-
-
-def _holds(product: float | Tensor, *factors: float | Tensor) -> bool:
-    """Whether numbers were multiplied without leaving the range; of tensors nothing is asked."""
-    if isinstance(product, Tensor) or 0.0 in factors:
-        return True
-    return sys.float_info.min <= abs(product) < math.inf
-
-
-class _Sum(LinearOperator):
-    """A + B."""
-
-    def __init__(self, left: LinearOperator, right: LinearOperator) -> None:
-        check_same_layout(left.layout, right.layout, "the two operators of a sum")
-        super().__init__(left.layout)
-        self.left, self.right = left, right
-
-    def _apply(self, block: Tensor) -> Tensor:
-        return self.left._apply(block) + self.right._apply(block)
-
-    def _tensors(self) -> list[Tensor]:
-        return self.left._tensors() + self.right._tensors()
-
-    def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
-        split = len(self.left._tensors())
-        return _Sum(
-            self.left._with_tensors(tensors[:split]), self.right._with_tensors(tensors[split:])
-        )
-
-    def _attached(self, block: Tensor) -> Tensor:
-        return self.left._attached(block) + self.right._attached(block)
-
-    def _signature(self) -> Hashable:
-        both = self.left._signature(), self.right._signature()
-        return None if None in both else (_Sum, *both)
-
-    def _check_fresh(self) -> None:
-        self.left._check_fresh()
-        self.right._check_fresh()
-
-    def _note_constant(self) -> None:
-        self.left._note_constant()
-        self.right._note_constant()
-
-    def _traced_products(self, block: Tensor) -> Tensor:
-        return self.left._traced_products(block) + self.right._traced_products(block)
-
-    def _depends_on_more(self) -> bool | None:
-        parts = (self.left._depends_on_more(), self.right._depends_on_more())
-        return True if any(parts) else (None if None in parts else False)
-
-    def _look(self) -> int:
-        return max(self.left._look(), self.right._look())
-
-    def _transposed(self) -> LinearOperator:
-        return _Sum(self.left._transposed(), self.right._transposed())
 
 
 def check_same_layout(left: TreeLayout, right: TreeLayout, what: str) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..errors import SolverOptionError
 from ..pytree import Tree, TreeLayout
 from ..transforms import plain
-from .base import LinearOperator, _Affine, _Sum
+from .algebra import Affine, Sum
+from .base import LinearOperator
 
 
 class RootOperator(LinearOperator):
@@ -130,7 +131,7 @@ def root_of(operator: LinearOperator, *, asked_by: str) -> Root:
     """
     if isinstance(operator, RootOperator):
         return Root(((operator, 1.0),), 0.0)
-    if isinstance(operator, _Affine):
+    if isinstance(operator, Affine):
         scale, shift = _number(operator.scale), _number(operator.offset)
         if scale < 0:
             raise SolverOptionError(
@@ -140,7 +141,7 @@ def root_of(operator: LinearOperator, *, asked_by: str) -> Root:
         inner = root_of(operator.base, asked_by=asked_by)
         parts = tuple((part, scale * factor) for part, factor in inner.parts)
         return Root(parts, scale * inner.shift + shift)
-    if isinstance(operator, _Sum):
+    if isinstance(operator, Sum):
         left = root_of(operator.left, asked_by=asked_by)
         right = root_of(operator.right, asked_by=asked_by)
         return Root(left.parts + right.parts, left.shift + right.shift)
