@@ -24,6 +24,7 @@ from .modes import Mode
 from .one_batch import made, naming, requires_grad, unused_by
 from .point import Point, check_differentiable, report_unused
 from .sampled import SampledOperator
+from .sampled_batches import MinibatchPart, SampledBatches
 
 Reduction = Literal["mean", "sum"]
 
@@ -93,13 +94,13 @@ class MinibatchOperator(LinearOperator):
         sizes = self._loader.sizes
         assert sizes is not None
         weights = sizes if self.reduction == "mean" else [1.0] * len(sizes)
-        return _SampledBatches(self, weights, generator)
+        return SampledBatches(self, weights, generator)
 
     def _parts(self) -> list[LinearOperator]:
         """The operators of the minibatches, of which the whole is the mean."""
         assert self._loader.sizes is not None
         count = len(self._loader.sizes)
-        parts: list[LinearOperator] = [_Part(self, index) for index in range(count)]
+        parts: list[LinearOperator] = [MinibatchPart(self, index) for index in range(count)]
         return parts if self.reduction == "mean" else [float(count) * part for part in parts]
 
     def _probe(self) -> None:
@@ -240,58 +241,6 @@ class _PassProduct(torch.autograd.Function):
             operator._pulled_back(block, grad, wanted) if any(wanted) else [None] * len(params)
         )
         return (None, in_block, *in_params)
-
-
-class _Part(LinearOperator):
-    """The operator of one minibatch, which is loaded for each product."""
-
-    def __init__(self, whole: MinibatchOperator, index: int) -> None:
-        super().__init__(whole.layout)
-        self.whole, self.index = whole, index
-
-    def _apply(self, block: Tensor) -> Tensor:
-        whole = self.whole
-        whole._point.check_fresh(self.layout)
-        batch = whole._loader.at(self.index)
-        params = self.layout.unflatten_leaves(whole._point.params)
-        with seeded(whole._seed_of(self.index), self.device), naming(self.index):
-            product: Tensor = made(whole._make, params, batch)._apply(block)
-            return product
-
-
-class _SampledBatches(SampledOperator):
-    """One minibatch a product; its derivatives are by passes, with one minibatch at a time."""
-
-    def __init__(
-        self,
-        whole: MinibatchOperator,
-        weights: list[float],
-        generator: torch.Generator | None,
-    ) -> None:
-        super().__init__(whole._parts(), weights=weights, generator=generator)
-        self.whole = whole
-
-    def _tensors(self) -> list[Tensor]:
-        return self.whole._tensors()
-
-    def _with_tensors(self, tensors: Sequence[Tensor]) -> SampledOperator:
-        whole = self.whole._with_tensors(tensors)
-        other = copy.copy(self)
-        other.whole, other.operators = whole, whole._parts()
-        return other
-
-    def _attached(self, block: Tensor) -> Tensor:
-        return self.whole._attached(block)
-
-    def _depends_on_more(self) -> bool | None:
-        return self.whole._depends_on_more()
-
-    def _look(self) -> int:
-        self.whole._look()
-        return len(self.operators)
-
-    def _transposed(self) -> SampledOperator:
-        return self
 
 
 def minibatch_hessian(
