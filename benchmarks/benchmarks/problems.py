@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TypeAlias
@@ -58,6 +58,17 @@ class Problem:
             return dict(zip(leaves, products, strict=True))
 
         return hvp
+
+    def in_float64(self) -> Problem:
+        """The same numbers in the wider dtype."""
+
+        def widened(x: Tensor) -> Tensor:
+            return x.double() if x.is_floating_point() else x
+
+        params = {name: widened(leaf) for name, leaf in self.params.items()}
+        return replace(
+            self, params=params, inputs=widened(self.inputs), targets=widened(self.targets)
+        )
 
     def right_hand_side(self) -> Params:
         generator = torch.Generator().manual_seed(1)

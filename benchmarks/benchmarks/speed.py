@@ -141,6 +141,42 @@ class OneGraph:
         )
 
 
+class MixedPrecision:
+    """A compiled solve in float64 to ``RTOL``, its products in float32, against one without.
+
+    The residuals are kept orthogonal in both; compiling is not in it.
+    """
+
+    RTOL = 1e-8
+    params: ClassVar[list[str]] = ["critic", "logistic"]
+    param_names: ClassVar[list[str]] = ["problem"]
+    problems: ClassVar[dict[str, Callable[[], Problem]]] = PROBLEMS
+    unit = "float32 / float64"
+
+    def setup(self, name: str) -> None:
+        single_threaded()
+        self.problem = self.problems[name]().in_float64()
+        problem = self.problem
+        # The Gauss-Newton matrix has no negative curvature, which CG would stop at.
+        self.operator = hypergrad.ggn(
+            problem.model_fn, problem.output_loss, problem.params, problem.inputs, problem.targets
+        )
+        self.v = problem.right_hand_side()
+
+    def solve(self, mixed: bool) -> hypergrad.Solution:
+        solver = hypergrad.CG(
+            rtol=self.RTOL, compile=True, reorthogonalize=True, mixed_precision=mixed
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", hypergrad.CompilationWarning)  # that it ran eagerly
+            return hypergrad.solve(
+                self.operator, self.v, solver, damping=DAMPING, on_failure="raise"
+            )
+
+    def track_mixed_over_float64(self, name: str) -> float:
+        return ratio(lambda: self.solve(True), lambda: self.solve(False), self.problem.repeats)
+
+
 class ProductRatios:
     """Products in gradients; the operator is made beforehand, except in ``track_making``."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch.fx import Graph, GraphModule, Node
 
-from . import narrow_products, small_products
+from . import narrow_products, rounded_products, small_products
 from .narrow_products import transpose_narrow
+from .rounded_products import round_products
 from .small_products import direct_products
 
 try:
@@ -37,13 +40,14 @@ class HoistInvariants(CustomGraphPass):
     A product with a Hessian is linear in the vector that changes; what is not, the loss and its
     gradient, would be computed again in every turn. Nor is it computed twice by what surrounds the
     loop: another product that begins or checks.  And small products call a kernel, narrow ones are
-    transposed.
+    transposed; what is to be rounded becomes float32.
     """
 
     def __call__(self, graph: Graph) -> None:
         """Change ``graph``, and those of its loops, in place."""
         module = graph.owning_module
         assert module is not None
+        round_products(graph)
         direct_products(graph)
         transpose_narrow(graph)
         for node in list(graph.nodes):
@@ -54,7 +58,12 @@ class HoistInvariants(CustomGraphPass):
     def uuid(self) -> bytes:
         """What PyTorch's cache of compiled graphs knows this pass by."""
         code: bytes = get_hash_for_files(
-            (__file__, small_products.__file__, narrow_products.__file__)
+            (
+                __file__,
+                small_products.__file__,
+                narrow_products.__file__,
+                rounded_products.__file__,
+            )
         )
         return code
 
@@ -67,7 +76,7 @@ def _hoist(module: GraphModule, graph: Graph, loop: Node) -> None:
     outside: dict[Node, Node] = dict(
         zip(inputs[len(carried) :], constants, strict=True)  # type: ignore[arg-type]
     )
-    invariant = _invariant(nodes, set(outside))
+    invariant, written = _invariant(nodes, set(outside))
     moved = _needed(nodes, invariant)
     if not moved:
         return
@@ -75,9 +84,15 @@ def _hoist(module: GraphModule, graph: Graph, loop: Node) -> None:
         for node in nodes:
             if node in invariant and node not in outside:
                 outside[node] = graph.node_copy(node, lambda x: outside[x])
+    first = next(node for node in nodes if node.op != "placeholder")
     for node in moved:
         replacement = _new_input(body.graph, node)
         _new_input(condition.graph, node)
+        if node in written:  # in each turn, which is to find it as it was
+            with body.graph.inserting_before(first):
+                copy = body.graph.call_function(torch.ops.aten.clone.default, (replacement,))
+            copy.meta = dict(node.meta)
+            replacement = copy
         node.replace_all_uses_with(replacement)
     body.graph.eliminate_dead_code()
     body.recompile()
@@ -86,14 +101,46 @@ def _hoist(module: GraphModule, graph: Graph, loop: Node) -> None:
     graph.eliminate_dead_code()
 
 
-def _invariant(nodes: list[Node], known: set[Node]) -> set[Node]:
-    """The nodes that depend on nothing but the loop's constants, those included."""
-    found = set(known)
+def _invariant(nodes: list[Node], known: set[Node]) -> tuple[set[Node], set[Node]]:
+    """The nodes that depend on nothing but the loop's constants, and those with memory written to.
+
+    The former with the constants; what reads memory after it was written to is not among them.
+    """
+    found, written = set(known), set[Node]()
     for node in nodes:
-        fixed = all(x in found for x in node.all_input_nodes)
-        if node.op == "call_function" and fixed and _pure(node):
+        if node.op != "call_function":
+            continue
+        fixed = all(x in found and _owners(x).isdisjoint(written) for x in node.all_input_nodes)
+        if fixed and _pure(node):
             found.add(node)
-    return found
+        for x in _written_by(node):
+            written |= _owners(x)
+    return found, written
+
+
+def _written_by(node: Node) -> list[Node]:
+    """The arguments that an operation writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    written = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            written += [x for x in torch_pytree.tree_leaves(value) if isinstance(x, Node)]
+    return written
+
+
+def _owners(node: Node) -> set[Node]:
+    """The nodes whose memory a node may look at, itself if it looks at nobody's."""
+    owners, asked = set[Node](), [node]
+    while asked:
+        x = asked.pop()
+        if x.all_input_nodes and _is_view(x):
+            asked += x.all_input_nodes
+        else:
+            owners.add(x)
+    return owners
 
 
 def _pure(node: Node) -> bool:
@@ -124,7 +171,11 @@ def _needed(nodes: list[Node], invariant: set[Node]) -> list[Node]:
 
 def _is_view(node: Node) -> bool:
     target: Any = getattr(node.target, "_overloadpacket", node.target)
-    return getattr(target, "__name__", "") in _VIEWS
+    if target is operator.getitem:  # of several results, such as the parts of one
+        return _is_view(node.all_input_nodes[0])
+    schema = getattr(node.target, "_schema", None)
+    aliases = schema is not None and any(x.alias_info is not None for x in schema.returns)
+    return aliases or getattr(target, "__name__", "") in _VIEWS
 
 
 def _new_input(graph: Graph, like: Node) -> Node:

@@ -1,13 +1,13 @@
 """CG for one right-hand side as one compiled graph: products, recurrence and the check at the end.
 
 The graph does the ordinary case.  What it cannot settle, negative curvature, products that are not
-symmetric, a recurrence that lost touch with the true residual, goes on in :mod:`.cg`.
+symmetric, a recurrence that lost touch with the true residual, goes on in :mod:`.cg`.  In mixed
+precision another graph, whose recurrence is one of float32, goes first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from ..operators import LinearOperator
 from ..operators.compilation import Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
-from ..operators.loops import while_loop
+from ..operators.rounded_products import rounded
 from .base import DampedSystem, Outcome, Status, allowed_skew
 from .compiled import Iterations, proved, underflows
 from .krylov import PATIENCE
+from .traced_cg import GATHERED, recurrence
 
 _INSTEAD = "CG(compile=True) runs eagerly"
 #: The recurrence stops at this part of the tolerance: its residual and the true one differ by
@@ -28,23 +29,12 @@ _INSTEAD = "CG(compile=True) runs eagerly"
 _SHARE = 0.95
 #: A further round, from the true residual, must have gained this much to be worth another.
 _GAIN = 0.1
+#: In float32, or the rounding of its products is too much for the condition of the system: rounds
+#: then take more iterations than float64 does.
+_NARROW_GAIN = 0.01
 #: Residuals that a graph keeps to be orthogonal to; the older ones go.  Its work is that of so many
 #: from the first iteration on.
 _KEPT = 64
-#: As many are gathered before they join the others, which is a copy of all: a loop cannot write
-#: into what it carries.
-_GATHERED = 8
-
-
-@dataclass
-class _Found:
-    """Where a round of the recurrence ended, as numbers of the host."""
-
-    iterations: int
-    norm: float
-    definite: bool
-    skewed: bool
-    largest: float
 
 
 def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcome | None:
@@ -56,64 +46,145 @@ def run_compiled(config: Any, system: DampedSystem, x0: Tensor | None) -> Outcom
     given = Iterations.begin(config, system, x0, _INSTEAD)
     if given is None:
         return None
-    operator, fixed, damping = system.operator, given.fixed, given.damping
-    tolerance, budget, norm = given.tolerance, given.budget, given.norm
-    kept = min(_KEPT, -(-budget // _GATHERED) * _GATHERED) if config.reorthogonalize else 0
-    graph = graph_of(
-        (operator._signature(), "cg", fixed, kept, system.b.dtype),
-        lambda: _graph(operator, fixed, kept),
-    )
-    claim = 0.0 if fixed else _SHARE * max(tolerance, torch.finfo(system.b.dtype).eps ** 2)
-    scalars = system.b.new_tensor(claim), system.b.new_tensor(damping)
-    x, rest = given.start, given.residual
-    done, status = 0, Status.STAGNATED
-    for _ in range(PATIENCE):
-        left = torch.tensor(budget - done, device=system.b.device)
-        results = graph.run(operator, system.b[0], x, rest, *scalars, left)
+    kept = min(_KEPT, -(-given.budget // GATHERED) * GATHERED) if config.reorthogonalize else 0
+    rounds = _Rounds(system, given, kept, given.start, given.residual, given.norm)
+    if config.mixed_precision and system.operator.dtype == torch.float64:
+        graph = rounds.graph(narrow=True)
+        outcome = rounds.in_float32(graph)
+        if outcome is not None or graph.compiled is None or rounds.done >= given.budget:
+            return outcome
+    return rounds.in_full()
+
+
+@dataclass
+class _Rounds:
+    """Calls of graphs, each a recurrence from the true residual of the answer so far.
+
+    Attributes:
+        system, given: what is solved, and the numbers that end it.
+        kept: as many residuals are kept to be orthogonal to.
+        x, rest: the answer so far and its true residual, of shape (n,) in the working dtype.
+        norm: of ``rest``.
+        done: iterations so far.
+    """
+
+    system: DampedSystem
+    given: Iterations
+    kept: int
+    x: Tensor
+    rest: Tensor
+    norm: float
+    done: int = 0
+
+    def graph(self, *, narrow: bool) -> Graph:
+        operator, fixed = self.system.operator, self.given.fixed
+        return graph_of(
+            (operator._signature(), "cg", fixed, self.kept, narrow, self.system.b.dtype),
+            lambda: _graph(operator, fixed, self.kept, narrow),
+        )
+
+    def in_full(self) -> Outcome | None:
+        """Rounds in the operator's dtype; as :func:`run_compiled`."""
+        given, graph, status = self.given, self.graph(narrow=False), Status.STAGNATED
+        for _ in range(PATIENCE):
+            before, found = self.norm, self._round(graph)
+            if found is None:
+                return None
+            if given.fixed or found.norm < before:
+                self._take(found)
+            if not found.definite:
+                break
+            if given.fixed:
+                status = Status.FIXED_ITERATIONS if self.norm > 0 else Status.CONVERGED
+                break
+            if self.norm <= given.tolerance:
+                status = Status.CONVERGED
+                break
+            if self.done >= given.budget:
+                status = Status.MAX_ITERATIONS
+                break
+            if self.norm > _GAIN * before:
+                break
+        return self._outcome(status)
+
+    def in_float32(self, graph: Graph) -> Outcome | None:
+        """Rounds with products in float32, as long as each gains; None where it takes others.
+
+        What they found until then is where those begin.
+        """
+        while True:
+            before, found = self.norm, self._round(graph)
+            if found is None:
+                return None
+            if found.norm < before:
+                self._take(found)
+            if self.norm <= self.given.tolerance:
+                return self._outcome(Status.CONVERGED)
+            if self.done >= self.given.budget:  # whether to trust the curvature is for eager code
+                status = Status.MAX_ITERATIONS if found.definite else Status.STAGNATED
+                return self._outcome(status)
+            if not found.definite or self.norm > _NARROW_GAIN * before:
+                return None
+
+    def _round(self, graph: Graph) -> _Found | None:
+        """One call, whose products are counted; None where its results are not to be used."""
+        system, given, b = self.system, self.given, self.system.b
+        claim = 0.0 if given.fixed else _SHARE * max(given.tolerance, torch.finfo(b.dtype).eps ** 2)
+        left = torch.tensor(given.budget - self.done, device=b.device)
+        results = graph.run(
+            system.operator, b[0], self.x, self.rest,
+            b.new_tensor(claim), b.new_tensor(given.damping), left,
+        )  # fmt: skip
         if results is None:
             return None
-        x, rest, numbers = results
-        found = _read(numbers, operator)
-        done, before = done + found.iterations, norm
+        found = _Found.read(*results)
+        self.done += found.iterations
         system.num_hvps += found.iterations + 1
-        if found.skewed or not math.isfinite(found.norm):
+        if not (found.symmetric and math.isfinite(found.norm)):
             return None  # where the eager solver says what is wrong, or that it is rounding
         if underflows(system, found.largest):
             return None
-        answer, norm = x[None], found.norm
-        rounded = answer.to(operator.dtype).to(x.dtype)
-        if not (graph.proved or proved(graph, system, rounded, rest[None], damping)):
-            return None
-        if not found.definite:
-            break
-        if fixed:
-            status = Status.FIXED_ITERATIONS if norm > 0 else Status.CONVERGED
-            break
-        if norm <= tolerance:
-            status = Status.CONVERGED
-            break
-        if done >= budget:
-            status = Status.MAX_ITERATIONS
-            break
-        if norm > _GAIN * before:
-            break
-    return Outcome(
-        x=answer,
-        residual_norms=system.b.new_tensor([norm]),
-        statuses=[status],
-        iterations=[done],
-        damping=damping,
-    )
+        x, rest = found.x[None], found.rest[None]
+        rounded = x.to(system.operator.dtype).to(x.dtype)
+        good = graph.proved or proved(graph, system, rounded, rest, given.damping)
+        return found if good else None
+
+    def _take(self, found: _Found) -> None:
+        self.x, self.rest, self.norm = found.x, found.rest, found.norm
+
+    def _outcome(self, status: Status) -> Outcome:
+        return Outcome(
+            x=self.x[None],
+            residual_norms=self.system.b.new_tensor([self.norm]),
+            statuses=[status],
+            iterations=[self.done],
+            damping=self.given.damping,
+        )
 
 
-def _read(numbers: Tensor, operator: LinearOperator) -> _Found:
-    iterations, norm, definite, skew, largest = numbers.tolist()  # one transfer from the device
-    skewed = not skew <= allowed_skew(operator.dtype)
-    return _Found(int(iterations), norm, bool(definite), skewed, largest)
+@dataclass
+class _Found:
+    """Where a round ended: the answer, its true residual, and numbers of the host."""
+
+    x: Tensor
+    rest: Tensor
+    iterations: int
+    norm: float
+    definite: bool
+    symmetric: bool
+    largest: float
+
+    @classmethod
+    def read(cls, x: Tensor, rest: Tensor, numbers: Tensor) -> _Found:
+        # One transfer from the device.
+        iterations, norm, definite, symmetric, largest = numbers.tolist()
+        return cls(x, rest, int(iterations), norm, bool(definite), bool(symmetric), largest)
 
 
-def _graph(operator: LinearOperator, fixed: bool, kept: int) -> Graph:
+def _graph(operator: LinearOperator, fixed: bool, kept: int, narrow: bool) -> Graph:
+    """A round, with products in float32 if ``narrow``; the one that checks is the operator's."""
     template = detached(operator)
+    dtype = torch.float32 if narrow else operator.dtype
 
     def conjugate_gradients(
         tensors: list[Tensor],
@@ -125,134 +196,38 @@ def _graph(operator: LinearOperator, fixed: bool, kept: int) -> Graph:
         budget: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         now = template._with_tensors(tensors)
+        # Far below one, narrow numbers would lose digits.
+        unit = torch.linalg.vector_norm(residual)
 
         def product(vector: Tensor) -> Tensor:
             return now._traced_products(vector[None])[0]
 
-        correction, numbers = _recurrence(
-            product, residual, claim, damping, budget, now.dtype, keep_best=not fixed, kept=kept
+        def within(vector: Tensor) -> Tensor:
+            return rounded(product, vector) if narrow else product(vector)
+
+        correction, (iterations, definite, skew) = recurrence(
+            within,
+            residual / unit if narrow else residual,
+            claim / unit if narrow else claim,
+            damping,
+            budget,
+            dtype,
+            keep_best=not fixed,
+            kept=kept,
+            until_untrue=narrow,
         )
-        x = start + correction.to(b.dtype)
-        rounded = x.to(now.dtype)  # as it will be returned
-        left = b - product(rounded).to(b.dtype) - damping * rounded.to(b.dtype)
-        iterations, definite, skew = numbers
-        facts = (iterations, torch.linalg.vector_norm(left), definite, skew, rounded.abs().amax())
-        return x, left, torch.stack([x.to(b.dtype) for x in facts])
+        correction = correction.to(b.dtype)
+        x = start + (unit * correction if narrow else correction)
+        returned = x.to(now.dtype)
+        left = b - product(returned).to(b.dtype) - damping * returned.to(b.dtype)
+        symmetric = skew <= allowed_skew(now.dtype)
+        norm, largest = torch.linalg.vector_norm(left), returned.abs().amax()
+        facts = (iterations, norm, definite, symmetric, largest)
+        return x, left, torch.stack([fact.to(b.dtype) for fact in facts])
 
     return Graph(
         conjugate_gradients,
-        f"CG with {operator!r}",
+        f"CG{' in float32' if narrow else ''} with {operator!r}",
         _INSTEAD,
         compiler_options(operator.device),
     )
-
-
-def _along(rows: Tensor, vector: Tensor) -> Tensor:
-    """The part of a vector along orthonormal rows, by products of matrices: calls of a BLAS."""
-    part: Tensor = torch.mm(torch.mm(rows, vector[:, None]).mT, rows)[0]
-    return part
-
-
-def _recurrence(
-    product: Callable[[Tensor], Tensor],
-    residual: Tensor,
-    claim: Tensor,
-    damping: Tensor,
-    budget: Tensor,
-    dtype: torch.dtype,
-    *,
-    keep_best: bool,
-    kept: int,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """CG from zero: the correction, then iterations, definiteness, and relative asymmetry.
-
-    Vectors are of the products' dtype, inner products of the wider one of ``residual``.  Of
-    symmetric products p0'A p1 = p1'A p0, and CG chooses p1 so that the latter is zero.  With
-    ``kept`` each residual is made orthogonal to as many before it; see :mod:`.orthogonal`.
-    """
-    wide, rounding = residual.dtype, torch.finfo(dtype).eps
-    # What a loop reads may share no memory, hence the copies.
-    r = residual.to(dtype, copy=True)
-    squared = residual.square().sum()
-    length0 = squared.sqrt()
-    # Few: each tensor that a loop carries costs it as much as a hundred numbers of a vector.
-    first = {
-        "k": torch.zeros_like(budget),
-        "x": torch.zeros_like(r),
-        "r": r,
-        "p": r.clone(),
-        "squared": squared,
-        "beta": torch.ones_like(squared),
-        "skew": torch.zeros_like(squared),
-    }
-    if keep_best:
-        first |= {"best_x": torch.zeros_like(r), "best": squared.clone()}
-    names, narrow = list(first), damping.to(dtype, copy=True)
-
-    def going(*state: Tensor) -> Tensor:
-        now = dict(zip(names, state, strict=True))
-        return (now["squared"] > claim.square()) & (now["k"] < budget)
-
-    def step(*state: Tensor, blocks: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
-        now = dict(zip(names, state, strict=True))
-        p, r, k = now["p"], now["r"], now["k"]
-        image = product(p)
-        wide_p, wide_image = p.to(wide), image.to(wide)
-        damped = wide_image + damping * wide_p
-        along = (wide_p * damped).sum()
-        length = wide_p.square().sum().sqrt()
-        size = wide_image.square().sum().sqrt() + damping * length
-        definite = along > rounding * length * size
-        alpha = torch.where(definite, now["squared"] / along, 0.0).to(dtype)
-        after = r - alpha * (image + narrow * p)
-        for part in [_along(block, after) for block in blocks]:
-            after = after - part
-        squared = after.to(wide).square().sum()
-        beta = squared / now["squared"]
-        # p0 = (p1 - r1) / beta, hence p0'A p1:
-        gap = (along - (r.to(wide) * damped).sum()).abs() / now["beta"]
-        new = {
-            "k": k + 1,
-            "x": now["x"] + alpha * p,
-            "r": after,
-            "p": after + beta.to(dtype) * p,
-            "squared": torch.where(definite, squared, -now["squared"]),  # which ends the loop
-            "beta": beta,
-            "skew": torch.where(k == 1, gap / (length0 * size), now["skew"]),
-        }
-        if keep_best:  # one late, so that no pass over a vector is needed for it alone
-            better = now["squared"] < now["best"]
-            new["best_x"] = torch.where(better, now["x"], now["best_x"])
-            new["best"] = torch.where(better, now["squared"], now["best"])
-        return tuple(new.values())
-
-    def gathering(*state: Tensor) -> Tensor:
-        return going(*state[:-2]) & (state[-2] < _GATHERED)
-
-    def turn(*state: Tensor) -> tuple[Tensor, ...]:
-        """Some steps, in a loop of their own."""
-        *outer, block = state
-
-        def gather(*state: Tensor) -> tuple[Tensor, ...]:
-            *inner, count, gathered = state
-            now = dict(zip(names, inner, strict=True))
-            own = now["r"] / now["squared"].sqrt().to(now["r"].dtype)
-            gathered = torch.cat([gathered[1:], own[None]])
-            return (*step(*inner, blocks=(block, gathered)), count + 1, gathered)
-
-        none = torch.zeros_like(budget), torch.zeros_like(block[:_GATHERED])
-        *outer, _, gathered = while_loop(gathering, gather, (*outer, *none))  # type: ignore[no-untyped-call]
-        return (*outer, torch.cat([block[_GATHERED:], gathered]))
-
-    if kept:
-        block = r.new_zeros(kept, len(r))
-        *ended, _ = while_loop(  # type: ignore[no-untyped-call]
-            lambda *state: going(*state[:-1]), turn, (*first.values(), block)
-        )
-    else:
-        ended = while_loop(going, step, tuple(first.values()))  # type: ignore[no-untyped-call]
-    last = dict(zip(names, ended, strict=True))
-    x, squared = last["x"], last["squared"]
-    if keep_best:
-        x = torch.where(squared.abs() <= last["best"], x, last["best_x"])
-    return x, (last["k"], squared >= 0, last["skew"])

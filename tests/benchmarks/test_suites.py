@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import inspect
 import itertools
 import json
@@ -15,6 +16,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.benchmarks import problems, speed, stability
+from hypergrad.operators import compilation
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +119,17 @@ def test_a_solve_as_one_graph_is_the_same_solve(problem: str, solver: str) -> No
     # Those of twenty iterations in float32 are the rounding of their directions, too.
     assert 0.1 < compiled.relative_residual / eager.relative_residual < 10
     assert suite.track_compiled_over_eager(problem, solver) > 0
+
+
+@pytest.mark.usefixtures("capture_only")
+def test_a_solve_in_mixed_precision_is_the_same_solve() -> None:
+    suite = speed.MixedPrecision()
+    suite.setup("logistic")
+    suite.problem = dataclasses.replace(suite.problem, repeats=1)
+    mixed, wide = (suite.solve(mixed).info for mixed in (True, False))
+    assert max(mixed.relative_residual, wide.relative_residual) <= suite.RTOL
+    assert any("in float32" in graph.what for graph in compilation._graphs.values())
+    assert suite.track_mixed_over_float64("logistic") > 0
 
 
 @pytest.mark.parametrize("spectrum", problems.SPECTRA)

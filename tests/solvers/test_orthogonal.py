@@ -12,7 +12,7 @@ from torch import Tensor
 import hypergrad
 from hypergrad import CG, Status
 from hypergrad.operators import compilation
-from hypergrad.solvers import compiled_cg
+from hypergrad.solvers import compiled_cg, traced_cg
 from hypergrad.solvers.base import DampedSystem
 from hypergrad.solvers.orthogonal import Residuals
 from tests.solvers.krylov_properties import (
@@ -207,6 +207,25 @@ def test_a_fixed_number_of_iterations_as_one_graph(count: int) -> None:
     assert found[True].info.status is Status.FIXED_ITERATIONS
     error = (found[True].value - found[False].value).norm() / found[False].value.norm()
     assert float(error) <= 1e-9
+
+
+@pytest.mark.usefixtures("capture_only")
+@pytest.mark.parametrize("kept", [8, 24, 64])
+def test_rows_that_are_not_there_yet_are_not_missed(kept: int) -> None:
+    """As many as there are at an iteration: they fill a block from its end, eight at a time."""
+    rows = torch.linalg.qr(gaussian(120, 90)).Q.T
+    vector = gaussian(120, seed=1)
+    few = traced_cg.GATHERED
+    clean = torch.compile(traced_cg._orthogonal, backend="eager", fullgraph=True, dynamic=False)
+    for k in range(kept + 12):
+        block, gathered = vector.new_zeros(kept, 120), vector.new_zeros(few, 120)
+        joined, last = rows[: k - k % few][-kept:], rows[k - k % few : k + 1]
+        block[kept - len(joined) :] = joined
+        gathered[few - len(last) :] = last
+        known = torch.cat([joined, last])
+        expected = vector - known.T @ (known @ vector)
+        found = clean(vector, block, gathered, torch.tensor(k))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("capture_only")

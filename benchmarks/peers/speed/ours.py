@@ -43,6 +43,8 @@ def _operator(given: Given, compiled: bool) -> Callable[[], object]:
 
 
 def _prepare(choose: Choose, knob: str, compiled: bool, problem: Problem) -> Solve:
+    if problem.dtype == "float32" and getattr(choose(1), "mixed_precision", False):
+        raise ValueError("in float32 it is the same as without")
     given, damping = Given(problem), problem.facts.damping
     most = problem.facts.size if knob == "rank" else sys.maxsize
     make = _operator(given, compiled)
@@ -60,6 +62,12 @@ def _prepare(choose: Choose, knob: str, compiled: bool, problem: Problem) -> Sol
 
 def _sketch(work: int) -> hypergrad.Solver:
     return hypergrad.Nystrom(rank=work, generator=torch.Generator().manual_seed(0))
+
+
+def _mixed(reorthogonalize: bool, work: int) -> hypergrad.Solver:
+    return hypergrad.CG(
+        rtol=rtol_of(work), compile=True, reorthogonalize=reorthogonalize, mixed_precision=True
+    )
 
 
 def _preconditioned(work: int) -> hypergrad.Solver:
@@ -118,6 +126,8 @@ def team() -> Team:
                 lambda work: hypergrad.CG(rtol=rtol_of(work), compile=True, reorthogonalize=True),
                 compiled=True,
             ),
+            of("CG, mixed, one graph", partial(_mixed, False), compiled=True),
+            of("CG, orthogonal, mixed, one graph", partial(_mixed, True), compiled=True),
             of(
                 "MINRES, one graph",
                 lambda work: hypergrad.MINRES(rtol=rtol_of(work), compile=True),
