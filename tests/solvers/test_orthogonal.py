@@ -72,6 +72,17 @@ def test_rounding_costs_no_products(dtype: torch.dtype, rtol: float, rows: int) 
         assert relative_error(answer, dense_solve(a.double(), row, DAMPING)) <= bound
 
 
+def test_a_recurrence_that_grows_without_bound_is_no_fault_of_the_operator() -> None:
+    """Of singular systems, where it doubles its digits in a few iterations."""
+    found = [1e-8, 1.7783e-9, 3.1623e-10, 5.6234e-11, 1e-11]
+    values = torch.tensor([*found, *[0.0] * 5], dtype=F64)
+    for seed in range(40):
+        a, v = symmetric(values, seed=seed).matrix.to(F32), gaussian(10, seed=seed).to(F32)
+        info = hypergrad.solve(a, v, kept(1e-2), damping=0.0, on_failure="ignore").info
+        assert info.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED)
+        assert info.relative_residual <= 1.0
+
+
 @pytest.mark.parametrize("rtol", [0.0, 1e-6])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_with_a_preconditioner(rows: int, rtol: float) -> None:
