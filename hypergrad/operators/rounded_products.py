@@ -78,7 +78,7 @@ def _narrow_copies(graph: Graph, made: list[Node]) -> dict[Node, Node]:
         new.meta["val"] = target(*values[0], **values[1])
         return new
 
-    def rounded(x: Node) -> Node:
+    def constant(x: Node) -> Node:
         """A number, or many of the same, is made in the other dtype; anything else is rounded."""
         if x.op == "call_function" and not x.all_input_nodes:
             target: Any = x.target
@@ -99,7 +99,7 @@ def _narrow_copies(graph: Graph, made: list[Node]) -> dict[Node, Node]:
         if not _is_wide(x.meta["val"]):
             return x
         if x not in constants:
-            constants[x] = rounded(x)
+            constants[x] = constant(x)
         return constants[x]
 
     for node in list(graph.nodes):

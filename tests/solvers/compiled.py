@@ -89,6 +89,15 @@ def weighted_sum(dtype: torch.dtype = F64) -> hypergrad.LinearOperator:
     return 0.5 * first + second.shift(0.1)
 
 
+#: By dtype; all of the parameters of :func:`point`.
+OPERATORS: dict[str, Callable[[torch.dtype], Any]] = {
+    "hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype)) + 2.0,
+    "compiled hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype), compile=True) + 2.0,
+    "ggn": lambda dtype: hypergrad.ggn(model, squares, *point(0, dtype)),
+    "sum": weighted_sum,
+}
+
+
 def eager_and_compiled(
     solver: Callable[[bool], hypergrad.Solver], operator: Any, v: Any, **options: Any
 ) -> tuple[hypergrad.Solution, hypergrad.Solution]:

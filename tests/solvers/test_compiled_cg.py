@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,15 +17,7 @@ import hypergrad
 from hypergrad import Status
 from hypergrad.operators import compilation
 from hypergrad.solvers import compiled_cg
-from tests.solvers.compiled import (
-    loss,
-    model,
-    passes_counted,
-    point,
-    right_hand_side,
-    squares,
-    weighted_sum,
-)
+from tests.solvers.compiled import OPERATORS, loss, passes_counted, point, right_hand_side
 from tests.strategies import F32, F64, SPECTRA, gaussian, symmetric
 
 pytestmark = pytest.mark.usefixtures("capture_only")
@@ -37,14 +28,6 @@ GRAPH = hypergrad.CG(rtol=1e-5, compile=True)
 
 def matrix(spectrum: str = "inverse", dtype: torch.dtype = F64) -> Tensor:
     return symmetric(SPECTRA[spectrum](N), seed=1).matrix.to(dtype)
-
-
-OPERATORS: dict[str, Callable[[torch.dtype], Any]] = {
-    "hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype)) + 2.0,
-    "compiled hessian": lambda dtype: hypergrad.hessian(loss, *point(0, dtype), compile=True) + 2.0,
-    "ggn": lambda dtype: hypergrad.ggn(model, squares, *point(0, dtype)),
-    "sum": weighted_sum,
-}
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])

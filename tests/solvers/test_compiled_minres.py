@@ -550,8 +550,9 @@ def test_generated_code_answers_the_same(graphs: list[bool]) -> None:
         rtol = 1e-4 if dtype == F32 else 1e-8
         for spectrum in CALM:
             a, v = matrix(spectrum, 40, dtype), gaussian(40, seed=2).to(dtype)
-            # Products by other kernels round otherwise, which counts over some fifty iterations.
-            assert_same(*both(a, v, rtol=rtol, damping=0.3), 10 * rtol, near=3)
+            # Float32 products have their own kernels, whose rounding counts over fifty steps.
+            near = 3 if dtype == F32 else 1
+            assert_same(*both(a, v, rtol=rtol, damping=0.3), 10 * rtol, near)
             if spectrum in INDEFINITE:  # others are solved, or stand still, before
                 assert_same(*both(a, v, rtol=0.0, max_iters=4, damping=0.3), 10 * rtol)
     assert all(graphs)
