@@ -24,6 +24,9 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Run by test_elsewhere.py, in processes of their own.
+collect_ignore = [] if "HYPERGRAD_ELSEWHERE" in os.environ else ["elsewhere"]
+
 
 @pytest.fixture
 def capture_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

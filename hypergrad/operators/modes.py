@@ -95,14 +95,17 @@ class Footprint:
         """Of the graph behind ``outputs``; the storage of ``known`` tensors is not counted."""
         pending = [x.grad_fn for x in outputs if x is not None and x.grad_fn is not None]
         seen = set(pending)
-        own = {x.untyped_storage().data_ptr() for x in known}
-        sizes: dict[int, int] = {}
+        own = {x.untyped_storage()._cdata for x in known}
+        sizes: dict[tuple[Any, ...], int] = {}
         while pending:
             node = pending.pop()
             for tensor in _saved(node):
-                if tensor.untyped_storage().data_ptr() not in own:
+                # Not its address: storages of tensor subclasses may have none.
+                storage = tensor.untyped_storage()._cdata
+                if storage not in own:
+                    place = (storage, tensor.storage_offset())
                     size = tensor.numel() * tensor.element_size()
-                    sizes[tensor.data_ptr()] = max(size, sizes.get(tensor.data_ptr(), 0))
+                    sizes[place] = max(size, sizes.get(place, 0))
             fresh = {following for following, _ in node.next_functions if following is not None}
             pending.extend(fresh - seen)
             seen |= fresh

@@ -1,0 +1,114 @@
+"""Solvers on another device: the same answers, there, and few looks at them on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as tree
+
+import hypergrad
+from tests.elsewhere.device import DEVICE, move, waits
+
+N = 24
+PARAMS = {
+    "w": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) / 2,
+    "b": torch.zeros(3),
+    "u": torch.randn(3, 1, generator=torch.Generator().manual_seed(1)) / 2,
+}
+X = torch.randn(64, 5, generator=torch.Generator().manual_seed(2))
+Y = torch.randn(64, 1, generator=torch.Generator().manual_seed(3))
+
+
+def model(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.tanh(x @ params["w"] + params["b"]) @ params["u"]
+
+
+def squares(outputs: Tensor, y: Tensor) -> Tensor:
+    return (outputs - y).square().mean()
+
+
+def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return squares(model(params, x), y) + 0.05 * sum(p.square().sum() for p in params.values())
+
+
+def matrix() -> Tensor:
+    root = torch.randn(N, N, generator=torch.Generator().manual_seed(4))
+    return root @ root.T / N + 0.1 * torch.eye(N)
+
+
+V = torch.randn(N, generator=torch.Generator().manual_seed(5))
+
+
+def times(a: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda v: a @ v
+
+
+#: Each makes an operator of tensors that ``to`` moves, and a right-hand side.
+OPERATORS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "matrix": lambda to: (to(matrix()), to(V)),
+    "callable": lambda to: (times(to(matrix())), to(V)),
+    "hessian": lambda to: (hypergrad.hessian(loss, *to((PARAMS, X, Y))), to(PARAMS)),
+    "ggn": lambda to: (hypergrad.ggn(model, squares, *to((PARAMS, X, Y))), to(PARAMS)),
+}
+SOLVERS: dict[str, hypergrad.Solver | str] = {
+    "cg": hypergrad.CG(),
+    "cg, orthogonal": hypergrad.CG(reorthogonalize=True),
+    "cg, fixed": hypergrad.CG(rtol=0, max_iters=6),
+    "minres": hypergrad.MINRES(),
+    "minres, fixed": hypergrad.MINRES(rtol=0, max_iters=6),
+    "gmres": hypergrad.GMRES(),
+    "neumann": hypergrad.Neumann(num_terms=30),
+    "chebyshev": hypergrad.Neumann(num_terms=30, acceleration="chebyshev"),
+    "nystrom": hypergrad.Nystrom(rank=8),
+    "nystrom, columns": hypergrad.Nystrom(rank=8, sketch="columns"),
+    "nystrom, diagonal": hypergrad.Nystrom(rank=8, sketch="diagonal"),
+    "nystrom, structured": hypergrad.Nystrom(rank=8, sketch="structured"),
+    "nystrom, auto": hypergrad.Nystrom(rank="auto"),
+    "pcg": hypergrad.NystromPCG(rank=8),
+    "exact": hypergrad.Exact(),
+    "auto": "auto",
+}
+
+
+def flat(x: Any) -> Tensor:
+    return torch.cat([leaf.detach().cpu().reshape(-1) for leaf in tree.tree_leaves(x)])
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+@pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
+def test_a_solve_is_that_of_the_cpu(make: Any, solver: Any) -> None:
+    found = []
+    for to in (lambda x: x, move):
+        operator, v = make(to)
+        torch.manual_seed(0)
+        found.append(hypergrad.solve(operator, v, solver, damping=1.0, on_failure="ignore"))
+    here, there = found
+    assert {leaf.device for leaf in tree.tree_leaves(there.value)} == {DEVICE}
+    assert there.info.status is here.info.status
+    assert abs(there.info.iterations - here.info.iterations) <= 1
+    gap = torch.linalg.vector_norm(flat(there.value) - flat(here.value))
+    assert gap <= 1e-5 * torch.linalg.vector_norm(flat(here.value))
+
+
+def test_tensors_of_two_places_do_not_meet() -> None:
+    """Or the tests here could not fail."""
+    with pytest.raises(RuntimeError, match="same device"):
+        move(V) + V
+    with pytest.raises(hypergrad.DeviceError):
+        hypergrad.solve(move(matrix()), V)
+
+
+def test_waits_are_counted() -> None:
+    x = move(V)
+    with waits() as found:
+        y = x * 2.0
+        assert found == []
+        assert y.sum().item() == pytest.approx(2.0 * float(V.sum()))
+        assert bool((y == y).all())
+        y[y > 0].cpu()
+        torch.ones(3).to(DEVICE)
+        assert len(found) == 5
