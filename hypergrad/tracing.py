@@ -1,8 +1,9 @@
-"""Whether code runs, or is being traced by ``torch.compile`` or ``torch.export``."""
+"""What looking at a value costs: traced code cannot, and for an accelerator's the host waits."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch._guards import TracingContext
 
 
@@ -15,6 +16,14 @@ def compiling() -> bool:
     if torch.compiler.is_dynamo_compiling():  # a constant, which is True in what is traced
         return True
     return torch.compiler.is_compiling() and _traced_here()
+
+
+def far(tensor: Tensor) -> bool:
+    """Whether the host waits for a look at its values: until the device has done all it was given.
+
+    A few operations more, without a branch on them, then cost less.
+    """
+    return tensor.device.type != "cpu"
 
 
 def _traced_here() -> bool:

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, NotSymmetricError, SolverOptionError
+from ..errors import NonFiniteError, SolverOptionError
 from ..norms import powers_of_two, row_norms
 from ..operators import LinearOperator
 from ..pytree import Tree
 from ..spectrum import damping_from_extremes, lanczos_extremes
-from ..tracing import compiling
+from ..tracing import compiling, far
 from .options import Damping
 
 #: Rows of a smaller norm, or of one above its inverse, are scaled before a product in a narrower
@@ -179,33 +179,68 @@ class DampedSystem:
         self.b_norms = self.start_norms = torch.linalg.vector_norm(b, dim=1)
         self.num_hvps = 0
         self._delivered: tuple[Tensor, int, Tensor] | None = None
+        #: Where what was multiplied had entries that are not finite, by what it is called.
+        self._unseen: dict[str, Tensor] = {}
 
     def tolerances(self, rtol: float, atol: float) -> Tensor:
         """Absolute tolerances on the scaled residuals, shape (m,): the larger of the two."""
         return torch.maximum(rtol * self.b_norms, atol / self.scales)
 
-    def product(self, x: Tensor, *, passing: bool = False) -> Tensor:
+    def product(self, x: Tensor, *, passing: bool = False, later: bool = False) -> Tensor:
         """A times each row of ``x``, shape (m, n), without damping.
 
-        With ``passing`` a product that is used at once; see :meth:`LinearOperator._passing`.
+        Args:
+            x: shape (m, n).
+            passing: for a product that is used at once; see :meth:`LinearOperator._passing`.
+            later: whether nan and inf may wait for the next :meth:`look`.
         """
         scales = None
         if x.dtype != self.operator.dtype:
             # Residuals fall far below one.  Narrowed as they are, their entries would lose digits
             # to the narrow dtype's smallest numbers, and such numbers are slow to multiply.
-            norms = row_norms(x)
-            small = _SMALL.get(self.operator.dtype, _SMALL_ELSE)
-            out_of_range = (norms < small) | (norms > 1.0 / small)
-            if compiling() or bool(out_of_range.any()):
-                scales = powers_of_two(norms)[:, None]
+            if not compiling() and far(x):
+                scales = powers_of_two(torch.linalg.vector_norm(x, torch.inf, dim=1))[:, None]
+            else:
+                norms = row_norms(x)
+                small = _SMALL.get(self.operator.dtype, _SMALL_ELSE)
+                out_of_range = (norms < small) | (norms > 1.0 / small)
+                if compiling() or bool(out_of_range.any()):
+                    scales = powers_of_two(norms)[:, None]
+            if scales is not None:
                 x = x / scales
         if passing and len(x) == 1:
             out = self.operator._passing(x[0].to(self.operator.dtype, copy=True))[None]
         else:
             out = self.operator._apply(x.to(self.operator.dtype))
         self.num_hvps += x.shape[0]
-        self.operator.layout.check_finite(out, "the output of the operator")
+        self.expect_finite(out, "the output of the operator", later=later)
         return out.to(self.b.dtype) if scales is None else out.to(self.b.dtype) * scales
+
+    def expect_finite(self, rows: Tensor, what: str, *, later: bool = False) -> None:
+        """Raise :class:`NonFiniteError` unless ``rows``, shape (m, n), are finite.
+
+        With ``later``, and where the host would wait for that, it is left to :meth:`look`.
+        """
+        if not (later and far(rows)) or compiling():
+            self.operator.layout.check_finite(rows, what)
+            return
+        bad = ~torch.isfinite(rows).all(dim=0)
+        first = self._unseen.get(what)  # what follows it is bad, too
+        self._unseen[what] = bad if first is None else torch.where(first.any(), first, bad)
+
+    def look(self, *flags: Tensor) -> list[bool]:
+        """The values of ``flags``, each of no dimension, in one transfer from the device.
+
+        Raises:
+            NonFiniteError: what :meth:`expect_finite` was given since the last look is not finite.
+        """
+        unseen, self._unseen = self._unseen, {}
+        every = (*flags, *(bad.any() for bad in unseen.values()))
+        values: list[bool] = torch.stack(every).tolist() if every else []
+        for (what, bad), found in zip(unseen.items(), values[len(flags) :], strict=True):
+            if found:
+                self.operator.layout.check_finite(torch.where(bad, torch.nan, 0.0), what)
+        return values[: len(flags)]
 
     def narrow_product(self, x: Tensor) -> Tensor:
         """A times each row of ``x``, both in the operator's dtype: for rows of size about one."""
@@ -222,9 +257,9 @@ class DampedSystem:
         self.num_hvps += 1
         return self.operator._passing(x)
 
-    def apply(self, x: Tensor, damping: float) -> Tensor:
-        """(A + damping I) times each row of ``x``."""
-        return torch.add(self.product(x), x, alpha=damping)
+    def apply(self, x: Tensor, damping: float, *, later: bool = False) -> Tensor:
+        """(A + damping I) times each row of ``x``; ``later`` as in :meth:`product`."""
+        return torch.add(self.product(x, later=later), x, alpha=damping)
 
     def rounded(self, x: Tensor) -> Tensor:
         """``x`` as the operator will multiply it: rounded to its dtype."""
@@ -339,31 +374,3 @@ def factors(scales: Tensor) -> Tensor | float:
         number: float = scales.tolist()[0]
         return number
     return scales[:, None]
-
-
-def allowed_skew(dtype: torch.dtype) -> float:
-    """Relative size up to which :func:`check_skew` takes an antisymmetric part for rounding."""
-    return float(torch.finfo(dtype).eps ** 0.25)
-
-
-def check_skew(skew: Tensor | float, size: Tensor | float, dtype: torch.dtype) -> None:
-    """Raise :class:`NotSymmetricError` where products are antisymmetric beyond rounding.
-
-    The tolerance is generous (the fourth root of the products' eps): it passes rounding and
-    catches what is wrong in kind, such as a Jacobian that is no Hessian, or random products.
-
-    Args:
-        skew: sizes of antisymmetric parts, any shape, or one number.
-        size: what they are measured against, same shape.
-        dtype: dtype of the products.
-    """
-    allowed = allowed_skew(dtype)
-    found = skew > allowed * size
-    if found if isinstance(found, bool) else bool(found.any()):
-        worst = float(torch.as_tensor(skew / size).max())
-        raise NotSymmetricError(
-            f"the operator is not symmetric: the antisymmetric part of its products has relative "
-            f"size {worst:.1e}, expected rounding only (at most {allowed:.0e}). Common causes: a "
-            "Jacobian that is not a Hessian, dropout or fresh minibatches (products differ from "
-            "call to call), BatchNorm in training mode."
-        )

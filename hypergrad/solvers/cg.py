@@ -216,7 +216,7 @@ class _Recurrence(Recurrence):
         if self.kept is not None:
             self.kept.add(self.r, z, rz)
         self.p = torch.addcmul(z, over(rz, self.rz)[:, None], self.p)
-        product = self.system.product(self.p)
+        product = self.system.product(self.p, later=True)
         image = torch.add(product, self.p, alpha=self.damping) if self.damping else product
         curvature = torch.linalg.vecdot(self.p, image)
         p_norms = torch.linalg.vector_norm(self.p, dim=1)
@@ -237,7 +237,7 @@ class _Recurrence(Recurrence):
             due = self._due(norms, iteration)
             # All that is branched on, in one transfer from the device.
             flags = ((rz <= 0).any(), stuck.any(), extreme.any(), due.any(), better.all())
-            refused, any_stuck, any_extreme, any_due, all_better = torch.stack(flags).tolist()
+            refused, any_stuck, any_extreme, any_due, all_better = self.system.look(*flags)
             if not any_extreme:
                 break
         if refused:
@@ -262,7 +262,7 @@ class _Recurrence(Recurrence):
         self.statuses[row], self.iterations[row] = verdict.status, verdict.iteration
         if verdict.direction is not None:
             self.directions[row] = verdict.direction
-        self._drop(torch.zeros_like(self.row, dtype=torch.bool))
+        self._drop(self.row[:0])
 
 
 def _fixed(
@@ -288,7 +288,7 @@ def _fixed(
         if kept is not None:
             kept.add(work.r, z, torch.where(live, rz, 0.0))
         p = torch.addcmul(z, over(rz, last)[:, None], p)
-        product = system.product(p)
+        product = system.product(p, later=True)
         p_norms = _plain_norms(p)
         sizes = work.norms_of(product) + damping * p_norms
         image = torch.add(product, p, alpha=damping) if damping else product

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..norms import row_norms
-from .base import DampedSystem, Outcome, Status, allowed_skew
+from .base import DampedSystem, Outcome, Status
 from .krylov import (
     DEFAULT_MAX_ITERS,
     PATIENCE,
@@ -33,6 +33,7 @@ from .krylov import (
     preconditioned,
 )
 from .orthogonal import Residuals
+from .skew import allowed_skew
 
 #: Squares of numbers from here to the inverse, and their sums, are within the range of the dtype.
 LEAST = {torch.float64: 1e-140, torch.float32: 1e-16}
@@ -269,14 +270,14 @@ class OneRow:
             self._check_symmetry(iteration, image, curvature)
         alpha = rz / curvature
         self.r.add_(image, alpha=-alpha)
+        squared = moved = self._squared()
         if self.kept is not None:
             self.kept.clean_one(self.r)
-        squared = self._dot(self.r, self.r)
-        if not math.isfinite(squared):
-            squared = _norm(self.r) ** 2
+            squared = self._squared()
         norm = math.sqrt(squared)
-        # By alpha A p = r - r_next, with alpha = rz / p'Ap, this is eps |p| |A p| >= p'Ap at most.
-        reach = math.sqrt(self.squared) + norm + 2.0 * alpha * self.damping * p_norm
+        # By alpha A p = r - r_next, with alpha = rz / p'Ap and r_next as it was before it was made
+        # orthogonal to others, this is eps |p| |A p| >= p'Ap at most.
+        reach = math.sqrt(self.squared) + math.sqrt(moved) + 2.0 * alpha * self.damping * p_norm
         if not rz > self.margin * p_norm * reach and self._flat(image):
             return Status.NEGATIVE_CURVATURE
         if norm < self.best:
@@ -286,8 +287,15 @@ class OneRow:
         self.x.add_(self.p, alpha=alpha)
         self.squared, self.last = squared, rz
         lost = not norm < _LOST * self.best  # nan is, too
+        if lost:  # where x may have left the dtype
+            self.x.copy_(self.best_x)
         due = norm <= self.claim or iteration % REFRESH == 0 or lost
         return self._check() if due and iteration < self.max_iters else None
+
+    def _squared(self) -> float:
+        """The residual's norm, squared."""
+        squared = self._dot(self.r, self.r)
+        return squared if math.isfinite(squared) else _norm(self.r) ** 2
 
     def _image(self, p_norm: float) -> Tensor:
         """(A + damping I) p, not looked at, which the next product may write over."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import NotSymmetricError
 from ..norms import row_norms
 from ..spectrum import damping_from_extremes
-from .base import DampedSystem, Outcome, Solver, Status, check_skew
+from .base import DampedSystem, Outcome, Solver, Status
 from .cg import CG
 from .exact import Exact
 from .gmres import GMRES
@@ -21,6 +21,7 @@ from .nystrom import Nystrom
 from .nystrom_pcg import NystromPCG
 from .options import check_option, is_count, is_tolerance
 from .probe import Probe, chebyshev_iterations, probe
+from .skew import check_skew
 
 #: What Exact needs beside the matrix, in numbers an entry of it.
 _EXACT_COPIES = 6

@@ -18,9 +18,10 @@ from ..operators import LinearOperator
 from ..operators.compilation import Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
 from ..operators.rounded_products import rounded
-from .base import DampedSystem, Outcome, Status, allowed_skew
+from .base import DampedSystem, Outcome, Status
 from .compiled import Iterations, proved, underflows
 from .krylov import PATIENCE
+from .skew import allowed_skew
 from .traced_cg import GATHERED, recurrence
 
 _INSTEAD = "CG(compile=True) runs eagerly"

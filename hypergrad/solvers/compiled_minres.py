@@ -18,10 +18,11 @@ from ..operators import LinearOperator
 from ..operators.compilation import Graph, detached, graph_of
 from ..operators.compilation import options as compiler_options
 from ..operators.loops import while_loop
-from .base import DampedSystem, Outcome, Status, allowed_skew
+from .base import DampedSystem, Outcome, Status
 from .compiled import Iterations, proved, underflows
 from .krylov import REFRESH, over
 from .lanczos_step import DRIFT, PIVOT, RISK, smallest_ritz_value
+from .skew import allowed_skew
 
 _INSTEAD = "MINRES(compile=True) runs eagerly"
 #: A round ends at this part of the tolerance: its residual and the true one differ by rounding, and

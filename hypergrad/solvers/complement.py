@@ -124,13 +124,14 @@ def measure_complement(
     off_diagonal: list[float] = []
     for _ in range(min(STEPS, dim)):
         image = outside(product(seen[-1:]))
-        along = float((seen[-1:] * image).sum())
-        if not diagonal and float(row_norms(image)) <= rounding * size:
-            return None, 0.0
-        diagonal.append(along)
+        share, whole = (seen[-1:] * image).sum(), row_norms(image)[0]
         for _ in range(2):
             image = image - (image @ seen.T) @ seen
-        norm = float(row_norms(image))
+        # In one transfer from the device.
+        along, length, norm = torch.stack([share, whole, row_norms(image)[0]]).tolist()
+        if not diagonal and length <= rounding * size:
+            return None, 0.0
+        diagonal.append(along)
         if norm <= rounding * size or len(diagonal) == dim:
             off_diagonal.append(0.0)
             break

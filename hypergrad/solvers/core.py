@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..norms import row_norms
 from ..spectrum import damping_from_extremes
-from .base import DampedSystem, check_skew
+from .base import DampedSystem
+from .skew import check_skew
 
 #: A core eigenvalue within this many times the core's rounding carries no information.
 _CORE_NOISE = 3.0

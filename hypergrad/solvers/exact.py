@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..norms import row_norms
-from .base import DampedSystem, Outcome, Solver, Status, check_skew
+from .base import DampedSystem, Outcome, Solver, Status
 from .memory import refuse_if_too_large
 from .options import check_option, is_count, is_one_of, is_tolerance
+from .skew import check_skew
 from .traced import begin_traced, residual_traced, safe_norms
 
 Fallback = Literal["eigh", "ldl"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import SolverOptionError
 from ..norms import row_norms
+from ..tracing import far
 from .base import DampedSystem, Outcome, Status
 from .krylov import indefinite_preconditioner, where_rows
 from .traced import residual_traced, safe_norms
@@ -112,7 +113,8 @@ class FixedWork:
 
     def freeze(self, stuck: Tensor, direction: Tensor, norms: Tensor) -> None:
         """Stop rows that met negative curvature along the rows of ``direction``."""
-        if not self.traced and not bool(stuck.any()):  # the usual case, at no pass over the rows
+        look = not self.traced and not far(stuck)
+        if look and not bool(stuck.any()):  # the usual case, at no pass over the rows
             return
         # Of a residual that is rounding itself, the curvature is no news of the operator.
         rounding = 10.0 * torch.finfo(self.system.operator.dtype).eps * self.system.b_norms
@@ -156,7 +158,8 @@ class FixedWork:
 
     def outcome(self) -> Outcome:
         """What an eager solve hands back."""
-        if bool(self.refused.any()):
+        (refused,) = self.system.look(self.refused.any())
+        if refused:
             raise indefinite_preconditioner(torch.where(self.refused, self.refused_rz, 1.0), self.r)
         x = self.answer
         norms = self.residual_norms(x)

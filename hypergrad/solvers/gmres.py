@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import NotSymmetricError
 from ..norms import row_norms
-from .base import DampedSystem, Outcome, Solver, Status, check_skew
+from .base import DampedSystem, Outcome, Solver, Status
 from .krylov import (
     DEFAULT_MAX_ITERS,
     PATIENCE,
@@ -19,6 +19,7 @@ from .krylov import (
     where_rows,
 )
 from .options import check_option, is_count
+from .skew import check_skew
 
 #: Basis vectors before a restart: memory for them is restart * n numbers a right-hand side.
 _DEFAULT_RESTART = 50
@@ -202,15 +203,17 @@ class _Restarts:
 
     def _finish(self, done: Tensor, status: Status) -> None:
         """Write out rows with their best iterate, and drop them."""
-        if not bool(done.any()):
+        ended = torch.nonzero(done).flatten()
+        if not len(ended):
             return
-        rows = self.row[done]
-        self.out_x[rows], self.out_norms[rows] = self.best_x[done], self.best[done]
-        for row, count in zip(rows.tolist(), self.count[done].tolist(), strict=True):
+        rows = self.row[ended]
+        self.out_x[rows], self.out_norms[rows] = self.best_x[ended], self.best[ended]
+        for row, count in zip(rows.tolist(), self.count[ended].tolist(), strict=True):
             self.statuses[row] = status
             self.iterations[row] = count
+        going = torch.nonzero(~done).flatten()
         for name in self._state:
-            setattr(self, name, getattr(self, name)[~done])
+            setattr(self, name, getattr(self, name)[going])
 
 
 class _Arnoldi:
@@ -255,7 +258,7 @@ class _Arnoldi:
     def _extend(self, k: int) -> Tensor:
         """Add basis vector k + 1 and column k; True where the space is invariant."""
         z = self.solve.precondition(self.basis[:, k])
-        w = self.solve.system.product(z)
+        w = self.solve.system.product(z, later=True)
         size = row_norms(w) + self.solve.damping * row_norms(z)
         w = torch.add(w, z, alpha=self.solve.damping)
         known = self.basis[:, : k + 1]
@@ -289,15 +292,17 @@ class _Arnoldi:
 
     def _close(self, done: Tensor, k: int) -> None:
         """Solve for the steps of rows whose cycle ends after k iterations, and drop the rows."""
-        if not bool(done.any()):
+        (any_done,) = self.solve.system.look(done.any())
+        if not any_done:
             return
-        target = self.rotations[done, :k, 0] * self.beta[done, None]
-        y = _solve_triangular(self.triangle[done, :k, :k], target, self.floor[done])
-        places = self.place[done]
-        self.step[places] = torch.bmm(y[:, None], self.basis[done, :k])[:, 0]
+        ended, going = torch.nonzero(done).flatten(), torch.nonzero(~done).flatten()
+        target = self.rotations[ended, :k, 0] * self.beta[ended, None]
+        y = _solve_triangular(self.triangle[ended, :k, :k], target, self.floor[ended])
+        places = self.place[ended]
+        self.step[places] = torch.bmm(y[:, None], self.basis[ended, :k])[:, 0]
         self.used[places] = k
         for name in self._state:
-            setattr(self, name, getattr(self, name)[~done])
+            setattr(self, name, getattr(self, name)[going])
 
 
 def _solve_triangular(triangle: Tensor, target: Tensor, floor: Tensor) -> Tensor:

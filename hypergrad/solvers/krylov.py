@@ -13,9 +13,9 @@ from ..errors import PreconditionerError
 from ..norms import powers_of_two, row_norms, safe_norms
 from ..operators import as_operator
 from ..operators.interop import CallableOperator
-from ..tracing import compiling
-from .base import DampedSystem, Outcome, Status, allowed_skew, check_skew
+from .base import DampedSystem, Outcome, Status
 from .options import check_option, is_count, is_tolerance
+from .skew import allowed_skew, check_skew
 
 #: Enough for rtol = 1e-5 at condition number 1e6 by the classical bound on CG,
 #: iterations <= sqrt(condition)/2 * log(2 sqrt(condition) / rtol).
@@ -153,8 +153,10 @@ class Recurrence(ABC):
         gained = norms < 0.9 * self.true[index]
         self._record(index, self.x[index], norms)
         # Where the recurrence drifted, its bests since the last check mean nothing.
-        self._forget_bests(index[drifted])
-        self._restart(index[drifted], residual[drifted])
+        off = torch.nonzero(drifted).flatten()
+        if len(off):
+            self._forget_bests(index[off])
+            self._restart(index[off], residual[off])
         self.fruitless[index] += (drifted & ~gained).long()
         self.fruitless[index] *= (~gained).long()
         done = torch.zeros_like(self.best, dtype=torch.bool)
@@ -176,11 +178,12 @@ class Recurrence(ABC):
 
     def _finish(self, done: Tensor, status: Status, iteration: int) -> None:
         """Write out rows with their best iterate and its true residual, and drop them."""
-        if not bool(done.any()):
+        index = torch.nonzero(done).flatten()
+        if not len(index):
             return
-        rows, x, norms = self.row[done], self.true_x[done], self.true[done]
+        rows, x, norms = self.row[index], self.true_x[index], self.true[index]
         if status is not Status.CONVERGED:
-            candidate = self.best_x[done]
+            candidate = self.best_x[index]
             fresh = row_norms(self.system.residual(candidate, self.damping, rows))
             x = where_rows(fresh < norms, candidate, x)
             norms = torch.where(fresh < norms, fresh, norms)
@@ -189,10 +192,10 @@ class Recurrence(ABC):
         for row, ok in zip(rows.tolist(), met, strict=True):
             self.statuses[row] = Status.CONVERGED if ok else status
             self.iterations[row] = iteration
-        self._drop(~done)
+        self._drop(torch.nonzero(~done).flatten())
 
     def _drop(self, kept: Tensor) -> None:
-        """Go on with the rows kept."""
+        """Go on with the rows of these indices."""
         for name in self.state:
             setattr(self, name, getattr(self, name)[kept])
 
@@ -223,15 +226,17 @@ class SymmetryCheck:
             self.first = (row, p, image, size)
         elif iteration == 2 and self.first is not None:
             row0, p0, image0, size0 = self.first
-            still = torch.isin(row0, row)  # rows may have finished in between
-            p0, image0, size0 = p0[still], image0[still], size0[still]
+            if len(row) < len(row0):  # some have finished in between
+                still = torch.nonzero(torch.isin(row0, row)).flatten()
+                p0, image0, size0 = p0[still], image0[still], size0[still]
             gap = ((p0 * image).sum(1) - (p * image0).sum(1)).abs()
             total = row_norms(p0) * size + row_norms(p) * size0
             dtype = self.system.operator.dtype
-            if bool((gap > allowed_skew(dtype) * total).any()):
+            (seems,) = self.system.look((gap > allowed_skew(dtype) * total).any())
+            if seems:
                 noise = torch.finfo(dtype).eps * self._size() * row_norms(p0) * row_norms(p)
                 total = total + _SKEW_NOISE * noise / allowed_skew(dtype)
-            check_skew(gap, total, dtype)
+                check_skew(gap, total, dtype)
             self.first = None
 
     def _size(self) -> Tensor:
@@ -256,8 +261,7 @@ def preconditioning(preconditioner: Any, system: DampedSystem) -> Precondition |
         # To the size that a narrow dtype holds all digits of.
         scales = powers_of_two(torch.linalg.vector_norm(r, dim=1))[:, None]
         z = operator._apply((r / scales).to(operator.dtype))
-        if not compiling():
-            layout.check_finite(z, OUTPUT)
+        system.expect_finite(z, OUTPUT, later=True)
         return z.to(r.dtype) * scales
 
     return apply

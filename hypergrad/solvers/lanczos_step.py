@@ -137,7 +137,7 @@ def lanczos_step(
     norms_of: Norms,
 ) -> LanczosStep:
     """One step of Lanczos, one Givens rotation, one search direction; no branch on values."""
-    product = system.product(state.z)
+    product = system.product(state.z, later=True)
     z_norms = norms_of(state.z)
     sizes = norms_of(product) + damping * z_norms
     image = torch.add(product, state.z, alpha=damping) if damping else product

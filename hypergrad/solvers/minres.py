@@ -174,7 +174,7 @@ class _Recurrence(Recurrence):
         better = (norms < self.best) & ~risky
         due = self._due(norms, iteration) | risky | step.broken
         flags = ((step.state.theta <= 0).any(), nearer.any(), due.any(), better.all())
-        refused, any_nearer, any_due, all_better = torch.stack(flags).tolist()
+        refused, any_nearer, any_due, all_better = self.system.look(*flags)
         if refused:
             raise indefinite_preconditioner(step.state.theta, step.state.p)
         if any_nearer:
@@ -290,9 +290,10 @@ class _Recurrence(Recurrence):
         m = len(self.out_x)
         steps = torch.full((2, len(self.entries), m), float("nan"), dtype=torch.float64)
         smallest = []
-        for i, (row, delta, gamma) in enumerate(self.entries):
-            at = row.cpu()
-            steps[0, i, at], steps[1, i, at] = delta.double().cpu(), gamma.double().cpu()
+        rows, deltas, gammas = (torch.cat(parts).cpu() for parts in zip(*self.entries, strict=True))
+        counts = torch.tensor([len(row) for row, _, _ in self.entries])
+        at = torch.arange(len(counts)).repeat_interleave(counts)
+        steps[0, at, rows], steps[1, at, rows] = deltas.double(), gammas.double()
         for column in range(m):
             taken = ~steps[0, :, column].isnan()
             diagonal, beside = steps[0, taken, column], steps[1, taken, column]

@@ -8,7 +8,6 @@ transfer and are looked at there.  Where the sketch serves one solve no wide blo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,7 +88,7 @@ class NarrowSketch:
         known = sums[: -k * k].reshape(-1, 2 * k)
         own, cross, squares = sums[-k * k :].reshape(k, k), known[:k, :k].T, known[:k, k:]
         along = known[k:, k:].T
-        if not math.isfinite(squares.sum()):  # as soon as one entry is not
+        if not np.isfinite(squares).all():  # as soon as one entry is not
             operator.layout.check_finite(y, "the output of the operator")
         unmixing = np.linalg.inv(np.linalg.cholesky(own))
         core = Core.of_sums(

@@ -210,7 +210,7 @@ class Series:
             self.x = self.x + self.direction
             last = term == num_terms
             if not last:
-                image = system.apply(self.direction, damping)
+                image = system.apply(self.direction, damping, later=True)
                 following = self.residual - image
             else:
                 # |r_k|^2 is a sum of powers with exponent k, hence convex: above its start it only
@@ -231,14 +231,16 @@ class Series:
             grew = (norms > (1.0 + system.rounding) * self.reference) & self.watched
             # A term is a power of one operator: what has grown like this never comes back.
             gone = ~(norms <= hopeless)
-            any_grew, any_gone = torch.stack([grew.any(), gone.any()]).tolist()
+            flags = grew.any(), gone.any(), (norms < self.best).all()
+            any_grew, any_gone, all_better = system.look(*flags)
             if any_grew and not last:
                 for row in torch.nonzero(grew).flatten().tolist():
                     if self._bound_again(row):
                         following[row], norms[row] = self.best_residual[row], self.best[row]
                 gone = ~(norms <= hopeless)
+                all_better = bool((norms < self.best).all())
             self.residual, self.norms = following, norms
-            self._keep_best()
+            self._keep_best(all_better)
             if any_gone and self._abandon(gone):
                 break
         return self._outcome(term)
@@ -256,9 +258,9 @@ class Series:
         self.weight = following
         self.fresh = torch.zeros_like(self.fresh)
 
-    def _keep_best(self) -> None:
+    def _keep_best(self, all_better: bool) -> None:
         better = self.norms < self.best
-        if bool(better.all()):  # x and the residual are new tensors in each term
+        if all_better:  # x and the residual are new tensors in each term
             self.best_x, self.best_residual, self.best = self.x, self.residual, self.norms
         else:
             self.best_x = torch.where(better[:, None], self.x, self.best_x)

@@ -78,11 +78,11 @@ class Residuals:
         for block in {id(x): x for x in (self.rows, self.duals)}.values():
             block.mul_((~mask).to(block.dtype)[:, None, None])
 
-    def keep(self, mask: Tensor) -> None:
-        """Go on with the rows of the mask alone."""
+    def keep(self, index: Tensor) -> None:
+        """Go on with these rows alone."""
         shared = self.duals is self.rows
-        self.rows = self.rows[mask]
-        self.duals = self.rows if shared else self.duals[mask]
+        self.rows = self.rows[index]
+        self.duals = self.rows if shared else self.duals[index]
 
     def _grow(self) -> None:
         shared, room = self.duals is self.rows, torch.zeros_like(self.rows)

@@ -95,6 +95,7 @@ class BlockSolve:
             if start is not None:
                 start = _finite(operator, start, "x0") / scales[:, None]
             outcome = solver._run(system, start)
+            system.look()
             x = system.delivered(outcome.x)
         self._used_damping = outcome.damping
         self._next_solver = outcome.backward_solver or outcome.solver or solver

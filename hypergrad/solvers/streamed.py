@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..norms import row_norms
-from .base import DampedSystem, check_skew
+from .base import DampedSystem
 from .complement import STEPS, Complement
 from .core import ABOVE, Approximation, Check, Core, Numbers
+from .skew import check_skew
 
 #: A block of this many numbers is streamed; a smaller one is held several times in wide dtypes,
 #: which costs less than the memory is worth.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NegativeCurvatureError, SolverOptionError
-from .base import DampedSystem, check_skew
+from .base import DampedSystem
 from .sketch import NegativeCurvature, NystromSketch
+from .skew import check_skew
 
 #: Rows whose part outside the others' span is below this many eps count as dependent.
 _DEPENDENT = 10.0

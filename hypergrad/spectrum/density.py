@@ -240,8 +240,9 @@ def spectral_density(
         nodes=nodes,
         weights=weights,
         dim=n,
-        smallest=float(nodes.min()),
-        largest=float(nodes.max()),
+        smallest=float(nodes[weights > 0].min()),
+        # A node of no weight is one of its neighbours once more.
+        largest=float(nodes[weights > 0].max()),
         complete=complete,
         num_hvps=products.num_hvps,
     )

@@ -60,7 +60,7 @@ def tridiagonalise(
     diagonals: list[list[float]] = [[] for _ in range(m)]
     off_diagonals: list[list[float]] = [[] for _ in range(m)]
     residuals = [0.0] * m
-    active = torch.arange(m, device=starts.device)
+    active, rows = torch.arange(m, device=starts.device), list(range(m))
     largest = torch.zeros_like(basis[:, 0, 0])  # |A| as seen so far, what rounding is relative to
     for step in range(steps):
         # Indexing with rows copies; as long as all are active a view does.
@@ -79,16 +79,23 @@ def tridiagonalise(
         ended = left <= 10 * eps * sizes
         if step + 1 == n:
             ended = torch.ones_like(ended)
-        report = zip(active.tolist(), entries.tolist(), left.tolist(), ended.tolist(), strict=True)
-        for row, entry, rest, end in report:
+        # In one transfer from the device.
+        report = torch.stack([entries, left, ended.to(left.dtype)]).tolist()
+        going = []
+        for place, (row, entry, rest, end) in enumerate(zip(rows, *report, strict=True)):
             diagonals[row].append(entry)
             residuals[row] = 0.0 if end else rest
-            if not end and step + 1 < steps:
-                off_diagonals[row].append(rest)
+            if not end:
+                going.append(place)
+                if step + 1 < steps:
+                    off_diagonals[row].append(rest)
+        if not going:
+            break
         if step + 1 < steps:
-            active, image, left = active[~ended], image[~ended], left[~ended]
-            if len(active) == 0:
-                break
+            if len(going) < len(rows):
+                index = torch.tensor(going, device=active.device)
+                active, image, left = active[index], image[index], left[index]
+                rows = [rows[place] for place in going]
             basis[active, step + 1] = image / left[:, None]
     return [
         _decompose(diagonal, off_diagonal, residual)

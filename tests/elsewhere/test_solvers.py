@@ -47,6 +47,7 @@ def times(a: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda v: a @ v
 
 
+PLACES: tuple[Callable[[Any], Any], ...] = (lambda x: x, move)
 #: Each makes an operator of tensors that ``to`` moves, and a right-hand side.
 OPERATORS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "matrix": lambda to: (to(matrix()), to(V)),
@@ -82,7 +83,7 @@ def flat(x: Any) -> Tensor:
 @pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS.keys())
 def test_a_solve_is_that_of_the_cpu(make: Any, solver: Any) -> None:
     found = []
-    for to in (lambda x: x, move):
+    for to in PLACES:
         operator, v = make(to)
         torch.manual_seed(0)
         found.append(hypergrad.solve(operator, v, solver, damping=1.0, on_failure="ignore"))
@@ -112,3 +113,78 @@ def test_waits_are_counted() -> None:
         y[y > 0].cpu()
         torch.ones(3).to(DEVICE)
         assert len(found) == 5
+
+
+def waits_of(solver: hypergrad.Solver) -> int:
+    with waits() as found:
+        hypergrad.solve(move(matrix()), move(V), solver, damping=1e-3, on_failure="ignore")
+        return len(found)
+
+
+@pytest.mark.parametrize(
+    ("solver", "an_iteration"),
+    [
+        (lambda k: hypergrad.CG(rtol=1e-12, max_iters=k), 1),
+        (lambda k: hypergrad.CG(rtol=1e-12, max_iters=k, reorthogonalize=True), 1),
+        (lambda k: hypergrad.MINRES(rtol=1e-12, max_iters=k), 1),
+        (lambda k: hypergrad.GMRES(rtol=1e-12, max_iters=k), 1),
+        (lambda k: hypergrad.NystromPCG(rank=2, rtol=1e-12, max_iters=k), 1),
+        (lambda k: hypergrad.Neumann(num_terms=k, step_size=0.1), 1),
+        (lambda k: hypergrad.CG(rtol=0.0, max_iters=k), 0),
+        (lambda k: hypergrad.MINRES(rtol=0.0, max_iters=k), 0),
+    ],
+    ids=["cg", "cg, orthogonal", "minres", "gmres", "pcg", "neumann", "cg, fixed", "minres, fixed"],
+)
+def test_the_host_waits_once_an_iteration(solver: Any, an_iteration: int) -> None:
+    """And not at all where nothing has to be decided."""
+    torch.manual_seed(0)
+    few = waits_of(solver(4))
+    torch.manual_seed(0)
+    assert waits_of(solver(8)) - few == 4 * an_iteration
+    assert few <= 60
+
+
+BUDGETS = {
+    "cg": hypergrad.CG(),
+    "cg, fixed": hypergrad.CG(rtol=0.0, max_iters=8),
+    "cg, orthogonal": hypergrad.CG(reorthogonalize=True),
+    "minres": hypergrad.MINRES(),
+    "minres, fixed": hypergrad.MINRES(rtol=0.0, max_iters=8),
+    "gmres": hypergrad.GMRES(),
+    "neumann": hypergrad.Neumann(num_terms=20, step_size=0.1),
+    "nystrom": hypergrad.Nystrom(rank=8),
+    "pcg": hypergrad.NystromPCG(rank=2),
+}
+
+
+@pytest.mark.parametrize("solver", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_told_of_though_looked_at_later(
+    solver: hypergrad.Solver, at: int, value: float
+) -> None:
+    told = []
+    for to in PLACES:
+        a, calls = to(matrix()), 0
+
+        def spoilt(v: Tensor, a: Tensor = a) -> Tensor:
+            nonlocal calls
+            calls += 1
+            harm = torch.zeros_like(v)
+            harm[3] = value
+            return a @ v + harm if calls == at else a @ v
+
+        torch.manual_seed(0)
+        with pytest.raises(hypergrad.NonFiniteError, match="output of the operator") as error:
+            hypergrad.solve(spoilt, to(V), solver, damping=0.1)
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_preconditioner_that_is_not_finite_is_told_of(fixed: bool) -> None:
+    options = {"rtol": 0.0, "max_iters": 5} if fixed else {}
+    for to in PLACES:
+        solver = hypergrad.CG(preconditioner=lambda r: r * torch.nan, **options)  # type: ignore[arg-type]
+        with pytest.raises(hypergrad.NonFiniteError, match="output of the preconditioner"):
+            hypergrad.solve(to(matrix()), to(V), solver, damping=0.1)

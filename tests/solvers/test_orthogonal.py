@@ -72,12 +72,27 @@ def test_rounding_costs_no_products(dtype: torch.dtype, rtol: float, rows: int) 
         assert relative_error(answer, dense_solve(a.double(), row, DAMPING)) <= bound
 
 
-def test_a_recurrence_that_grows_without_bound_is_no_fault_of_the_operator() -> None:
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("scale", [1.0, 1e22])
+def test_curvature_that_rounding_left_is_none(dtype: torch.dtype, scale: float) -> None:
+    """Of rank one, where the second step is along the null space; alone as in a block."""
+    a = torch.diag(torch.tensor([1e-8, 0.0, 0.0, 0.0], dtype=dtype))
+    rows = scale * gaussian(5, 4, seed=0).to(dtype)
+    options: dict[str, Any] = {"damping": 0.0, "on_failure": "ignore"}
+    block = hypergrad.solve(lambda v: a @ v, rows, kept(1e-2), batched=True, **options)
+    alone = [hypergrad.solve(lambda v: a @ v, v, kept(1e-2), **options).info for v in rows]
+    for info in (*block.info.columns, *alone):
+        assert info.status is Status.NEGATIVE_CURVATURE
+        assert info.iterations == 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e10])
+def test_a_recurrence_that_grows_without_bound_is_no_fault_of_the_operator(scale: float) -> None:
     """Of singular systems, where it doubles its digits in a few iterations."""
     found = [1e-8, 1.7783e-9, 3.1623e-10, 5.6234e-11, 1e-11]
     values = torch.tensor([*found, *[0.0] * 5], dtype=F64)
     for seed in range(40):
-        a, v = symmetric(values, seed=seed).matrix.to(F32), gaussian(10, seed=seed).to(F32)
+        a, v = symmetric(values, seed=seed).matrix.to(F32), scale * gaussian(10, seed=seed).to(F32)
         info = hypergrad.solve(a, v, kept(1e-2), damping=0.0, on_failure="ignore").info
         assert info.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED)
         assert info.relative_residual <= 1.0

@@ -19,7 +19,7 @@ class UncheckedSystem(DampedSystem):
         self.operator, self.b, self.damping = operator, b, damping
         self.scales, self.num_hvps = torch.ones_like(b[:, 0]), 0
 
-    def product(self, x: Tensor, *, passing: bool = False) -> Tensor:
+    def product(self, x: Tensor, *, passing: bool = False, later: bool = False) -> Tensor:
         return self.operator._apply(x.to(self.operator.dtype)).to(self.b.dtype)
 
 
