@@ -105,6 +105,9 @@ class CallableOperator(LinearOperator):
             ]
         )
 
+    def _note_constant(self) -> None:
+        self._carries_graph = bool(self._carries_graph)
+
     def _depends_on_more(self) -> bool | None:
         if not transforming() and not tangents():
             return self._carries_graph

@@ -46,6 +46,41 @@ def test_the_answer_is_that_of_eager_cg(name: str, dtype: torch.dtype) -> None:
     )
 
 
+def test_a_callable_whose_graph_was_proved_is_not_called() -> None:
+    a, v, calls = matrix(dtype=F32), gaussian(N).to(F32), 0
+
+    def product(x: Tensor) -> Tensor:
+        nonlocal calls
+        if not torch.compiler.is_compiling():
+            calls += 1
+        return a @ x
+
+    def solve() -> hypergrad.SolveInfo:
+        operator = hypergrad.as_operator(product, like=v, batchable=True)
+        return hypergrad.solve(operator, v, GRAPH, damping=0.1).info
+
+    solve()
+    proved_by = calls
+    assert proved_by > 0
+    info = solve()
+    assert calls == proved_by
+    assert info.num_hvps == info.iterations + 1
+
+
+def test_what_a_callable_reaches_is_found_without_calling_it() -> None:
+    """By the graph: the second operator of its kind makes no product by itself."""
+    root, v = torch.ones(N, dtype=F64, requires_grad=True), gaussian(N)
+
+    def product(x: Tensor) -> Tensor:
+        return (1.0 + root.square()) * x
+
+    for _ in range(2):
+        operator = hypergrad.as_operator(product, like=v, batchable=True)
+        x = hypergrad.solve(operator, v, GRAPH).value
+        (found,) = torch.autograd.grad(x.sum(), root)
+        torch.testing.assert_close(found, -2.0 * v / 4.0, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
 def test_a_matrix_and_a_batchable_callable(size: float) -> None:
     a, v = matrix(dtype=F32), gaussian(N).to(F32)
