@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as torch_pytree
 
 from ..errors import CompilationWarning, HypergradError, SolverOptionError, warn
 from ..pytree import flat_batch
@@ -97,6 +98,8 @@ class Graph:
             _log.info("compiled %s in %.1f s", self.what, time.perf_counter() - start)
         if not self.attached:
             operator._note_constant()
+        if operator.device.type == "cuda" and _as_cuda_graphs():
+            return torch_pytree.tree_map_only(Tensor, torch.clone, results)
         return results
 
     def refuse(self, why: str) -> None:
@@ -107,6 +110,16 @@ class Graph:
             "Triton), write the loss in PyTorch operations only, or leave out compile=True.",
             CompilationWarning,
         )
+
+
+def _as_cuda_graphs() -> bool:
+    """Whether the next call of a graph writes where the results of this one are.
+
+    Code made by PyTorch's compiler is recorded as CUDA graphs where the user has switched that on.
+    """
+    from torch._inductor import config
+
+    return BACKEND == "inductor" and bool(config.triton.cudagraphs)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config
 
 import hypergrad
 from hypergrad.operators import compilation
@@ -415,3 +416,26 @@ def test_the_loss_of_a_modified_point_is_refused() -> None:
     w.add_(1.0)
     with pytest.raises(hypergrad.StaleOperatorError):
         _ = operator.loss
+
+
+@pytest.mark.parametrize("switched_on", [False, True])
+def test_results_outlive_the_next_call_of_a_cuda_graph(
+    switched_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recorded code writes its results to one place, as the stand-in here does."""
+    params, *batch = inputs(0)
+    operator = hypergrad.hessian(loss, params, *batch, compile=True)
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    monkeypatch.setattr(config.triton, "cudagraphs", switched_on)
+    monkeypatch.setattr(type(operator), "device", torch.device("cuda"))
+    place = torch.zeros(3)
+
+    def recorded(tensors: list[Tensor], value: float) -> tuple[Tensor, Tensor]:
+        return place.fill_(value), place.sum()
+
+    graph = compilation.Graph(recorded, "a stand-in", "nothing", {})
+    graph.compiled = recorded
+    first, total = graph.run(operator, 1.0)
+    graph.run(operator, 2.0)
+    assert first.tolist() == ([1.0] * 3 if switched_on else [2.0] * 3)
+    assert float(total) == 3.0
