@@ -426,7 +426,6 @@ def test_results_outlive_the_next_call_of_a_cuda_graph(
     params, *batch = inputs(0)
     operator = hypergrad.hessian(loss, params, *batch, compile=True)
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
-    monkeypatch.setattr(config.triton, "cudagraphs", switched_on)
     monkeypatch.setattr(type(operator), "device", torch.device("cuda"))
     place = torch.zeros(3)
 
@@ -435,7 +434,8 @@ def test_results_outlive_the_next_call_of_a_cuda_graph(
 
     graph = compilation.Graph(recorded, "a stand-in", "nothing", {})
     graph.compiled = recorded
-    first, total = graph.run(operator, 1.0)
-    graph.run(operator, 2.0)
+    with config.patch({"triton.cudagraphs": switched_on}):
+        first, total = graph.run(operator, 1.0)
+        graph.run(operator, 2.0)
     assert first.tolist() == ([1.0] * 3 if switched_on else [2.0] * 3)
     assert float(total) == 3.0
