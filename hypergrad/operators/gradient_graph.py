@@ -108,10 +108,10 @@ def pulled(
 
 def owned(products: Sequence[Tensor], directions: Block) -> Block:
     """The products in memory of their own: autograd passes some tensors on as they are."""
-    taken = {x.untyped_storage().data_ptr() for x in directions}
+    taken = {x.untyped_storage()._cdata for x in directions}
     result = []
     for product in products:
-        place = product.untyped_storage().data_ptr()
+        place = product.untyped_storage()._cdata
         copy = place in taken or not product.is_contiguous()
         result.append(product.clone(memory_format=torch.contiguous_format) if copy else product)
         taken.add(place)
