@@ -37,7 +37,7 @@ class Complement:
     and quadrature", 1993, theorems 3.2 and 3.4).  Both hold at any damping.
 
     Attributes:
-        nodes: of the Gauss rule, shape (m,).
+        nodes: of the Gauss rule, shape (m,), on the CPU as the others.
         weights: of the Gauss rule, shape (m,), of sum one.
         radau_nodes: of the Gauss-Radau rule, shape (m,) or (m + 1,).
         radau_weights: its weights.
@@ -64,6 +64,18 @@ class Complement:
         upper = float((self.radau_weights / (self.radau_nodes + damping)).sum())
         safe = upper - _MARGIN * (1.0 / damping - upper)
         return min(max(lower, safe), 1.0 / damping)
+
+    @classmethod
+    def of_steps(
+        cls, diagonal: list[float], off_diagonal: list[float], dtype: torch.dtype, noise: float
+    ) -> tuple[Complement | None, float]:
+        """:meth:`of`, and zero; None and the smallest Ritz value where that is below ``-noise``."""
+        # A few numbers, which the host decides by.
+        alpha, beta = (torch.tensor(x, dtype=dtype) for x in (diagonal, off_diagonal))
+        inner = beta[: len(alpha) - 1]
+        jacobi = torch.diag(alpha) + torch.diag(inner, 1) + torch.diag(inner, -1)
+        smallest = float(torch.linalg.eigvalsh(jacobi)[0])
+        return (None, smallest) if smallest < -noise else (cls.of(alpha, beta), 0.0)
 
     @classmethod
     def of(cls, diagonal: Tensor, off_diagonal: Tensor) -> Complement:
@@ -141,13 +153,4 @@ def measure_complement(
         following = outside(image / norm)
         following = following - (following @ seen.T) @ seen
         seen = torch.cat([seen, following / row_norms(following)])
-    jacobi = start.new_tensor(diagonal), start.new_tensor(off_diagonal)
-    inner = jacobi[1][:-1]
-    smallest = float(
-        torch.linalg.eigvalsh(torch.diag(jacobi[0]) + torch.diag(inner, 1) + torch.diag(inner, -1))[
-            0
-        ]
-    )
-    if smallest < -rounding * size:
-        return None, smallest
-    return Complement.of(*jacobi), 0.0
+    return Complement.of_steps(diagonal, off_diagonal, start.dtype, rounding * size)

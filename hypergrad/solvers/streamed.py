@@ -346,10 +346,4 @@ def streamed_complement(
             break
         off_diagonal.append(norm)
         now = image.div_(norm)
-    jacobi = system.b.new_tensor(diagonal), system.b.new_tensor(off_diagonal[1:])
-    inner = jacobi[1][: len(diagonal) - 1]
-    matrix = torch.diag(jacobi[0]) + torch.diag(inner, 1) + torch.diag(inner, -1)
-    smallest = float(torch.linalg.eigvalsh(matrix)[0])
-    if smallest < -rounding * size:
-        return None, smallest
-    return Complement.of(*jacobi), 0.0
+    return Complement.of_steps(diagonal, off_diagonal[1:], system.b.dtype, rounding * size)
