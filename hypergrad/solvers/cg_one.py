@@ -323,7 +323,7 @@ class OneRow:
         if iteration == 1:
             self.first = (self.p.clone(), image, curvature, p_norm)
             return
-        row = torch.zeros(1, dtype=torch.long) if self.row is None else self.row
+        row = torch.zeros(1, dtype=torch.long, device="cpu") if self.row is None else self.row
         if self.first is not None:
             p0, image0, curvature0, p0_norm = self.first
             self.first = None
@@ -365,7 +365,7 @@ class OneRow:
             self.best_x = torch.zeros_like(self.x) if self.true_x is None else self.true_x
             self.r, self.squared, self.last = residual, norm * norm, 0.0
             if self.kept is not None:
-                self.kept.forget(torch.ones(1, dtype=torch.bool))
+                self.kept.forget(torch.ones(1, dtype=torch.bool, device="cpu"))
         self.fruitless = 0 if gained else self.fruitless + drifted
         return Status.STAGNATED if self.fruitless >= PATIENCE else None
 

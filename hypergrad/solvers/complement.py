@@ -71,7 +71,7 @@ class Complement:
     ) -> tuple[Complement | None, float]:
         """:meth:`of`, and zero; None and the smallest Ritz value where that is below ``-noise``."""
         # A few numbers, which the host decides by.
-        alpha, beta = (torch.tensor(x, dtype=dtype) for x in (diagonal, off_diagonal))
+        alpha, beta = (torch.tensor(x, dtype=dtype, device="cpu") for x in (diagonal, off_diagonal))
         inner = beta[: len(alpha) - 1]
         jacobi = torch.diag(alpha) + torch.diag(inner, 1) + torch.diag(inner, -1)
         smallest = float(torch.linalg.eigvalsh(jacobi)[0])

@@ -329,7 +329,9 @@ def _solve_triangular(triangle: Tensor, target: Tensor, floor: Tensor) -> Tensor
 def _check_symmetric(system: DampedSystem) -> None:
     """Raise :class:`NotSymmetricError` where u'Aw and w'Au differ for two random vectors."""
     source = torch.Generator().manual_seed(0)
-    pair = torch.randn(2, system.b.shape[1], generator=source, dtype=torch.float32).to(system.b)
+    pair = torch.randn(
+        2, system.b.shape[1], generator=source, device="cpu", dtype=torch.float32
+    ).to(system.b)
     image = system.product(pair)
     gap = (pair[0] @ image[1] - pair[1] @ image[0]).abs()
     norms, sizes = row_norms(pair), row_norms(image)

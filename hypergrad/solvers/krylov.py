@@ -243,7 +243,8 @@ class SymmetryCheck:
         """The Frobenius norm of A, estimated by a product with a Gaussian vector."""
         b = self.system.b
         source = torch.Generator().manual_seed(0)
-        vector = torch.randn(1, b.shape[1], generator=source, dtype=torch.float32).to(b)
+        vector = torch.randn(1, b.shape[1], generator=source, device="cpu", dtype=torch.float32)
+        vector = vector.to(b)
         return row_norms(self.system.product(vector))
 
 

@@ -288,11 +288,12 @@ class _Recurrence(Recurrence):
         if self.precondition is not None:
             return float(self.rayleigh) - self.damping
         m = len(self.out_x)
-        steps = torch.full((2, len(self.entries), m), float("nan"), dtype=torch.float64)
-        smallest = []
         rows, deltas, gammas = (torch.cat(parts).cpu() for parts in zip(*self.entries, strict=True))
-        counts = torch.tensor([len(row) for row, _, _ in self.entries])
-        at = torch.arange(len(counts)).repeat_interleave(counts)
+        counts = rows.new_tensor([len(row) for row, _, _ in self.entries])
+        at = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+        shape = (2, len(counts), m)
+        steps = torch.full(shape, float("nan"), dtype=torch.float64, device="cpu")
+        smallest = []
         steps[0, at, rows], steps[1, at, rows] = deltas.double(), gammas.double()
         for column in range(m):
             taken = ~steps[0, :, column].isnan()

@@ -27,7 +27,8 @@ def check_skew(skew: Tensor | float, size: Tensor | float, dtype: torch.dtype) -
     allowed = allowed_skew(dtype)
     found = skew > allowed * size
     if found if isinstance(found, bool) else bool(found.any()):
-        worst = float(torch.as_tensor(skew / size).max())
+        ratio = skew / size
+        worst = float(ratio.max() if isinstance(ratio, Tensor) else ratio)
         raise NotSymmetricError(
             f"the operator is not symmetric: the antisymmetric part of its products has relative "
             f"size {worst:.1e}, expected rounding only (at most {allowed:.0e}). Common causes: a "

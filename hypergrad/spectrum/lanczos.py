@@ -106,7 +106,7 @@ def tridiagonalise(
 
 
 def _decompose(diagonal: list[float], off_diagonal: list[float], residual: float) -> Tridiagonal:
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
     for i, beta in enumerate(off_diagonal):
         matrix[i, i + 1] = matrix[i + 1, i] = beta
     nodes, vectors = torch.linalg.eigh(matrix)
