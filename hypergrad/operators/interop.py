@@ -155,9 +155,9 @@ class ScipyOperator(LinearOperator):
     def _apply(self, block: Tensor) -> Tensor:
         # NumPy has no bfloat16; float64 holds every 16 and 32-bit value exactly.  Copies: what is
         # behind the operator may write on its argument, and on a product that it gave before.
-        columns = block.T.to(torch.float64, copy=True).cpu().numpy()
+        columns = block.T.cpu().to(torch.float64, copy=True).numpy()
         products = np.array(self.operator.matmat(columns).T, order="C")
-        return torch.from_numpy(products).to(dtype=self.dtype, device=self.device)
+        return torch.from_numpy(products).to(self.dtype).to(self.device)  # it may lack float64
 
     def _transposed(self) -> LinearOperator:
         return ScipyOperator(self.operator.T, self.layout)

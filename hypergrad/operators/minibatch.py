@@ -78,7 +78,7 @@ class MinibatchOperator(LinearOperator):
         losses that are sums), loaded, used and dropped.
 
         Args:
-            generator: source of the draws, on the CPU; None for torch's global one.
+            generator: source of the draws; None for torch's global one.
 
         Raises:
             LoaderError: the loader has no random access.  Lists have it, and a ``DataLoader`` over

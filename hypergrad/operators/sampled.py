@@ -29,7 +29,7 @@ class SampledOperator(LinearOperator):
         like: a tree of the structure of the operators' argument; callables need it.
         weights: weights > 0 of the mean, such as the sizes of the minibatches; they are the
             probabilities of a draw up to their sum.  None for equal ones.
-        generator: source of the draws, on the CPU; None for torch's global one.
+        generator: source of the draws; None for torch's global one.
 
     Attributes:
         operators: the operators.
@@ -88,7 +88,8 @@ class SampledOperator(LinearOperator):
         return _Mean(self)
 
     def _apply(self, block: Tensor) -> Tensor:
-        drawn = torch.multinomial(self.probabilities, 1, generator=self.generator)
+        place = "cpu" if self.generator is None else self.generator.device
+        drawn = torch.multinomial(self.probabilities.to(place), 1, generator=self.generator)
         return self.operators[int(drawn)]._apply(block)
 
     def _tensors(self) -> list[Tensor]:
