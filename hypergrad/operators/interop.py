@@ -300,7 +300,9 @@ def _scipy(operator: Any, layout: TreeLayout | None) -> ScipyOperator:
         raise LeafTypeError(f"a SciPy operator has dtype {dtype}; expected a real one.")
     torch_dtype = torch.float32 if dtype == np.float32 else torch.float64
     n = operator.shape[0]
-    layout = _checked_layout(tuple(operator.shape), torch.empty(n, dtype=torch_dtype), layout)
+    layout = _checked_layout(
+        tuple(operator.shape), torch.empty(n, dtype=torch_dtype, device="cpu"), layout
+    )
     return ScipyOperator(operator, layout)
 
 

@@ -124,7 +124,7 @@ class Loader:
             yield batch
             del batch
 
-    def _plain(self, source: Any) -> AbstractContextManager[None]:
+    def _plain(self, source: Any) -> AbstractContextManager[Any]:
         """Outside of ``torch.func.vmap``, which forbids to draw an order or seeds of workers."""
         if isinstance(source, DataLoader):
             return temporarily_clear_interpreter_stack()
@@ -185,7 +185,8 @@ class Loader:
     def _draw_seed(self, loader: DataLoader[Any]) -> None:
         """As a pass of a ``DataLoader`` draws the seed of its workers, before the order."""
         if loader is self.batches or loader.generator is None:  # not from what is not put back
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+            place = None if loader.generator is None else loader.generator.device
+            torch.empty((), dtype=torch.int64, device=place).random_(generator=loader.generator)
 
     def _arguments(self, batch: Any, index: int) -> tuple[Any, ...]:
         structure = torch_pytree.tree_structure(batch, is_leaf=_without_tensors)

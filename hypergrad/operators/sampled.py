@@ -78,7 +78,7 @@ class SampledOperator(LinearOperator):
             )
         total = math.fsum(numbers)
         self._shares = [w / total for w in numbers]
-        self.probabilities = torch.tensor(self._shares, dtype=torch.float64)
+        self.probabilities = torch.tensor(self._shares, dtype=torch.float64, device="cpu")
         self.generator = generator
         self._attached_count = len(self.operators)
 

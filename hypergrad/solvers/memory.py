@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def _left_to_accelerator(device: torch.device) -> int | None:
     if device.type == "mps":
         left = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
         return max(left, 0)
-    module = getattr(torch, device.type, None)  # torch.cuda, torch.xpu
+    module: Any = getattr(torch, device.type, None)  # torch.cuda, torch.xpu
     if not hasattr(module, "mem_get_info"):
         return None
     try:

@@ -35,15 +35,15 @@ class Generator(torch._C.Generator, metaclass=_Kind):
     def __new__(cls, device: Any = "cpu") -> Generator:
         made = super().__new__(cls)
         if torch.device(device).type == NAME:
-            cls.there[made._cdata] = made
+            cls.there[made._cdata] = made  # type: ignore[attr-defined]
         return made
 
     def __init__(self, device: Any = "cpu") -> None:
         """PyTorch's takes a device of its own."""
 
     @property
-    def device(self) -> torch.device:
-        return DEVICE if self._cdata in self.there else CPU
+    def device(self) -> torch.device:  # type: ignore[override]
+        return DEVICE if self._cdata in self.there else CPU  # type: ignore[attr-defined]
 
 
 class Module:
@@ -181,7 +181,7 @@ def _drawing(op: Any, leaves: list[Any]) -> Iterator[None]:
     """From the device's generator, where an operation draws from the one that its device has."""
     given = [x for x in leaves if isinstance(x, torch._C.Generator)]
     for generator in given:
-        if generator._cdata not in Generator.there:
+        if generator._cdata not in Generator.there:  # type: ignore[attr-defined]
             raise RuntimeError(f"{op} expected a generator of {DEVICE}, found one of the CPU")
     if given or torch.Tag.nondeterministic_seeded not in op.tags:
         yield

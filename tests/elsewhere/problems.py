@@ -73,7 +73,7 @@ def compare(make: Callable[[Any], Any], rtol: float = 1e-5) -> None:
     for to in (stay, move):
         torch.manual_seed(0)
         found.append(make(to))
-    assert_same(*found, rtol=rtol)
+    assert_same(found[0], found[1], rtol)
 
 
 def compare_errors(make: Callable[[Any], Any], error: type[hypergrad.HypergradError]) -> None:

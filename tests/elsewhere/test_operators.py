@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import hypergrad
-from tests.elsewhere.device import DEVICE, move
+from tests.elsewhere.device import move
 from tests.elsewhere.problems import (
     MATRIX,
-    N,
     PARAMS,
+    N,
     V,
     X,
     Y,
@@ -171,7 +171,7 @@ OPERATORS: dict[str, Callable[[Any], Any]] = {
 def like(operator: Any, *batch: int) -> Any:
     """The same random tree for an operator here and for one there."""
     whole = gaussian(*batch, operator.shape[0], seed=6)
-    leaves = whole.split([s.numel() for s in operator.layout.shapes], -1)
+    leaves = torch.split(whole, [s.numel() for s in operator.layout.shapes], -1)
     shaped = [
         x.reshape(*batch, *s).to(operator.device, dtype)
         for x, s, dtype in zip(leaves, operator.layout.shapes, operator.layout.dtypes, strict=True)
