@@ -84,3 +84,22 @@ def compare_errors(make: Callable[[Any], Any], error: type[hypergrad.HypergradEr
             make(to)
         words.append(str(caught.value).replace(str(DEVICE), "cpu"))
     assert words[0] == words[1]
+
+
+def hessian(to: Any) -> Any:
+    return hypergrad.hessian(loss, *to((PARAMS, X, Y)))
+
+
+#: Test matrices of Nyström's.
+KINDS = ["gaussian", "columns", "diagonal", "structured"]
+SOLVERS: dict[str, Any] = {
+    "exact": hypergrad.Exact(),
+    "cg": hypergrad.CG(rtol=1e-6),
+    "minres": hypergrad.MINRES(rtol=1e-6),
+    "gmres": hypergrad.GMRES(rtol=1e-6),
+    "neumann": hypergrad.Neumann(num_terms=20),
+    "nystrom": hypergrad.Nystrom(rank=6),
+    "pcg": hypergrad.NystromPCG(rank=6, rtol=1e-6),
+    "auto": hypergrad.Auto(rtol=1e-6),
+    "identity": hypergrad.Identity(),
+}
