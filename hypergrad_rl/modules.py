@@ -18,8 +18,8 @@ class ModuleNetwork:
     The module sees states as (N, obs_dim). What requires no gradient stays as it is made.
 
     Raises:
-        ConfigError: a module without parameters, or not on the CPU; one that keeps statistics of its inputs or draws
-            random numbers; one whose frozen parts are made from random numbers, which no checkpoint
+        ConfigError: a module without parameters, or not on the CPU; one that keeps statistics of
+            its inputs or draws random numbers; one whose frozen parts are made from random numbers, which no checkpoint
             has; another shape of output than (N, out_dim).
     """
 

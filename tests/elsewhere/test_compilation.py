@@ -43,10 +43,11 @@ def test_one_warning_and_the_answer_of_the_cpu(make: Any, kind: str) -> None:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         there = solved(move, True)
+        told = len(found)
         again = solved(move, True)
-    told = [x for x in found if issubclass(x.category, hypergrad.CompilationWarning)]
-    assert len(told) >= 1
-    assert len({str(x.message) for x in told}) == len(told)
+    assert {x.category for x in found} == {hypergrad.CompilationWarning}
+    # Nystrom's products are of two shapes, and each is told; the second solve tells nothing anew.
+    assert len(found) == told == (2 if isinstance(make(True), hypergrad.Nystrom) else 1)
     here = solved(stay, False)
     assert_same(here, there, 1e-4)
     assert_same(here, again, 1e-4)

@@ -84,7 +84,7 @@ def test_a_trained_policy_goes_where_it_is_taken(tmp_path: Path) -> None:
     assert torch.equal(found.cpu(), expected)
 
 
-def network(obs_dim: int, out_dim: int, device: Any = None) -> torch.nn.Module:
+def network(obs_dim: int, out_dim: int = 1, device: Any = None) -> torch.nn.Module:
     return torch.nn.Linear(obs_dim, out_dim, device=device)
 
 
