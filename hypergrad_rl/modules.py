@@ -19,8 +19,8 @@ class ModuleNetwork:
 
     Raises:
         ConfigError: a module without parameters, or not on the CPU; one that keeps statistics of
-            its inputs or draws random numbers; one whose frozen parts are made from random numbers, which no checkpoint
-            has; another shape of output than (N, out_dim).
+            its inputs or draws random numbers; one whose frozen parts are made from random numbers,
+            which no checkpoint has; another shape of output than (N, out_dim).
     """
 
     def __init__(

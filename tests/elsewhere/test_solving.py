@@ -182,11 +182,16 @@ def test_gradients_through_operators(kind: str, name: str) -> None:
     def grads(to: Any) -> Any:
         params = {k: to(p).detach().requires_grad_() for k, p in PARAMS.items()}
         x, y = to((X, Y))
-        a: Any = {
-            "hessian": lambda: hypergrad.hessian(loss, params, x, y),
-            "ggn": lambda: hypergrad.ggn(model, squares, params, x, y),
-            "callable": lambda: lambda v: {k: (2 + params[k] ** 2) * v[k] for k in v},
-        }[kind]()
+        a: Any
+        if kind == "hessian":
+            a = hypergrad.hessian(loss, params, x, y)
+        elif kind == "ggn":
+            a = hypergrad.ggn(model, squares, params, x, y)
+        else:
+
+            def a(v: Any) -> Any:
+                return {k: (2 + params[k] ** 2) * v[k] for k in v}
+
         found = hypergrad.solve(a, to(PARAMS), SOLVERS[name], damping=3.0, on_failure="ignore")
         size = sum(leaf.square().sum() for leaf in found.value.values())
         return torch.autograd.grad(size, list(params.values()))
