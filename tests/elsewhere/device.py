@@ -8,6 +8,7 @@ numbers are drawn there from a generator of its own, or from one that is on that
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,7 +78,9 @@ class Module:
 _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
 DEVICE = torch.device(NAME, 0)
 CPU = torch.device("cpu")
-torch.Generator = Generator  # type: ignore[misc]
+for module in [*sys.modules.values()]:  # also those that have taken it from torch by its name
+    if vars(module).get("Generator") is torch._C.Generator and module is not torch._C:
+        module.Generator = Generator  # type: ignore[attr-defined]
 Module.default_generators = (Generator(DEVICE),)
 
 aten = torch.ops.aten

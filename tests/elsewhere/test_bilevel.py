@@ -116,9 +116,7 @@ def test_implicit_functions(make: Any) -> None:
         solve = make(p)(p.solve)
         p.outer_loss(solve(p.start, outer), outer).backward()  # type: ignore[no-untyped-call]
         solution = solve.solution(p.start, outer)
-        tangents = torch.func.jvp(
-            lambda y: solve(p.start, y), (p.outer,), (p.outer,)
-        )  # fmt: skip
+        tangents = torch.func.jvp(lambda y: solve(p.start, y), (p.outer,), (p.outer,))
         again = torch.func.grad(lambda y: p.outer_loss(solve(p.start, y), y))(p.outer)
         return [leaf.grad for leaf in outer.values()], solution.value, tangents, again
 
@@ -265,9 +263,7 @@ def test_constraints(project: Any) -> None:
 
 
 def test_errors_of_constraints() -> None:
-    compare_errors(
-        lambda to: hypergrad.project_box(to(V), 1.0, 0.0), hypergrad.ConstraintError
-    )  # fmt: skip
+    compare_errors(lambda to: hypergrad.project_box(to(V), 1.0, 0.0), hypergrad.ConstraintError)
     compare_errors(
         lambda to: hypergrad.sigmoid_box_inverse(to(V), -0.1, 0.1), hypergrad.ConstraintError
     )
