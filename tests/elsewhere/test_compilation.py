@@ -23,6 +23,10 @@ SOLVERS: dict[str, Any] = {
 }
 
 
+def of_compilation(found: list[warnings.WarningMessage]) -> list[warnings.WarningMessage]:
+    return [x for x in found if issubclass(x.category, hypergrad.CompilationWarning)]
+
+
 @pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS.keys())
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
 def test_one_warning_and_the_answer_of_the_cpu(make: Any, kind: str) -> None:
@@ -41,12 +45,13 @@ def test_one_warning_and_the_answer_of_the_cpu(make: Any, kind: str) -> None:
         ).value
 
     with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", hypergrad.CompilationWarning)
         there = solved(move, True)
-        told = len(found)
+        told = len(of_compilation(found))
         again = solved(move, True)
-    assert {x.category for x in found} == {hypergrad.CompilationWarning}
-    assert len(found) == told  # one for each graph, and the second solve has none to tell of
+    # One for each graph, of the products and of the solve; the second solve has none to tell of.
+    assert 1 <= told <= 2
+    assert len(of_compilation(found)) == told
     here = solved(stay, False)
     assert_same(here, there, 1e-4)
     assert_same(here, again, 1e-4)
