@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverOptionError
-from ..pytree import Tree
+from ..pytree import Tree, working_dtype
 from .base import LinearOperator, check_same_layout
 from .interop import as_operator
 
@@ -88,8 +88,9 @@ class SampledOperator(LinearOperator):
         return _Mean(self)
 
     def _apply(self, block: Tensor) -> Tensor:
-        place = "cpu" if self.generator is None else self.generator.device
-        drawn = torch.multinomial(self.probabilities.to(place), 1, generator=self.generator)
+        place = torch.device("cpu") if self.generator is None else self.generator.device
+        chances = self.probabilities.to(working_dtype(torch.float64, place)).to(place)
+        drawn = torch.multinomial(chances, 1, generator=self.generator)
         return self.operators[int(drawn)]._apply(block)
 
     def _tensors(self) -> list[Tensor]:
