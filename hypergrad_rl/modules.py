@@ -18,9 +18,9 @@ class ModuleNetwork:
     The module sees states as (N, obs_dim). What requires no gradient stays as it is made.
 
     Raises:
-        ConfigError: a module without parameters; one that keeps statistics of its inputs or draws
-            random numbers; one whose frozen parts are made from random numbers, which no checkpoint
-            has; another shape of output than (N, out_dim).
+        ConfigError: a module without parameters, or not on the CPU; one that keeps statistics of
+            its inputs or draws random numbers; one whose frozen parts are made from random numbers,
+            which no checkpoint has; another shape of output than (N, out_dim).
     """
 
     def __init__(
@@ -34,6 +34,12 @@ class ModuleNetwork:
                     f"a network has the layer {layer}: expected layers whose output is a function "
                     "of input and parameters alone, such as LayerNorm instead of BatchNorm"
                 )
+        places = {str(x.device) for x in [*self.module.parameters(), *self.module.buffers()]}
+        if places - {"cpu"}:
+            raise ConfigError(
+                f"a network has parameters or buffers on {', '.join(sorted(places - {'cpu'}))}: "
+                "expected all on the CPU, where agents are trained"
+            )
         trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.params = {name: p.detach().clone() for name, p in trained.items()}
         if not self.params or "log_std" in self.params:
@@ -65,7 +71,7 @@ class ModuleNetwork:
 
 def _seeded(make: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):  # modules initialise from the global generator
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
         return make()
 
 

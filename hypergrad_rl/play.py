@@ -24,6 +24,7 @@ from hypergrad_rl.errors import (
 )
 from hypergrad_rl.functional import shapes_of
 from hypergrad_rl.networks import DEFAULT_NETWORKS, Networks
+from hypergrad_rl.place import on_the_cpu
 from hypergrad_rl.rollout import NORMALIZED_LIMIT
 from hypergrad_rl.run_directory import CHECKPOINT, check_environment, check_networks, load_config
 from hypergrad_rl.trainer import EnvFn
@@ -107,6 +108,7 @@ def _load(
     return env, TrainedPolicy(env, state)
 
 
+@on_the_cpu
 def load_policy(
     run_dir: str | Path, *, env_fn: EnvFn | None = None, networks: Networks = DEFAULT_NETWORKS
 ) -> TrainedPolicy:
@@ -125,6 +127,7 @@ def load_policy(
     return policy
 
 
+@on_the_cpu
 def export(
     run_dir: str | Path,
     output: str | Path | None = None,
@@ -160,6 +163,7 @@ def export(
     return path
 
 
+@on_the_cpu
 def evaluate(
     run_dir: str | Path,
     episodes: int = 20,
@@ -216,6 +220,7 @@ def _play(
         yield step.ended
 
 
+@on_the_cpu
 def watch(
     run_dir: str | Path,
     output: str | Path | None = None,

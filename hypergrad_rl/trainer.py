@@ -33,6 +33,7 @@ from hypergrad_rl.errors import (
     TrainingDiverged,
 )
 from hypergrad_rl.networks import DEFAULT_NETWORKS, Networks
+from hypergrad_rl.place import on_the_cpu
 from hypergrad_rl.ppo import PPO
 from hypergrad_rl.rollout import Collector, Rollout
 from hypergrad_rl.run_directory import CHECKPOINT, Config, RunLog
@@ -96,6 +97,7 @@ class TrainResult:
     ended: str = ""
 
 
+@on_the_cpu
 def train(
     config: Config,
     run_dir: str | Path | None = None,

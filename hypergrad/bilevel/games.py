@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ConvergenceWarning, warn
 from ..operators import LinearOperator
-from ..pytree import Tree, TreeLayout
+from ..pytree import Tree, TreeLayout, working_dtype
 from ..solvers import CG, Exact, Solver
 from ..solvers.options import Damping, check_option, is_count, is_tolerance
 from ..spectrum import extreme_eigenvalues
@@ -328,7 +328,7 @@ def _eigenvalue(value: float, rounding: float) -> str:
 
 
 def _wide(layout: TreeLayout, tree: Tree) -> Tensor:
-    return layout.flatten(tree).to(torch.float64)
+    return layout.flatten(tree).to(working_dtype(torch.float64, layout.device))
 
 
 def _solver(point: BilevelPoint, max_dense: int) -> Solver:
@@ -351,7 +351,7 @@ class _Ends:
     def of(cls, operator: LinearOperator, max_dense: int) -> _Ends:
         n = operator.layout.dim
         if n <= max_dense:
-            matrix = operator.to_dense().to(torch.float64)
+            matrix = operator.to_dense().cpu().to(torch.float64)
             values = torch.linalg.eigvalsh(0.5 * (matrix + matrix.T))
             smallest, size = float(values[0]), float(values.abs().max())
             products = n

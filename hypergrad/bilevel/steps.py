@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import LossError, SolverOptionError, UnusedParameterWarning, warn
 from ..norms import row_norms
+from ..operators.evaluation import generators_of, set_states
 from ..operators.layers import Layers, plain_layers
 from ..operators.point import check_differentiable, check_loss, report_unused
 from ..pytree import Tree
@@ -301,15 +302,16 @@ def _is_real(leaf: Any) -> bool:
 
 def random_state(device: torch.device) -> list[Tensor]:
     """The state of the generators that the steps may draw from."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+    return [generator.get_state() for generator in generators_of(device)]
 
 
 @contextmanager
 def replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
     """Draw what was drawn from ``states`` on, and leave the generators as they are."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
+    generators = generators_of(device)
+    outside = [generator.get_state() for generator in generators]
+    set_states(generators, states)
+    try:
         yield
+    finally:
+        set_states(generators, outside)

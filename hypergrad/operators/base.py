@@ -227,7 +227,7 @@ class LinearOperator(ABC):
         for start in range(0, n, chunk_size):
             stop = min(start + chunk_size, n)
             rows = torch.zeros(stop - start, n, dtype=self.dtype, device=self.device)
-            rows[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
+            rows.diagonal(start).fill_(1.0)
             # Row i of the block product is A e_i, that is column i of A.
             dense[:, start:stop] = self._apply(rows).T
         return dense
@@ -261,7 +261,8 @@ class LinearOperator(ABC):
                 products = matmat(columns.real, operator) + 0j
                 products.imag = matmat(columns.imag, operator)
                 return products
-            block = torch.as_tensor(columns).T.to(dtype=self.dtype, device=self.device)
+            block = torch.as_tensor(columns, device="cpu").T
+            block = block.to(dtype=self.dtype, device=self.device)
             return operator._apply(block.contiguous()).T.to(host).cpu().numpy()
 
         return ScipyOperator(
@@ -270,7 +271,7 @@ class LinearOperator(ABC):
             rmatvec=lambda vector: matmat(vector.reshape(-1, 1), adjoint)[:, 0],
             matmat=matmat,
             rmatmat=lambda columns: matmat(columns, adjoint),
-            dtype=torch.empty(0, dtype=host).numpy().dtype,
+            dtype=torch.empty(0, dtype=host, device="cpu").numpy().dtype,
         )
 
     def __repr__(self) -> str:

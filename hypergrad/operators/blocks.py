@@ -49,8 +49,8 @@ class BlockDiagonalOperator(InvertibleOperator):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         #: The places of each block's numbers in a flat vector.
         self._places = [
-            torch.cat([torch.arange(starts[i], starts[i] + sizes[i]) for i in leaves]).to(
-                self.device
+            torch.cat(
+                [torch.arange(starts[i], starts[i] + sizes[i], device=self.device) for i in leaves]
             )
             for leaves in groups.values()
         ]

@@ -74,7 +74,7 @@ class Evaluation:
         generators = generators_of(self._layout.device) if first or self._draws else []
         outside = [generator.get_state() for generator in generators]
         if self._draws:
-            _set_states(generators, self._draws)
+            set_states(generators, self._draws)
         try:
             # The function is the same each time: layers that it has not met it will not meet.
             met = self._layers if first or self._layers.met else None
@@ -82,7 +82,7 @@ class Evaluation:
                 yield
         finally:
             if self._draws:
-                _set_states(generators, outside)
+                set_states(generators, outside)
         if first and not all(
             torch.equal(generator.get_state(), state)
             for generator, state in zip(generators, outside, strict=True)
@@ -165,16 +165,19 @@ class Evaluation:
 def generators_of(device: torch.device) -> list[torch.Generator]:
     """PyTorch's own generators that an evaluation on a device may draw from."""
     generators = [torch.default_generator]
-    if device.type == "cuda":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    elif device.type == "mps":
+    if device.type == "mps":
         generators.append(torch.mps._get_default_mps_generator())
+    elif device.type != "cpu" and hasattr(torch, device.type):
+        module = torch.get_device_module(device)
+        if hasattr(module, "init"):  # of CUDA and XPU, which have no generators before
+            module.init()
+        index = module.current_device() if device.index is None else device.index
+        generators += getattr(module, "default_generators", ())[index : index + 1]
     return generators
 
 
-def _set_states(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+def set_states(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> None:
+    """Put generators where they stood when their states were read."""
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 
@@ -189,7 +192,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_states(generators, outside)
+        set_states(generators, outside)
 
 
 class _Finder:

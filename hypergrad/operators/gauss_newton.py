@@ -159,7 +159,7 @@ def _coupled(product: Weight, outputs: Tensor) -> bool:
     """
     count = outputs.shape[0] if outputs.ndim else 1
     seeded = torch.Generator().manual_seed(0)
-    dense = torch.randn(outputs.shape, generator=seeded).to(outputs)
+    dense = torch.randn(outputs.shape, generator=seeded, device="cpu").to(outputs)
     numbers = torch.arange(count, device=outputs.device)
     for bit in range((count - 1).bit_length()):
         chosen = (numbers >> bit) & 1 == 1

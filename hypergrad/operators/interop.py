@@ -158,9 +158,9 @@ class ScipyOperator(LinearOperator):
     def _apply(self, block: Tensor) -> Tensor:
         # NumPy has no bfloat16; float64 holds every 16 and 32-bit value exactly.  Copies: what is
         # behind the operator may write on its argument, and on a product that it gave before.
-        columns = block.T.to(torch.float64, copy=True).cpu().numpy()
+        columns = block.T.cpu().to(torch.float64, copy=True).numpy()
         products = np.array(self.operator.matmat(columns).T, order="C")
-        return torch.from_numpy(products).to(dtype=self.dtype, device=self.device)
+        return torch.from_numpy(products).to(self.dtype).to(self.device)  # it may lack float64
 
     def _transposed(self) -> LinearOperator:
         return ScipyOperator(self.operator.T, self.layout)
@@ -303,7 +303,9 @@ def _scipy(operator: Any, layout: TreeLayout | None) -> ScipyOperator:
         raise LeafTypeError(f"a SciPy operator has dtype {dtype}; expected a real one.")
     torch_dtype = torch.float32 if dtype == np.float32 else torch.float64
     n = operator.shape[0]
-    layout = _checked_layout(tuple(operator.shape), torch.empty(n, dtype=torch_dtype), layout)
+    layout = _checked_layout(
+        tuple(operator.shape), torch.empty(n, dtype=torch_dtype, device="cpu"), layout
+    )
     return ScipyOperator(operator, layout)
 
 

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 
 from ..errors import LossError, SolverOptionError
 from ..pytree import working_dtype
+from .evaluation import seeded
 
 #: Draws targets, ``(outputs, generator) -> targets``, and their negative log-likelihood,
 #: ``(outputs, targets) -> tensor``, of which the sum is differentiated.
@@ -53,9 +54,7 @@ def _of_distribution(make: Callable[[Tensor], Distribution]) -> Sampler:
             return distribution.sample()
         # Distributions draw from the global source only: it is seeded here, and put back after.
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        devices = [outputs.device] if outputs.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+        with seeded(seed, outputs.device):
             return distribution.sample()
 
     def nll(outputs: Tensor, targets: Tensor) -> Tensor:

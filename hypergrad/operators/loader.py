@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import LoaderError, SolverOptionError
@@ -112,15 +113,22 @@ class Loader:
             running = getattr(source, "_iterator", None) is not None
             if isinstance(source, DataLoader) and running:
                 self._draw_seed(source)  # persistent workers have theirs, and draw none
-            iterator = iter(source)
+            with self._plain(source):
+                iterator = iter(source)
         end = object()
         while True:
-            with stream.drawing():
+            with stream.drawing(), self._plain(source):
                 batch = next(iterator, end)
             if batch is end:
                 return
             yield batch
             del batch
+
+    def _plain(self, source: Any) -> AbstractContextManager[Any]:
+        """Outside of ``torch.func.vmap``, which forbids to draw an order or seeds of workers."""
+        if isinstance(source, DataLoader):
+            return temporarily_clear_interpreter_stack()
+        return nullcontext()
 
     def _stream(self) -> _Stream:
         generators = generators_of(self.device)
@@ -177,7 +185,8 @@ class Loader:
     def _draw_seed(self, loader: DataLoader[Any]) -> None:
         """As a pass of a ``DataLoader`` draws the seed of its workers, before the order."""
         if loader is self.batches or loader.generator is None:  # not from what is not put back
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+            place = None if loader.generator is None else loader.generator.device
+            torch.empty((), dtype=torch.int64, device=place).random_(generator=loader.generator)
 
     def _arguments(self, batch: Any, index: int) -> tuple[Any, ...]:
         structure = torch_pytree.tree_structure(batch, is_leaf=_without_tensors)

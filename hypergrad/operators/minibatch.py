@@ -78,7 +78,7 @@ class MinibatchOperator(LinearOperator):
         losses that are sums), loaded, used and dropped.
 
         Args:
-            generator: source of the draws, on the CPU; None for torch's global one.
+            generator: source of the draws; None for torch's global one.
 
         Raises:
             LoaderError: the loader has no random access.  Lists have it, and a ``DataLoader`` over
@@ -105,15 +105,16 @@ class MinibatchOperator(LinearOperator):
 
     def _probe(self) -> None:
         """Raise unless two passes agree."""
+        wide = working_dtype(torch.float64, self.device)
         source = torch.Generator().manual_seed(self.seed)
         with temporarily_clear_interpreter_stack():  # vmap forbids to draw, even from a seed
-            v = torch.randn(1, self.layout.dim, generator=source, dtype=torch.float64)
+            v = torch.randn(1, self.layout.dim, generator=source, device="cpu", dtype=torch.float64)
         v = self.layout.narrowed(v.to(dtype=self.dtype, device=self.device))
         if transforming() or tangents():  # at plain values, that can be looked at
             plain = self._with_tensors([unwrapped(x) for x in self._tensors()])
-            first, second = (unwrapped(plain._attached(v)).to(torch.float64) for _ in range(2))
+            first, second = (unwrapped(plain._attached(v)).to(wide) for _ in range(2))
         else:
-            first, second = (self._apply(v).to(torch.float64) for _ in range(2))
+            first, second = (self._apply(v).to(wide) for _ in range(2))
         gap, size = float((first - second).norm()), float(max(first.norm(), second.norm()))
         # In another order the sums round differently.
         allowed = float(torch.finfo(self.dtype).eps ** 0.5)

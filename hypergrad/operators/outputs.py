@@ -259,7 +259,7 @@ class OutputOperator(RootOperator):
         if again.shape != outputs.shape or not _close(again, outputs, eps):
             return None
         seeded = torch.Generator().manual_seed(0)
-        probe = torch.randn(1, self.layout.dim, generator=seeded).to(factor)
+        probe = torch.randn(1, self.layout.dim, generator=seeded, device="cpu").to(factor)
         return factor if _close((probe @ factor.T) @ factor, self._apply(probe), eps) else None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverOptionError
-from ..pytree import Tree
+from ..pytree import Tree, working_dtype
 from .base import LinearOperator, check_same_layout
 from .interop import as_operator
 
@@ -29,7 +29,7 @@ class SampledOperator(LinearOperator):
         like: a tree of the structure of the operators' argument; callables need it.
         weights: weights > 0 of the mean, such as the sizes of the minibatches; they are the
             probabilities of a draw up to their sum.  None for equal ones.
-        generator: source of the draws, on the CPU; None for torch's global one.
+        generator: source of the draws; None for torch's global one.
 
     Attributes:
         operators: the operators.
@@ -78,7 +78,7 @@ class SampledOperator(LinearOperator):
             )
         total = math.fsum(numbers)
         self._shares = [w / total for w in numbers]
-        self.probabilities = torch.tensor(self._shares, dtype=torch.float64)
+        self.probabilities = torch.tensor(self._shares, dtype=torch.float64, device="cpu")
         self.generator = generator
         self._attached_count = len(self.operators)
 
@@ -88,7 +88,9 @@ class SampledOperator(LinearOperator):
         return _Mean(self)
 
     def _apply(self, block: Tensor) -> Tensor:
-        drawn = torch.multinomial(self.probabilities, 1, generator=self.generator)
+        place = torch.device("cpu") if self.generator is None else self.generator.device
+        chances = self.probabilities.to(working_dtype(torch.float64, place)).to(place)
+        drawn = torch.multinomial(chances, 1, generator=self.generator)
         return self.operators[int(drawn)]._apply(block)
 
     def _tensors(self) -> list[Tensor]:

@@ -33,7 +33,7 @@ def check_symmetric(
         num_pairs: how many pairs are tried.
         rtol: how far the two may differ, relative to |v| |A w| + |w| |A v|; None for the root of
             the dtype's rounding, 1.5e-8 in float64 and 3.5e-4 in float32.
-        generator: source of the pairs, on the CPU; None for a fixed seed.
+        generator: source of the pairs; None for a fixed seed.
 
     Returns:
         The largest relative difference that was seen; 0.0 for an operator that is zero.
@@ -64,7 +64,10 @@ def check_symmetric(
     wide = working_dtype(op.dtype, op.device)
 
     def drawn() -> Tensor:
-        block = torch.randn(num_pairs, op.layout.dim, generator=source, dtype=torch.float64)
+        block = torch.randn(
+            num_pairs, op.layout.dim, generator=source, device=source.device,
+            dtype=working_dtype(torch.float64, source.device),
+        )  # fmt: skip
         # As the operator multiplies it: rounded to the dtype of each leaf.
         return op.layout.narrowed(block.to(dtype=op.dtype, device=op.device))
 

@@ -194,7 +194,7 @@ class _Choice:
         if self.m > 1 or system.damping == "auto":
             # The start of damping="auto" elsewhere, so that it is the same number.
             source = torch.Generator().manual_seed(0)
-            random = torch.randn(self.n, generator=source, dtype=torch.float32)
+            random = torch.randn(self.n, generator=source, device="cpu", dtype=torch.float32)
             seen = probe(system, random.to(system.b), steps, None)
             if seen.symmetric and system.damping == "auto":
                 values = seen.ritz[0]

@@ -107,8 +107,8 @@ class _Cycle:
             return torch.zeros_like(self.basis[0])
         k = self.done
         rows = [column + [0.0] * (k - len(column)) for column in self.columns]
-        triangle = torch.tensor(rows, dtype=torch.float64).mT
-        target = torch.tensor(self.target, dtype=torch.float64)[:, None]
+        triangle = torch.tensor(rows, dtype=torch.float64, device="cpu").mT
+        target = torch.tensor(self.target, dtype=torch.float64, device="cpu")[:, None]
         y = torch.linalg.solve_triangular(triangle, target, upper=True)[:, 0]
         return torch.mv(self.basis[:k].mT, y.to(self.basis))
 

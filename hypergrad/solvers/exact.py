@@ -197,7 +197,9 @@ def _is_singular(matrix: Tensor, solve: Callable[[Tensor], Tensor], eps: float) 
     start's share along its eigenvector, 1/sqrt(n) or so, is amplified by its inverse twice.
     """
     source = torch.Generator().manual_seed(0)
-    vector = torch.randn(len(matrix), 1, generator=source, dtype=torch.float32).to(matrix)
+    vector = torch.randn(len(matrix), 1, generator=source, device="cpu", dtype=torch.float32).to(
+        matrix
+    )
     # In units of the matrix's own size, so that no scale over- or underflows.
     size = float(row_norms(matrix).max())
     for _ in range(2):

@@ -73,7 +73,9 @@ def run_lissa(
 def _step(system: DampedSystem, damping: float) -> float:
     """The inverse of twice the largest growth in a power iteration with fresh products."""
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(1, system.b.shape[1], generator=generator, dtype=torch.float32)
+    vector = torch.randn(
+        1, system.b.shape[1], generator=generator, device="cpu", dtype=torch.float32
+    )
     vector = vector.to(system.b)
     largest = 0.0
     for _ in range(_PROBE_STEPS):

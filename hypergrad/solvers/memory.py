@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,14 +21,24 @@ def free_bytes(device: torch.device) -> int | None:
     available, or what is left to the container if that is less; on other systems with POSIX
     ``sysconf`` the physical memory, of which some will be in use.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free) + int(cached)
     if device.type != "cpu":
-        return None
+        return _left_to_accelerator(device)
     known = [size for size in (_available(), _left_to_container()) if size is not None]
     return min(known) if known else _physical()
+
+
+def _left_to_accelerator(device: torch.device) -> int | None:
+    if device.type == "mps":
+        left = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+        return max(left, 0)
+    module: Any = getattr(torch, device.type, None)  # torch.cuda, torch.xpu
+    if not hasattr(module, "mem_get_info"):
+        return None
+    try:
+        free, _ = module.mem_get_info(device)
+    except RuntimeError:  # some devices of Intel's do not say
+        return None
+    return int(free) + int(module.memory_reserved(device)) - int(module.memory_allocated(device))
 
 
 def refuse_if_too_large(

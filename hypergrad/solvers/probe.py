@@ -124,7 +124,7 @@ def probe(system: DampedSystem, start: Tensor, steps: int, rtol: float | None) -
     steps = min(steps, n)
     eps = torch.finfo(start.dtype).eps
     allowed = torch.finfo(system.operator.dtype).eps ** 0.25  # as in check_skew
-    tridiagonal = torch.zeros(steps + 1, steps, dtype=torch.float64)
+    tridiagonal = torch.zeros(steps + 1, steps, dtype=torch.float64, device="cpu")
     basis = start.new_zeros(steps, n)
     basis[0] = start / row_norms(start[None])
     largest = 0.0

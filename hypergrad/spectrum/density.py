@@ -131,7 +131,7 @@ class SpectralDensity:
         width = self.default_width() if width is None else float(width)
         if not (math.isfinite(width) and width > 0):
             raise SolverOptionError(f"width is {width!r}, expected a finite number > 0 or None.")
-        points = grid.detach().to("cpu", torch.float64).reshape(-1, 1)
+        points = grid.detach().cpu().to(torch.float64).reshape(-1, 1)
         total = torch.zeros_like(points[:, 0])
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
             bumps = torch.exp(-0.5 * ((points - nodes) / width) ** 2)
@@ -161,7 +161,11 @@ class SpectralDensity:
             ) from error
         width = self.default_width()
         grid = torch.linspace(
-            self.smallest - 5 * width, self.largest + 5 * width, 1000, dtype=torch.float64
+            self.smallest - 5 * width,
+            self.largest + 5 * width,
+            1000,
+            dtype=torch.float64,
+            device="cpu",
         )
         if ax is None:  # not pyplot, which would keep the figure and choose a window system
             ax = Figure(figsize=(6.4, 3.6), layout="constrained").subplots()

@@ -63,7 +63,7 @@ class Products:
     def unit_rows(self, columns: range) -> Tensor:
         """These columns of the identity as rows, shape (len(columns), n)."""
         rows = torch.zeros(len(columns), self.dim, dtype=self.dtype, device=self.operator.device)
-        rows[torch.arange(len(columns)), torch.arange(columns.start, columns.stop)] = 1.0
+        rows.diagonal(columns.start).fill_(1.0)
         return rows
 
     def gaussian(self, rows: int, generator: torch.Generator | None) -> Tensor:
