@@ -181,6 +181,8 @@ class DampedSystem:
         self._delivered: tuple[Tensor, int, Tensor] | None = None
         #: Where what was multiplied had entries that are not finite, by what it is called.
         self._unseen: dict[str, Tensor] = {}
+        #: Whether any had, of no dimension; None where there were none.
+        self._spoilt: Tensor | None = None
 
     def tolerances(self, rtol: float, atol: float) -> Tensor:
         """Absolute tolerances on the scaled residuals, shape (m,): the larger of the two."""
@@ -225,8 +227,11 @@ class DampedSystem:
             self.operator.layout.check_finite(rows, what)
             return
         bad = ~torch.isfinite(rows).all(dim=0)
-        first = self._unseen.get(what)  # what follows it is bad, too
-        self._unseen[what] = bad if first is None else torch.where(first.any(), first, bad)
+        if self._spoilt is not None:  # what follows, of whatever name, is bad by that
+            bad &= ~self._spoilt
+        first = self._unseen.get(what)
+        self._unseen[what] = bad if first is None else first | bad
+        self._spoilt = bad.any() if self._spoilt is None else self._spoilt | bad.any()
 
     def look(self, *flags: Tensor) -> list[bool]:
         """The values of ``flags``, each of no dimension, in one transfer from the device.
@@ -234,7 +239,7 @@ class DampedSystem:
         Raises:
             NonFiniteError: what :meth:`expect_finite` was given since the last look is not finite.
         """
-        unseen, self._unseen = self._unseen, {}
+        unseen, self._unseen, self._spoilt = self._unseen, {}, None
         every = (*flags, *(bad.any() for bad in unseen.values()))
         values: list[bool] = torch.stack(every).tolist() if every else []
         for (what, bad), found in zip(unseen.items(), values[len(flags) :], strict=True):

@@ -188,3 +188,38 @@ def test_a_preconditioner_that_is_not_finite_is_told_of(fixed: bool) -> None:
         solver = hypergrad.CG(preconditioner=lambda r: r * torch.nan, **options)  # type: ignore[arg-type]
         with pytest.raises(hypergrad.NonFiniteError, match="output of the preconditioner"):
             hypergrad.solve(to(matrix()), to(V), solver, damping=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fixed"),
+    [
+        (hypergrad.CG, False),
+        (hypergrad.CG, True),
+        (hypergrad.MINRES, False),
+        (hypergrad.MINRES, True),
+        (hypergrad.GMRES, False),
+    ],
+)
+@pytest.mark.parametrize("at", [1, 2, 4])
+@pytest.mark.parametrize("which", ["operator", "preconditioner"])
+def test_of_what_is_not_finite_the_first_is_told_of(
+    kind: Any, fixed: bool, at: int, which: str
+) -> None:
+    """A preconditioner of nan gives nan, and so does an operator: neither is at fault then."""
+    options = {"rtol": 0.0, "max_iters": 6} if fixed else {"rtol": 1e-6}
+    for to in PLACES:
+        a, calls = to(matrix()), {"operator": 0, "preconditioner": 0}
+
+        def spoilt(name: str, x: Tensor, calls: dict[str, int] = calls) -> Tensor:
+            calls[name] += 1
+            return x * torch.nan if name == which and calls[name] == at else x
+
+        def product(v: Tensor, a: Tensor = a, spoilt: Any = spoilt) -> Tensor:
+            return spoilt("operator", a @ v)  # type: ignore[no-any-return]
+
+        def precondition(r: Tensor, spoilt: Any = spoilt) -> Tensor:
+            return spoilt("preconditioner", 1.5 * r)  # type: ignore[no-any-return]
+
+        solver = kind(preconditioner=precondition, **options)
+        with pytest.raises(hypergrad.NonFiniteError, match=f"output of the {which}"):
+            hypergrad.solve(product, to(V), solver, damping=0.1)
