@@ -400,15 +400,3 @@ def _brief(names: list[str], most: int = 4) -> str:
         return "nothing"
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the recurrences: wider than the products', where the device allows it.
-
-    Products dominate the cost, so the recurrences are carried in float64 (float32 on devices
-    without it, and for 16-bit products), which leaves the products' own rounding as the only
-    error that matters.
-    """
-    if dtype in (torch.float16, torch.bfloat16) or device.type == "mps":
-        return torch.float32
-    return torch.float64

@@ -14,11 +14,23 @@ from pathlib import Path
 import pytest
 
 FILES = sorted((Path(__file__).parent / "elsewhere").glob("test_*.py"))
+#: These do without float64, too.
+WITHOUT = ("test_bilevel", "test_defaults", "test_operators", "test_solvers", "test_solving")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_on_a_device_that_is_not_the_cpu(file: Path) -> None:
-    environment = {**os.environ, "HYPERGRAD_ELSEWHERE": "1"}
+    check(file, "1")
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_on_a_device_without_float64(name: str) -> None:
+    check(Path(__file__).parent / "elsewhere" / f"{name}.py", "float32")
+
+
+def check(file: Path, device: str) -> None:
+    """The tests of ``file``, with the device that ``device`` asks for, pass."""
+    environment = {**os.environ, "HYPERGRAD_ELSEWHERE": device}
     for name in [x for x in environment if x.startswith("PYTEST_")]:
         del environment[name]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]

@@ -23,6 +23,7 @@ LAYERS = (
     "tracing",
     "transforms",
     "norms",
+    "precision",
     "pytree",
     "operators",
     "spectrum",

@@ -10,7 +10,8 @@ from hypothesis import given
 
 import hypergrad
 from hypergrad.norms import row_norms
-from hypergrad.pytree import TreeLayout, tree_leaves, working_dtype
+from hypergrad.precision import working_dtype
+from hypergrad.pytree import TreeLayout, tree_leaves
 from tests.strategies import F32, F64, flat, gaussian, quick_and_thorough, tree_like, trees
 
 Point = namedtuple("Point", "x y")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pytree import Tree, TreeLayout, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree, TreeLayout
 from ..solvers import Solver
 from ..solvers.options import Damping, check_option, is_count, is_tolerance
 from .certificate import HypergradientCertificate, hypergradient_certificate

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConstraintError, LeafTypeError
-from ..pytree import Tree, TreeLayout, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree, TreeLayout
 from ..solvers.options import check_option, is_tolerance
 from ..transforms import transforming
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..norms import row_norms
-from ..pytree import Tree, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree
 from ..solvers import CG, Solution, Status, solve
 from ..spectrum import lanczos_extremes
 from .hypergradient import BilevelPoint, Loss, filled

@@ -9,7 +9,8 @@ from ..errors import UnusedParameterWarning, warn
 from ..norms import row_norms
 from ..operators.layers import plain_layers
 from ..operators.point import check_loss, report_unused
-from ..pytree import Tree, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree
 from ..solvers.options import check_option, is_tolerance
 from .hypergradient import (
     Loss,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import ConvergenceWarning, warn
 from ..operators import LinearOperator
-from ..pytree import Tree, TreeLayout, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree, TreeLayout
 from ..solvers import CG, Exact, Solver
 from ..solvers.options import Damping, check_option, is_count, is_tolerance
 from ..spectrum import extreme_eigenvalues

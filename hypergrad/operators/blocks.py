@@ -17,7 +17,8 @@ from ..errors import (
     StaleOperatorError,
 )
 from ..norms import powers_of_two
-from ..pytree import Tree, TreeLayout, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree, TreeLayout
 from .base import LinearOperator
 from .interop import as_operator
 from .invertible import InvertibleOperator

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError, NegativeCurvatureError, NonFiniteError
-from ..pytree import Tree, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree
 from ..tracing import compiling
 from ..transforms import building_no_graph
 from .compilation import check_compile, compiled_products, is_compiled, signature_of

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..errors import LossError, SolverOptionError
-from ..pytree import working_dtype
+from ..precision import working_dtype
 from .evaluation import seeded
 
 #: Draws targets, ``(outputs, generator) -> targets``, and their negative log-likelihood,

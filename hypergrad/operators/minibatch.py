@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..errors import LoaderError, SolverOptionError
-from ..pytree import Tree, TreeLayout, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree, TreeLayout
 from ..tracing import compiling
 from ..transforms import apply, pullback, tangents, transforming, unwrapped
 from .base import LinearOperator

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverOptionError
-from ..pytree import Tree, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree
 from .base import LinearOperator, check_same_layout
 from .interop import as_operator
 

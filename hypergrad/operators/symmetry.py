@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, NotSymmetricError, SolverOptionError
 from ..norms import powers_of_two
-from ..pytree import Tree, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree
 from .interop import as_operator
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ConvergenceError, ConvergenceWarning, DifferentiationError, warn
 from ..norms import powers_of_two
 from ..operators import LinearOperator
-from ..pytree import working_dtype
+from ..precision import working_dtype
 from ..transforms import repeating
 from .base import DampedSystem, Outcome, Solution, SolveInfo, Solver, Status, factors
 from .options import Damping, check_damping

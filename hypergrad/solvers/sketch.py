@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import DampingError, SolverOptionError
 from ..operators import LinearOperator, as_operator
-from ..pytree import Tree, TreeLayout, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree, TreeLayout
 from ..spectrum import ExtremeEigenvalues, damping_from_extremes, lanczos_extremes
 from .base import DampedSystem
 from .complement import TAIL_THAT_MATTERS, Complement

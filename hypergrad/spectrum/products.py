@@ -10,7 +10,8 @@ from torch import Tensor
 from ..errors import SolverOptionError
 from ..norms import powers_of_two, row_norms
 from ..operators import LinearOperator, as_operator
-from ..pytree import Tree, working_dtype
+from ..precision import working_dtype
+from ..pytree import Tree
 
 #: Columns of the identity that are multiplied at a time where a whole matrix is looked at.
 _CHUNK = 256

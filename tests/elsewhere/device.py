@@ -4,10 +4,14 @@ Its tensors keep their numbers in tensors of the CPU, and every operation of PyT
 done there; but for all else they are elsewhere: an operation that meets tensors of both places
 fails as it would with an accelerator, and what makes the host wait for one is counted.  Random
 numbers are drawn there from a generator of its own, or from one that is on that device.
+
+With HYPERGRAD_ELSEWHERE=float32 it has no float64, as MPS has none, and to ask it for such a tensor
+is an error.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +23,13 @@ from torch import Tensor
 from torch.utils import _pytree as tree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from hypergrad import precision
+
 NAME = "elsewhere"
+#: Whether it has float64.
+WIDE = os.environ.get("HYPERGRAD_ELSEWHERE") != "float32"
+if not WIDE:
+    precision.NARROW_DEVICES.add(NAME)
 
 
 class _Kind(type(torch._C.Generator)):  # type: ignore[misc]
@@ -112,6 +122,8 @@ class Elsewhere(Tensor):
         return made
 
     def __init__(self, numbers: Tensor) -> None:
+        if not WIDE and numbers.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"{DEVICE} has no float64")
         self.numbers = numbers
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from tests.elsewhere.device import move
+from tests.elsewhere.device import WIDE, move
 from tests.elsewhere.problems import (
+    DTYPES,
     MATRIX,
     SOLVERS,
     V,
@@ -23,6 +24,7 @@ from tests.elsewhere.problems import (
     gaussian,
     seeded,
     stay,
+    without_forward_mode,
 )
 
 X, Y = gaussian(12, 3), gaussian(12, 1, seed=1)
@@ -134,6 +136,7 @@ UNROLLED: dict[str, dict[str, Any]] = {
     "truncated": {"optimizer": hypergrad.Adam(lr=0.05), "mode": "truncated", "truncate": 3},
     "of y": {"optimizer": decayed, "checkpoint_every": 3},
 }
+UNROLLED = without_forward_mode(UNROLLED, "forward")
 
 
 @pytest.mark.parametrize("options", UNROLLED.values(), ids=UNROLLED.keys())
@@ -287,7 +290,7 @@ def test_games() -> None:
     checks = []
     for to in (stay, move):
         for solver in (None, hypergrad.CG(), hypergrad.Exact()):
-            for dense in (500, 1):
+            for dense in (500, 1)[: 1 + WIDE]:  # Lanczos may end a step earlier without float64
                 x, z = to(torch.tensor([5.0, 5.0])), to(torch.tensor([2.5, 2.5]))
                 checks.append(
                     str(
@@ -299,7 +302,7 @@ def test_games() -> None:
     assert checks[: len(checks) // 2] == checks[len(checks) // 2 :]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES[:-2])
 def test_checks_and_certificates(dtype: torch.dtype) -> None:
     """The same verdicts of the same numbers."""
     verdicts = []

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import StateError
-from ...pytree import Tree, TreeLayout, working_dtype
+from ...precision import working_dtype
+from ...pytree import Tree, TreeLayout
 
 #: Which layout each flat vector of a state has.
 _ON_OUTER = ("outer", "outer_direction")
