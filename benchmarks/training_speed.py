@@ -4,8 +4,8 @@
     python -m benchmarks.training_speed --start
 
 By the processor time of this process, all arms in turns, the quicker half of the updates: other
-work on the machine counts little. With the published setting as ``--style paper`` has it, and the
-fast one where the task has one. ``--start``: the processor time of whole processes that train for
+work on the machine counts little. With the published setting as ``--style paper`` has it, by
+columns of the Hessian and by 20 iterations of CG, and the fast one where the task has one. ``--start``: the processor time of whole processes that train for
 one update, their compilers included, with PyTorch's cache and ours empty and then full.
 """
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,20 +29,24 @@ from hypergrad_rl.compiled import backend_of
 from hypergrad_rl.presets import STYLES
 from hypergrad_rl.trainer import make_agent, make_collector
 
-ARMS: dict[str, tuple[str, str]] = {
-    "PPO": ("ppo", "tuned"),
-    "Nested PPO": ("nested", "tuned"),
-    "BLPO, default": ("blpo", "tuned"),
-    "BLPO, fast": ("blpo", "fast"),
-    "BLPO, published": ("blpo", "paper"),
+#: Algorithm, style, and what differs from that.
+ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "PPO": ("ppo", "tuned", {}),
+    "Nested PPO": ("nested", "tuned", {}),
+    "BLPO, default": ("blpo", "tuned", {}),
+    "BLPO, fast": ("blpo", "fast", {}),
+    "BLPO, published": ("blpo", "paper", {}),
+    "BLPO, CG": ("blpo", "paper", {"solver": "cg", "cg_iters": 20, "cg_rtol": 0.0}),
 }
 
 
 class Arm:
     """An agent in training on environments of its own, compiled in ``seconds``."""
 
-    def __init__(self, algo: str, task: str, style: str, eager: bool) -> None:
-        config = preset(algo, task, style, compile=not eager)
+    def __init__(
+        self, algo: str, task: str, style: str, settings: dict[str, Any], eager: bool
+    ) -> None:
+        config = preset(algo, task, style, compile=not eager, **settings)
         generator, backend = torch.Generator().manual_seed(0), backend_of(config)
         self.collector = make_collector(config, generator, backend)
         self.agent: Agent = make_agent(config, self.collector, generator, backend)
@@ -91,8 +96,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = {
-        name: (algo, style)
-        for name, (algo, style) in ARMS.items()
+        name: (algo, style, settings)
+        for name, (algo, style, settings) in ARMS.items()
         if name in args.arms and (style == "tuned" or args.task in STYLES[style])
     }
     if args.start:
@@ -101,7 +106,10 @@ def main() -> None:
             cold, cached = start_seconds(name, args.task)
             print(f"{name:18}{cold:18.1f}{cached:18.1f}", flush=True)
         return
-    arms = {n: Arm(algo, args.task, style, args.eager) for n, (algo, style) in chosen.items()}
+    arms = {
+        name: Arm(algo, args.task, style, settings, args.eager)
+        for name, (algo, style, settings) in chosen.items()
+    }
     for i in range(args.updates):
         for arm in arms.values():
             arm.update(i / args.updates)

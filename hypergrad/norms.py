@@ -10,7 +10,7 @@ from .tracing import compiling, far
 
 def row_norms(block: Tensor) -> Tensor:
     """Euclidean norm of each row of (m, n), safe from overflow and underflow; shape (m,)."""
-    norms: Tensor = torch.linalg.vector_norm(block, dim=1)
+    norms = plain_norms(block)
     # In this range no square that counts has left the dtype's: the usual case, in one pass.
     limits = torch.finfo(block.dtype)
     low, high = (limits.tiny / limits.eps) ** 0.5, limits.max**0.5
@@ -19,12 +19,17 @@ def row_norms(block: Tensor) -> Tensor:
     return safe_norms(block)
 
 
+def plain_norms(block: Tensor) -> Tensor:
+    """Euclidean norm of each row of (m, n) whose squares are in the dtype's range; shape (m,)."""
+    norms: Tensor = torch.linalg.vector_norm(block, dim=1)
+    return norms
+
+
 def safe_norms(block: Tensor) -> Tensor:
     """:func:`row_norms` without a branch on values, at two passes more."""
     largest = block.abs().amax(dim=1)
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-    norms: Tensor = torch.linalg.vector_norm(block / scale[:, None], dim=1)
-    return scale * norms
+    return scale * plain_norms(block / scale[:, None])
 
 
 def powers_of_two(norms: Tensor) -> Tensor:

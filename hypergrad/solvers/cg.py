@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norms import row_norms
+from ..norms import plain_norms, row_norms
 from ..transforms import tangents
 from .base import DampedSystem, Outcome, Solver, Status
 from .cg_one import LEAST, OneRow
@@ -143,8 +143,10 @@ class CG(Solver):
     def _run_traced(self, system: DampedSystem, x0: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.rtol or self.atol:
             return super()._run_traced(system, x0)
-        work = FixedWork.begin(system, x0, self.max_iters, traced=True)
         precondition = preconditioning(self.preconditioner, system)
+        work = FixedWork.begin(
+            system, x0, self.max_iters, traced=True, preconditioned=precondition is not None
+        )
         x = _fixed(work, precondition, None, self.reorthogonalize).answer
         return x, work.residual_norms(x)
 
@@ -158,7 +160,9 @@ def run_cg(
 ) -> Outcome:
     """CG with the tolerances and the budget of ``config`` and any preconditioner."""
     if config.rtol == 0 and config.atol == 0:
-        work = FixedWork.begin(system, x0, config.max_iters, traced=False)
+        work = FixedWork.begin(
+            system, x0, config.max_iters, traced=False, preconditioned=precondition is not None
+        )
         return _fixed(work, precondition, SymmetryCheck(system), reorthogonalize).outcome()
     kept = None
     if reorthogonalize:
@@ -221,7 +225,7 @@ class _Recurrence(Recurrence):
         curvature = torch.linalg.vecdot(self.p, image)
         p_norms = torch.linalg.vector_norm(self.p, dim=1)
         # Squares may leave the dtype's range; then once more with care.
-        for norms_of in (_plain_norms, row_norms):
+        for norms_of in (plain_norms, row_norms):
             sizes = norms_of(product)
             extreme = ~((sizes > self.least) & (sizes < 1.0 / self.least))
             # What rounding is relative to, also where damping cancels a negative curvature.
@@ -232,7 +236,7 @@ class _Recurrence(Recurrence):
             r = torch.addcmul(self.r, alpha, image, value=-1.0)
             if self.kept is not None:  # one that stands still is kept itself
                 r = torch.where(alpha != 0, self.kept.cleaned(r), r)
-            norms = _plain_norms(r)
+            norms = plain_norms(r)
             better = norms < self.best
             due = self._due(norms, iteration)
             # All that is branched on, in one transfer from the device.
@@ -289,7 +293,7 @@ def _fixed(
             kept.add(work.r, z, torch.where(live, rz, 0.0))
         p = torch.addcmul(z, over(rz, last)[:, None], p)
         product = system.product(p, later=True)
-        p_norms = _plain_norms(p)
+        p_norms = plain_norms(p)
         sizes = work.norms_of(product) + damping * p_norms
         image = torch.add(product, p, alpha=damping) if damping else product
         if symmetry is not None:
@@ -316,8 +320,3 @@ def _on_host(block: Tensor) -> bool:
     Products that carry tangents through a closure cannot be written to preallocated memory.
     """
     return block.device.type == "cpu" and not tangents()
-
-
-def _plain_norms(block: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(block, dim=1)
-    return norms

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverOptionError
-from ..norms import row_norms
+from ..norms import plain_norms, row_norms
 from ..tracing import far
 from .base import DampedSystem, Outcome, Status
 from .krylov import indefinite_preconditioner, where_rows
@@ -37,6 +37,8 @@ class FixedWork:
         iterations: shape (m,), steps taken.
         start_x: shape (m, n), where the iterations began, with residual norms ``start``.
         refused: shape (m,), rows at which the preconditioner was found not positive definite.
+        roomy: whether no square of a number of the products', or near one, leaves the range of the
+            working dtype.
     """
 
     system: DampedSystem
@@ -54,12 +56,22 @@ class FixedWork:
     start: Tensor
     refused: Tensor
     refused_rz: Tensor
+    roomy: bool
 
     @classmethod
     def begin(
-        cls, system: DampedSystem, x0: Tensor | None, count: int | None, *, traced: bool
+        cls,
+        system: DampedSystem,
+        x0: Tensor | None,
+        count: int | None,
+        *,
+        traced: bool,
+        preconditioned: bool,
     ) -> FixedWork:
-        """Start at x0 where that is better than zero."""
+        """Start at x0 where that is better than zero.
+
+        A preconditioner's numbers may be of any size; the others are near those of the products.
+        """
         assert count is not None
         if traced and isinstance(system.damping, str):
             raise SolverOptionError(
@@ -85,6 +97,7 @@ class FixedWork:
             start=norms,
             refused=none,
             refused_rz=torch.zeros_like(norms),
+            roomy=system.roomy and not preconditioned,
         )
         if x0 is not None:
             residual = work.residual(x0)
@@ -128,8 +141,10 @@ class FixedWork:
         self.x, self.r, self.norms = x, r, self.norms_of(r)
 
     def norms_of(self, block: Tensor) -> Tensor:
-        """Norms of the rows; without a branch on values where they are traced."""
-        return safe_norms(block) if self.traced else row_norms(block)
+        """Norms of the rows; without a branch on values where they are traced, or far."""
+        if not self.traced and not far(block):
+            return row_norms(block)
+        return plain_norms(block) if self.roomy else safe_norms(block)
 
     def residual(self, x: Tensor) -> Tensor:
         """The true residual of x; without a look at values where they are traced."""

@@ -114,7 +114,9 @@ class MINRES(Solver):
                 return found
         precondition = preconditioning(self.preconditioner, system)
         if self.rtol == 0 and self.atol == 0:
-            work = FixedWork.begin(system, x0, self.max_iters, traced=False)
+            work = FixedWork.begin(
+                system, x0, self.max_iters, traced=False, preconditioned=precondition is not None
+            )
             return _fixed(work, precondition, SymmetryCheck(system)).outcome()
         return _Recurrence(
             system, x0, precondition, rtol=self.rtol, atol=self.atol, max_iters=self.max_iters
@@ -123,8 +125,11 @@ class MINRES(Solver):
     def _run_traced(self, system: DampedSystem, x0: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.rtol or self.atol:
             return super()._run_traced(system, x0)
-        work = FixedWork.begin(system, x0, self.max_iters, traced=True)
-        x = _fixed(work, preconditioning(self.preconditioner, system), None).answer
+        precondition = preconditioning(self.preconditioner, system)
+        work = FixedWork.begin(
+            system, x0, self.max_iters, traced=True, preconditioned=precondition is not None
+        )
+        x = _fixed(work, precondition, None).answer
         return x, work.residual_norms(x)
 
 

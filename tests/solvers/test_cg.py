@@ -419,6 +419,34 @@ def test_the_traceable_form_is_the_eager_one(
     torch.testing.assert_close(norms, expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", [CG, hypergrad.MINRES])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(F32, 1e-32), (F32, 1e32), (F64, 1e-200), (F64, 1e200), (torch.bfloat16, 1e32)],
+)
+def test_one_graph_at_the_ends_of_the_range(solver: Any, dtype: torch.dtype, scale: float) -> None:
+    """Squares of float32's numbers are within float64's range; of others they leave their own."""
+    problem = symmetric(CONDITIONED["geometric"](10, 2).to(F64), seed=1)
+    matrix = (scale * problem.matrix).to(dtype)
+    v = gaussian(10, seed=2).to(dtype)
+    config = solver(rtol=0.0, max_iters=6)
+
+    def solved(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = hypergrad.solve(matrix, v, config, damping=1e-2 * scale, on_failure="ignore")
+        return found.value, torch.as_tensor(found.info.relative_residual)
+
+    expected, residual = solved(matrix, v)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found, again = torch.compile(solved, fullgraph=True, backend="eager")(matrix, v)
+    eps = torch.finfo(dtype).eps
+    found, expected = found.to(F64) * scale, expected.to(F64) * scale  # near to one
+    assert expected.isfinite().all()
+    assert expected.norm() > 0.1
+    assert (found - expected).norm() <= 1e3 * eps * expected.norm()
+    torch.testing.assert_close(again.to(F64), residual.to(F64), rtol=0.1, atol=1e2 * eps)
+
+
 def test_the_traceable_form_needs_a_fixed_amount_of_work() -> None:
     operator = hypergrad.as_operator(torch.eye(3))
     for solver in (CG(), hypergrad.MINRES(), CG(rtol=0.0, max_iters=3)):
