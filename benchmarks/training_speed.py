@@ -5,8 +5,9 @@
 
 By the processor time of this process, all arms in turns, the quicker half of the updates: other
 work on the machine counts little. With the published setting as ``--style paper`` has it, by
-columns of the Hessian and by 20 iterations of CG, and the fast one where the task has one. ``--start``: the processor time of whole processes that train for
-one update, their compilers included, with PyTorch's cache and ours empty and then full.
+columns of the Hessian and by 20 iterations of CG, and the fast one where the task has one.
+``--start``: the processor time of whole processes that train for one update, their compilers
+included, with PyTorch's cache and ours empty and then full.
 """
 
 from __future__ import annotations

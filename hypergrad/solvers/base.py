@@ -190,8 +190,8 @@ class DampedSystem:
 
         Those of float32 are, in float64.
         """
-        wide, narrow = torch.finfo(self.b.dtype), torch.finfo(self.operator.dtype)
-        return narrow.max < wide.max**0.25
+        wide, narrow = torch.finfo(self.b.dtype).max, torch.finfo(self.operator.dtype).max
+        return bool(narrow < wide**0.25)
 
     def tolerances(self, rtol: float, atol: float) -> Tensor:
         """Absolute tolerances on the scaled residuals, shape (m,): the larger of the two."""
