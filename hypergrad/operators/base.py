@@ -142,7 +142,9 @@ class LinearOperator(ABC):
         return self.layout.device
 
     def matvec(self, v: Tree) -> Tree:
-        """A v, for a tree v of the operator's structure.  Cost: one product.
+        """A v, for a tree v of the operator's structure, as ``A @ v``.  Cost: one product.
+
+        In functions for ``torch.compile(fullgraph=True)`` it is this that PyTorch 2.13 traces.
 
         Raises:
             TreeStructureError: v has other keys, leaves or shapes.
