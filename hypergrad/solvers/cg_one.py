@@ -286,7 +286,7 @@ class OneRow:
             self.best_x, self.best_is_x = self.x.clone(), False
         self.x.add_(self.p, alpha=alpha)
         self.squared, self.last = squared, rz
-        lost = not norm < _LOST * self.best  # nan is, too
+        lost = not norm <= _LOST * self.best  # nan is, too; zero is none
         if lost:  # where x may have left the dtype
             self.x.copy_(self.best_x)
         due = norm <= self.claim or iteration % REFRESH == 0 or lost
