@@ -15,6 +15,7 @@ from .cg_one import LEAST, OneRow
 from .fixed import FixedWork
 from .krylov import (
     DEFAULT_MAX_ITERS,
+    LOST,
     REFRESH,
     Precondition,
     Recurrence,
@@ -24,6 +25,7 @@ from .krylov import (
     over,
     preconditioned,
     preconditioning,
+    where_rows,
 )
 from .options import check_option
 from .orthogonal import Residuals
@@ -238,7 +240,8 @@ class _Recurrence(Recurrence):
                 r = torch.where(alpha != 0, self.kept.cleaned(r), r)
             norms = plain_norms(r)
             better = norms < self.best
-            due = self._due(norms, iteration)
+            lost = ~(norms <= LOST * self.best)  # nan is, too
+            due = self._due(norms, iteration) | lost
             # All that is branched on, in one transfer from the device.
             flags = ((rz <= 0).any(), stuck.any(), extreme.any(), due.any(), better.all())
             refused, any_stuck, any_extreme, any_due, all_better = self.system.look(*flags)
@@ -249,6 +252,8 @@ class _Recurrence(Recurrence):
         self.symmetry(iteration, self.row, self.p, image, sizes)
         self.x, self.r, self.rz = x, r, rz
         self._keep_best(norms, better, all_better)
+        if any_due:  # x may have left the dtype where the residual is lost
+            self.x = where_rows(lost, self.best_x, self.x)
         if any_stuck:
             for i in torch.nonzero(stuck).flatten().tolist():
                 self.directions[int(self.row[i])] = self.p[i] / p_norms[i]
@@ -302,10 +307,12 @@ def _fixed(
         stuck = live & (curvature <= rounding * p_norms * sizes)
         work.freeze(stuck, p, p_norms)
         alpha = torch.where(live & ~stuck, over(rz, curvature), 0.0)[:, None]
+        x = torch.addcmul(work.x, alpha, p)
         r = torch.addcmul(work.r, alpha, image, value=-1.0)
         if kept is not None:
             r = torch.where(alpha != 0, kept.cleaned(r), r)  # one that stands still is kept itself
-        work.advance(torch.addcmul(work.x, alpha, p), r)
+            x, r = work.held(x, r)
+        work.advance(x, r)
         if iteration % REFRESH == 0 and iteration < work.count:
             drifted = work.refresh()
             rz = torch.where(drifted, 0.0, rz)

@@ -24,6 +24,7 @@ from ..norms import row_norms
 from .base import DampedSystem, Outcome, Status
 from .krylov import (
     DEFAULT_MAX_ITERS,
+    LOST,
     PATIENCE,
     REFRESH,
     Precondition,
@@ -42,9 +43,6 @@ _NEAR_ONE = 1e-6
 #: Vectors of so many numbers, and tolerances relative to the first residual from here on, are for
 #: float32 recurrences of float32 products.
 _LONG, _LOOSE = 2**13, 1e-3
-#: A residual above the least one by so much, far beyond what condition explains, is that of the
-#: recurrence alone; it would grow out of the dtype.
-_LOST = 1e20
 #: How far the bound of |p| |A p| may be from p'Ap before both are computed.
 _MARGIN = 4.0
 
@@ -286,7 +284,7 @@ class OneRow:
             self.best_x, self.best_is_x = self.x.clone(), False
         self.x.add_(self.p, alpha=alpha)
         self.squared, self.last = squared, rz
-        lost = not norm < _LOST * self.best  # nan is, too
+        lost = not norm <= LOST * self.best  # nan is, too; zero is none
         if lost:  # where x may have left the dtype
             self.x.copy_(self.best_x)
         due = norm <= self.claim or iteration % REFRESH == 0 or lost

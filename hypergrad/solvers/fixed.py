@@ -15,7 +15,7 @@ from ..errors import SolverOptionError
 from ..norms import plain_norms, row_norms
 from ..tracing import far
 from .base import DampedSystem, Outcome, Status
-from .krylov import indefinite_preconditioner, where_rows
+from .krylov import LOST, indefinite_preconditioner, where_rows
 from .traced import residual_traced, safe_norms
 
 
@@ -134,6 +134,15 @@ class FixedWork:
         news = stuck & (self.norms > rounding)
         self.direction = where_rows(news, direction / norms[:, None], self.direction)
         self.stuck, self.frozen = self.stuck | news, self.frozen | stuck
+
+    def held(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """These next iterates; where the recurrence is lost the start, until a refresh.
+
+        There the residual would grow out of the dtype, and nan would go into the products.
+        """
+        lost = ~(self.norms_of(r) <= LOST * self.start)  # nan is, too
+        self.frozen = self.frozen | lost
+        return where_rows(lost, self.start_x, x), where_rows(lost, self.r, r)
 
     def advance(self, x: Tensor, r: Tensor) -> None:
         """Go on from these iterates, which have moved where rows are live only."""

@@ -24,6 +24,9 @@ DEFAULT_MAX_ITERS = 10_000
 REFRESH = 50
 #: Restarts from the true residual that bring no gain before the solve counts as stagnated.
 PATIENCE = 3
+#: A residual above the least one by so much, far beyond what condition explains, is that of the
+#: recurrence alone; it would grow out of the dtype.
+LOST = 1e20
 
 #: Antisymmetric parts of products up to this many times eps |A| |p0| |p1| are rounding.
 _SKEW_NOISE = 10.0
@@ -149,7 +152,7 @@ class Recurrence(ABC):
         rows = self.row[index]
         residual = self.system.residual(self.x[index], self.damping, rows)
         norms = row_norms(residual)
-        drifted = row_norms(residual - self.r[index]) > 0.1 * norms
+        drifted = ~(row_norms(residual - self.r[index]) <= 0.1 * norms)  # nan has, too
         gained = norms < 0.9 * self.true[index]
         self._record(index, self.x[index], norms)
         # Where the recurrence drifted, its bests since the last check mean nothing.

@@ -263,6 +263,23 @@ def test_an_unattainable_tolerance_by_narrow_vectors(
     assert solution.info.relative_residual <= 10 * torch.finfo(F32).eps * 1e3
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize("ends", [(1.0, 16.0), (1.0, 1.0), (4.0, 64.0)])
+def test_a_residual_of_zero_is_that_of_the_iterate(
+    ends: tuple[float, float], others: int, dtype: torch.dtype
+) -> None:
+    """Also after one that was larger than the first, and as the last row of a block."""
+    values = torch.tensor(ends, dtype=dtype)
+    rows = torch.zeros(1 + others, 2, dtype=dtype)
+    rows[0] = torch.tensor([2.0, 1.0], dtype=dtype)
+    solution = quietly(lambda u: values * u, rows, CG(max_iters=3), batched=True)
+    first = solution.info.columns[0]
+    count = len(set(ends))
+    assert (first.status, first.iterations, first.num_hvps) == (Status.CONVERGED, count, count + 1)
+    assert torch.equal(values * solution.value, rows)
+
+
 # The last row of a block ------------------------------------------------------------------------
 
 

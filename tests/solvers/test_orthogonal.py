@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -96,6 +97,25 @@ def test_a_recurrence_that_grows_without_bound_is_no_fault_of_the_operator(scale
         info = hypergrad.solve(a, v, kept(1e-2), damping=0.0, on_failure="ignore").info
         assert info.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED)
         assert info.relative_residual <= 1.0
+
+
+@pytest.mark.parametrize(("rtol", "max_iters"), [(1e-6, None), (0.0, 45), (0.0, 300)])
+def test_nor_in_a_block_or_of_a_fixed_number_of_iterations(
+    rtol: float, max_iters: int | None
+) -> None:
+    solver = CG(rtol=rtol, max_iters=max_iters, reorthogonalize=True)
+    values = torch.tensor([1.0, 0.7, 0.4, 0.2, 0.0, 0.0, 0.0, 0.0], dtype=F64)
+    for seed in range(25):
+        spectrum = values if seed % 2 else values * (values == 1.0)  # or of rank one
+        a = symmetric(spectrum, seed=seed).matrix.to(F32)
+        rows = gaussian(9, 8, seed=seed).to(F32)
+        solution = hypergrad.solve(a, rows, solver, batched=True, on_failure="ignore")
+        for info, x, v in zip(solution.info.columns, solution.value, rows, strict=True):
+            assert info.status is not Status.CONVERGED
+            assert math.isfinite(info.residual_norm)
+            left = float(torch.linalg.vector_norm(v.double() - a.double() @ x.double()))
+            rounding = 10 * torch.finfo(F32).eps * float(torch.linalg.vector_norm(x))
+            assert info.residual_norm == pytest.approx(left, rel=1e-5, abs=rounding)
 
 
 @pytest.mark.parametrize("rtol", [0.0, 1e-6])
