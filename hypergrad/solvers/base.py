@@ -224,8 +224,14 @@ class DampedSystem:
         With ``later``, and where the host would wait for that, it is left to :meth:`look`.
         """
         if not (later and far(rows)) or compiling():
-            self.operator.layout.check_finite(rows, what)
-            return
+            try:
+                self.operator.layout.check_finite(rows, what)
+            except NonFiniteError as error:
+                found = error
+            else:
+                return
+            self.look()  # what follows from what was not finite is not at fault
+            raise found
         bad = ~torch.isfinite(rows).all(dim=0)
         if self._spoilt is not None:  # what follows, of whatever name, is bad by that
             bad &= ~self._spoilt
@@ -293,6 +299,7 @@ class DampedSystem:
             return answer
         # A nan or an infinity passes into the sum: one pass, unless finite entries overflow it.
         if not math.isfinite(answer.sum()) and not bool(torch.isfinite(answer).all()):
+            self.look()  # by a product that was not finite
             raise NonFiniteError(
                 f"x overflows {min(self.operator.layout.dtypes, key=lambda d: torch.finfo(d).max)}:"
                 " the answer is too large for the dtype of v. Raise damping, rescale the problem, "
