@@ -98,8 +98,7 @@ class Graph:
         if not self.used:
             self.used = True
             _log.info("compiled %s in %.1f s", self.what, time.perf_counter() - start)
-        if not self.attached:
-            operator._note_constant()
+        operator._note_reached(self.attached)
         if self.recorded and operator.device.type == "cuda":
             return torch_pytree.tree_map_only(Tensor, torch.clone, results)
         return results
