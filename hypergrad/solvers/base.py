@@ -175,8 +175,10 @@ class DampedSystem:
         self, operator: LinearOperator, b: Tensor, scales: Tensor, damping: Damping
     ) -> None:
         self.operator, self.b, self.scales, self.damping = operator, b, scales, damping
-        # Scaled as they are, no square that counts leaves the dtype's range.
-        self.b_norms = self.start_norms = torch.linalg.vector_norm(b, dim=1)
+        # Scaled as they are, no square that counts leaves the dtype's range.  Far away they are
+        # rounded as norms of residuals are, so that equal rows have equal norms.
+        self.b_norms = row_norms(b) if far(b) else torch.linalg.vector_norm(b, dim=1)
+        self.start_norms = self.b_norms
         self.num_hvps = 0
         self._delivered: tuple[Tensor, int, Tensor] | None = None
         #: Where what was multiplied had entries that are not finite, by what it is called.

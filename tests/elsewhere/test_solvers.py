@@ -253,3 +253,15 @@ def test_nor_does_the_answer_overflow_by_what_is_not_finite(
         solver = kind(preconditioner=precondition, **options)
         with pytest.raises(hypergrad.NonFiniteError, match=f"output of the {which}"):
             hypergrad.solve(product, to(V), solver, damping=0.1)
+
+
+@pytest.mark.parametrize("acceleration", ["none", "chebyshev"])
+def test_a_residual_that_stays_what_it_was_is_no_gain(acceleration: Any) -> None:
+    """Norms of the same numbers are compared to the bit."""
+    solver = hypergrad.Neumann(num_terms=1, acceleration=acceleration)
+    rows = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    for to in PLACES:
+        zero = to(torch.zeros(24, 24))
+        found = hypergrad.solve(zero, to(rows), solver, batched=True, on_failure="ignore")
+        statuses = {info.status for info in found.info.columns}
+        assert statuses == {hypergrad.Status.NEGATIVE_CURVATURE}
