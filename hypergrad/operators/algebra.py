@@ -63,8 +63,8 @@ class Affine(LinearOperator):
     def _check_fresh(self) -> None:
         self.base._check_fresh()
 
-    def _note_constant(self) -> None:
-        self.base._note_constant()
+    def _note_reached(self, reached: bool) -> None:
+        self.base._note_reached(reached)
 
     def _traced_products(self, block: Tensor) -> Tensor:
         product = self.base._traced_products(block)
@@ -118,9 +118,9 @@ class Sum(LinearOperator):
         self.left._check_fresh()
         self.right._check_fresh()
 
-    def _note_constant(self) -> None:
-        self.left._note_constant()
-        self.right._note_constant()
+    def _note_reached(self, reached: bool) -> None:
+        self.left._note_reached(reached)
+        self.right._note_reached(reached)
 
     def _traced_products(self, block: Tensor) -> Tensor:
         return self.left._traced_products(block) + self.right._traced_products(block)

@@ -91,8 +91,11 @@ class LinearOperator(ABC):
         """Raise :class:`StaleOperatorError` if :meth:`_tensors` are not as they were."""
         return None
 
-    def _note_constant(self) -> None:
-        """Take note that but for :meth:`_tensors` nothing that was multiplied requires grad."""
+    def _note_reached(self, reached: bool) -> None:
+        """Take note whether, besides :meth:`_tensors`, a graph of products read what requires grad.
+
+        Or may have, by what it was for other operators of the same kind.
+        """
         return None
 
     def _eager(self, block: Tensor) -> Tensor:

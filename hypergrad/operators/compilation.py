@@ -41,13 +41,14 @@ class Graph:
             read one before that changed.
         opaque: whether the function is given objects, whose state PyTorch may not watch in full;
             then every operator's first results are compared.
+        recorded: whether its results may be where the next call writes its own.
     """
 
     def __init__(
         self, function: Callable[..., Any], what: str, instead: str, options: dict[str, Any]
     ) -> None:
         self.what, self.instead, self.options = what, instead, options
-        self.proved = self.used = self.attached = self.opaque = False
+        self.proved = self.used = self.attached = self.opaque = self.recorded = False
         self._last: weakref.ref[LinearOperator] | None = None
         _log.info("compiling %s", what)
         # Dynamo keeps what it compiled by code object, and counts how often: each has its own.
@@ -69,6 +70,7 @@ class Graph:
         self.proved = False  # a module in training mode is another function, perhaps a random one
         read = [*inputs, *module.parameters(), *module.buffers()]
         self.attached |= any(isinstance(x, Tensor) and x.requires_grad for x in read)
+        self.recorded |= _as_cuda_graphs()
         patches = {"config_patches": self.options} if self.options else {}
         return torch._dynamo.lookup_backend(BACKEND)(module, inputs, **patches)  # type: ignore[arg-type]
 
@@ -96,9 +98,8 @@ class Graph:
         if not self.used:
             self.used = True
             _log.info("compiled %s in %.1f s", self.what, time.perf_counter() - start)
-        if not self.attached:
-            operator._note_constant()
-        if operator.device.type == "cuda" and _as_cuda_graphs():
+        operator._note_reached(self.attached)
+        if self.recorded and operator.device.type == "cuda":
             return torch_pytree.tree_map_only(Tensor, torch.clone, results)
         return results
 
@@ -113,9 +114,9 @@ class Graph:
 
 
 def _as_cuda_graphs() -> bool:
-    """Whether the next call of a graph writes where the results of this one are.
+    """Whether what PyTorch's compiler makes now is recorded as CUDA graphs.
 
-    Code made by PyTorch's compiler is recorded as CUDA graphs where the user has switched that on.
+    It is where the user has switched that on when the code is made.
     """
     from torch._inductor import config
 

@@ -121,8 +121,8 @@ class HessianOperator(LinearOperator):
     def _check_fresh(self) -> None:
         self._point.check_fresh(self.layout)
 
-    def _note_constant(self) -> None:
-        if not is_reaching(self):
+    def _note_reached(self, reached: bool) -> None:
+        if not reached and not is_reaching(self):
             self._more = False
 
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:

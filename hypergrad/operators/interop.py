@@ -58,10 +58,10 @@ class CallableOperator(LinearOperator):
                 product = self.hvp_fn(layout.unflatten_leaves(leaves))
                 leaves = layout.leaves(product, name=self.name)
                 if recording and True in [leaf.requires_grad for leaf in leaves]:
-                    self._carries_graph = True
+                    self._note(True)
                     leaves = [leaf.detach() for leaf in leaves]
                 torch._foreach_copy_(into[i], leaves)
-        self._carries_graph = bool(self._carries_graph)  # known, from now on
+        self._note(False)
         return out
 
     def _signature(self) -> Hashable:
@@ -78,18 +78,20 @@ class CallableOperator(LinearOperator):
             return super()._passing(vector)
         product = self.hvp_fn(self.layout.unflatten(vector))
         out = self.layout.vector(product, name=self.name)
-        if out.requires_grad:
-            self._carries_graph = self._carries_graph or torch.is_grad_enabled()
-            return out.detach()
-        self._carries_graph = bool(self._carries_graph)  # known, from now on
-        return out
+        self._note(out.requires_grad and torch.is_grad_enabled())
+        return out.detach() if out.requires_grad else out
 
     def _attached(self, block: Tensor) -> Tensor:
         return self._products(block, lambda product: product)
 
     def _cut(self, product: Tensor) -> Tensor:
-        self._carries_graph = self._carries_graph or differentiable(product)
+        self._note(differentiable(product))
         return product.detach()
+
+    def _note(self, carries: bool) -> None:
+        # Without gradients no product comes with a graph, which tells nothing.
+        if carries or torch.is_grad_enabled():
+            self._carries_graph = self._carries_graph or carries
 
     def _products(self, block: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
         # Copies: a callable that works in place on its argument must not reach the solver's own
@@ -105,8 +107,9 @@ class CallableOperator(LinearOperator):
             ]
         )
 
-    def _note_constant(self) -> None:
-        self._carries_graph = bool(self._carries_graph)
+    def _note_reached(self, reached: bool) -> None:
+        # What is read may have come to require grad since the products that were looked at.
+        self._carries_graph = self._carries_graph or (None if reached else False)
 
     def _depends_on_more(self) -> bool | None:
         if not transforming() and not tangents():

@@ -146,8 +146,9 @@ class OutputOperator(RootOperator):
     def _check_fresh(self) -> None:
         self._point.check_fresh(self.layout)
 
-    def _note_constant(self) -> None:
-        self._more = False
+    def _note_reached(self, reached: bool) -> None:
+        if not reached:
+            self._more = False
 
     def _with_tensors(self, tensors: Sequence[Tensor]) -> LinearOperator:
         other = copy.copy(self)

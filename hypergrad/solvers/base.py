@@ -175,8 +175,10 @@ class DampedSystem:
         self, operator: LinearOperator, b: Tensor, scales: Tensor, damping: Damping
     ) -> None:
         self.operator, self.b, self.scales, self.damping = operator, b, scales, damping
-        # Scaled as they are, no square that counts leaves the dtype's range.
-        self.b_norms = self.start_norms = torch.linalg.vector_norm(b, dim=1)
+        # Scaled as they are, no square that counts leaves the dtype's range.  Far away they are
+        # rounded as norms of residuals are, so that equal rows have equal norms.
+        self.b_norms = row_norms(b) if far(b) else torch.linalg.vector_norm(b, dim=1)
+        self.start_norms = self.b_norms
         self.num_hvps = 0
         self._delivered: tuple[Tensor, int, Tensor] | None = None
         #: Where what was multiplied had entries that are not finite, by what it is called.
@@ -233,8 +235,14 @@ class DampedSystem:
         With ``later``, and where the host would wait for that, it is left to :meth:`look`.
         """
         if not (later and far(rows)) or compiling():
-            self.operator.layout.check_finite(rows, what)
-            return
+            try:
+                self.operator.layout.check_finite(rows, what)
+            except NonFiniteError as error:
+                found = error
+            else:
+                return
+            self.look()  # what follows from what was not finite is not at fault
+            raise found
         bad = ~torch.isfinite(rows).all(dim=0)
         if self._spoilt is not None:  # what follows, of whatever name, is bad by that
             bad &= ~self._spoilt
@@ -302,6 +310,7 @@ class DampedSystem:
             return answer
         # A nan or an infinity passes into the sum: one pass, unless finite entries overflow it.
         if not math.isfinite(answer.sum()) and not bool(torch.isfinite(answer).all()):
+            self.look()  # by a product that was not finite
             raise NonFiniteError(
                 f"x overflows {min(self.operator.layout.dtypes, key=lambda d: torch.finfo(d).max)}:"
                 " the answer is too large for the dtype of v. Raise damping, rescale the problem, "

@@ -223,3 +223,45 @@ def test_of_what_is_not_finite_the_first_is_told_of(
         solver = kind(preconditioner=precondition, **options)
         with pytest.raises(hypergrad.NonFiniteError, match=f"output of the {which}"):
             hypergrad.solve(product, to(V), solver, damping=0.1)
+
+
+@pytest.mark.parametrize("which", ["operator", "preconditioner"])
+@pytest.mark.parametrize(
+    ("kind", "options", "at"),
+    [
+        (hypergrad.CG, {"rtol": 0.0, "max_iters": 55}, 6),  # before the true residual is looked at
+        (hypergrad.MINRES, {"rtol": 0.0, "max_iters": 55}, 6),
+        (hypergrad.GMRES, {"rtol": 1e-6, "restart": 3}, 4),  # in the step that a cycle ends with
+    ],
+)
+def test_nor_does_the_answer_overflow_by_what_is_not_finite(
+    kind: Any, options: Any, at: int, which: str
+) -> None:
+    for to in PLACES:
+        a, calls = to(matrix()), {"operator": 0, "preconditioner": 0}
+
+        def spoilt(name: str, x: Tensor, calls: dict[str, int] = calls) -> Tensor:
+            calls[name] += 1
+            return x * torch.nan if name == which and calls[name] == at else x
+
+        def product(v: Tensor, a: Tensor = a, spoilt: Any = spoilt) -> Tensor:
+            return spoilt("operator", a @ v)
+
+        def precondition(r: Tensor, spoilt: Any = spoilt) -> Tensor:
+            return spoilt("preconditioner", 1.5 * r)
+
+        solver = kind(preconditioner=precondition, **options)
+        with pytest.raises(hypergrad.NonFiniteError, match=f"output of the {which}"):
+            hypergrad.solve(product, to(V), solver, damping=0.1)
+
+
+@pytest.mark.parametrize("acceleration", ["none", "chebyshev"])
+def test_a_residual_that_stays_what_it_was_is_no_gain(acceleration: Any) -> None:
+    """Norms of the same numbers are compared to the bit."""
+    solver = hypergrad.Neumann(num_terms=1, acceleration=acceleration)
+    rows = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    for to in PLACES:
+        zero = to(torch.zeros(24, 24))
+        found = hypergrad.solve(zero, to(rows), solver, batched=True, on_failure="ignore")
+        statuses = {info.status for info in found.info.columns}
+        assert statuses == {hypergrad.Status.NEGATIVE_CURVATURE}

@@ -418,24 +418,37 @@ def test_the_loss_of_a_modified_point_is_refused() -> None:
         _ = operator.loss
 
 
-@pytest.mark.parametrize("switched_on", [False, True])
+@pytest.mark.parametrize("on_later", [False, True])
+@pytest.mark.parametrize("on_when_compiled", [False, True])
 def test_results_outlive_the_next_call_of_a_cuda_graph(
-    switched_on: bool, monkeypatch: pytest.MonkeyPatch
+    on_when_compiled: bool, on_later: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The recorded code writes its results to one place, as the stand-in here does."""
+    """The recorded code writes its results to one place, as the stand-in here does.
+
+    What the switch says when code is generated is what counts, not what it says when that runs.
+    """
     params, *batch = inputs(0)
     operator = hypergrad.hessian(loss, params, *batch, compile=True)
-    monkeypatch.setattr(compilation, "BACKEND", "inductor")
-    monkeypatch.setattr(type(operator), "device", torch.device("cuda"))
     place = torch.zeros(3)
 
-    def recorded(tensors: list[Tensor], value: float) -> tuple[Tensor, Tensor]:
-        return place.fill_(value), place.sum()
+    def generated(module: Any, inputs: Any) -> Any:
+        def recorded(*given: Tensor) -> Any:
+            threes, total = module(*given)
+            return place.copy_(threes), total
 
-    graph = compilation.Graph(recorded, "a stand-in", "nothing", {})
-    graph.compiled = recorded
-    with config.patch({"triton.cudagraphs": switched_on}):
-        first, total = graph.run(operator, 1.0)
-        graph.run(operator, 2.0)
-    assert first.tolist() == ([1.0] * 3 if switched_on else [2.0] * 3)
+        return recorded
+
+    def function(tensors: list[Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
+        return value.expand(3).clone(), 3.0 * value
+
+    monkeypatch.setattr(compilation, "BACKEND", "inductor")
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: generated)
+    monkeypatch.setattr(type(operator), "device", torch.device("cuda"))
+    graph = compilation.Graph(function, "a stand-in", "nothing", {})
+    with config.patch({"triton.cudagraphs": on_when_compiled}):
+        graph.run(operator, torch.tensor(0.0))
+    with config.patch({"triton.cudagraphs": on_later}):
+        first, total = graph.run(operator, torch.tensor(1.0))
+        graph.run(operator, torch.tensor(2.0))
+    assert first.tolist() == ([1.0] * 3 if on_when_compiled else [2.0] * 3)
     assert float(total) == 3.0

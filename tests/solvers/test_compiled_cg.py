@@ -81,6 +81,41 @@ def test_what_a_callable_reaches_is_found_without_calling_it() -> None:
         torch.testing.assert_close(found, -2.0 * v / 4.0, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("combined", [False, True])
+@pytest.mark.parametrize("before", ["without gradients", "constant", "neither"])
+def test_what_an_operator_was_before_says_nothing_of_what_it_reaches_now(
+    before: str, combined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its products were constants then; its graph, proved by others, makes them now."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    reached, v = torch.ones(N, dtype=F64), gaussian(N)
+
+    def product(x: Tensor) -> Tensor:
+        return (1.0 + reached.square()) * x
+
+    def made() -> hypergrad.LinearOperator:
+        operator = hypergrad.as_operator(product, like=v, batchable=True)
+        return 0.5 * operator + 0.5 * operator if combined else operator
+
+    hypergrad.solve(made(), v, GRAPH)
+    reached.requires_grad_()
+    hypergrad.solve(made(), v, GRAPH)
+    operator = made()
+    if before == "without gradients":
+        with torch.no_grad():
+            hypergrad.solve(operator, v, GRAPH)
+            hypergrad.solve(operator, v, hypergrad.CG())
+    elif before == "constant":
+        reached.requires_grad_(False)
+        hypergrad.solve(operator, v, GRAPH)
+        hypergrad.solve(operator, v, hypergrad.CG())
+        reached.requires_grad_()
+    for _ in range(2):
+        x = hypergrad.solve(operator, v, GRAPH).value
+        (found,) = torch.autograd.grad(x.sum(), reached)
+        torch.testing.assert_close(found, -2.0 * v / 4.0, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
 def test_a_matrix_and_a_batchable_callable(size: float) -> None:
     a, v = matrix(dtype=F32), gaussian(N).to(F32)
