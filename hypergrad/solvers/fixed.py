@@ -79,8 +79,8 @@ class FixedWork:
                 "from a solve outside the compiled function: its info.damping."
             )
         damping = system.resolve_damping()
-        x, norms = torch.zeros_like(system.b), safe_norms(system.b)
-        none = torch.zeros_like(norms, dtype=torch.bool)
+        x, zero = torch.zeros_like(system.b), torch.zeros_like(system.b_norms)
+        none = torch.zeros_like(zero, dtype=torch.bool)
         work = cls(
             system=system,
             damping=damping,
@@ -88,23 +88,24 @@ class FixedWork:
             traced=traced,
             x=x,
             r=system.b,
-            norms=norms,
+            norms=zero,
             frozen=none,
             stuck=none,
             direction=torch.zeros_like(x),
-            iterations=torch.zeros_like(norms, dtype=torch.long),
+            iterations=torch.zeros_like(zero, dtype=torch.long),
             start_x=x,
-            start=norms,
+            start=zero,
             refused=none,
-            refused_rz=torch.zeros_like(norms),
+            refused_rz=zero,
             roomy=system.roomy and not preconditioned,
         )
+        work.norms = work.start = work.norms_of(system.b)  # rounded as the others are
         if x0 is not None:
             residual = work.residual(x0)
-            better = safe_norms(residual) < norms
+            better = work.norms_of(residual) < work.norms
             work.x = work.start_x = where_rows(better, x0, x)
             work.r = where_rows(better, residual, work.r)
-            work.norms = work.start = safe_norms(work.r)
+            work.norms = work.start = work.norms_of(work.r)
         return work
 
     @property
