@@ -402,7 +402,8 @@ def hessian(
         LossError: the loss is no real scalar tensor, or does not depend on ``params``.
         NonFiniteError: the loss is nan or inf.
         StaleOperatorError: at a product, if ``params`` or a tensor of ``batch`` have been modified
-            in place since; what a closure reaches is not watched.
+            in place since; what a closure reaches is not watched, nor whether it comes to require
+            grad: make another operator then.
 
     Warns:
         UnusedParameterWarning: the loss does not depend on some leaves; their rows are zero.
