@@ -174,7 +174,9 @@ def test_scales_do_not_matter(effort: str, system: System, of_v: int, of_a: int)
 @quick_and_thorough
 @given(system=indefinite_systems)
 def test_a_block_is_its_rows(effort: str, system: System) -> None:
-    check_a_block_is_its_rows(system, kept)
+    # In the null space the curvature is the rounding of a product, in a block another one.
+    undecided = frozenset({Status.NEGATIVE_CURVATURE, Status.STAGNATED})
+    check_a_block_is_its_rows(system, kept, undecided=undecided)
 
 
 def test_a_restart_forgets_what_was_kept() -> None:
