@@ -240,13 +240,13 @@ def spectral_density(
     longest = max(len(run.nodes) for run in found)
     nodes = torch.stack([_padded(run.nodes, longest, float(run.nodes[-1])) for run in found])
     weights = torch.stack([_padded(run.first**2, longest, 0.0) for run in found])
+    counted = nodes[weights > 0]  # one of no weight is one of its neighbours once more
     return SpectralDensity(
         nodes=nodes,
         weights=weights,
         dim=n,
-        smallest=float(nodes[weights > 0].min()),
-        # A node of no weight is one of its neighbours once more.
-        largest=float(nodes[weights > 0].max()),
+        smallest=float(counted.min()),
+        largest=float(counted.max()),
         complete=complete,
         num_hvps=products.num_hvps,
     )

@@ -190,6 +190,26 @@ def test_a_preconditioner_that_is_not_finite_is_told_of(fixed: bool) -> None:
             hypergrad.solve(to(matrix()), to(V), solver, damping=0.1)
 
 
+def check_blame(kind: Any, options: dict[str, Any], at: int, which: str) -> None:
+    """Where the ``at``-th result of ``which`` is nan, it is ``which`` that is named."""
+    for to in PLACES:
+        a, calls = to(matrix()), {"operator": 0, "preconditioner": 0}
+
+        def spoilt(name: str, x: Tensor, calls: dict[str, int] = calls) -> Tensor:
+            calls[name] += 1
+            return x * torch.nan if name == which and calls[name] == at else x
+
+        def product(v: Tensor, a: Tensor = a, spoilt: Any = spoilt) -> Tensor:
+            return spoilt("operator", a @ v)
+
+        def precondition(r: Tensor, spoilt: Any = spoilt) -> Tensor:
+            return spoilt("preconditioner", 1.5 * r)
+
+        solver = kind(preconditioner=precondition, **options)
+        with pytest.raises(hypergrad.NonFiniteError, match=f"output of the {which}"):
+            hypergrad.solve(product, to(V), solver, damping=0.1)
+
+
 @pytest.mark.parametrize(
     ("kind", "fixed"),
     [
@@ -207,22 +227,7 @@ def test_of_what_is_not_finite_the_first_is_told_of(
 ) -> None:
     """A preconditioner of nan gives nan, and so does an operator: neither is at fault then."""
     options = {"rtol": 0.0, "max_iters": 6} if fixed else {"rtol": 1e-6}
-    for to in PLACES:
-        a, calls = to(matrix()), {"operator": 0, "preconditioner": 0}
-
-        def spoilt(name: str, x: Tensor, calls: dict[str, int] = calls) -> Tensor:
-            calls[name] += 1
-            return x * torch.nan if name == which and calls[name] == at else x
-
-        def product(v: Tensor, a: Tensor = a, spoilt: Any = spoilt) -> Tensor:
-            return spoilt("operator", a @ v)
-
-        def precondition(r: Tensor, spoilt: Any = spoilt) -> Tensor:
-            return spoilt("preconditioner", 1.5 * r)
-
-        solver = kind(preconditioner=precondition, **options)
-        with pytest.raises(hypergrad.NonFiniteError, match=f"output of the {which}"):
-            hypergrad.solve(product, to(V), solver, damping=0.1)
+    check_blame(kind, options, at, which)
 
 
 @pytest.mark.parametrize("which", ["operator", "preconditioner"])
@@ -237,22 +242,7 @@ def test_of_what_is_not_finite_the_first_is_told_of(
 def test_nor_does_the_answer_overflow_by_what_is_not_finite(
     kind: Any, options: Any, at: int, which: str
 ) -> None:
-    for to in PLACES:
-        a, calls = to(matrix()), {"operator": 0, "preconditioner": 0}
-
-        def spoilt(name: str, x: Tensor, calls: dict[str, int] = calls) -> Tensor:
-            calls[name] += 1
-            return x * torch.nan if name == which and calls[name] == at else x
-
-        def product(v: Tensor, a: Tensor = a, spoilt: Any = spoilt) -> Tensor:
-            return spoilt("operator", a @ v)
-
-        def precondition(r: Tensor, spoilt: Any = spoilt) -> Tensor:
-            return spoilt("preconditioner", 1.5 * r)
-
-        solver = kind(preconditioner=precondition, **options)
-        with pytest.raises(hypergrad.NonFiniteError, match=f"output of the {which}"):
-            hypergrad.solve(product, to(V), solver, damping=0.1)
+    check_blame(kind, options, at, which)
 
 
 @pytest.mark.parametrize("acceleration", ["none", "chebyshev"])
