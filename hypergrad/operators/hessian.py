@@ -13,7 +13,6 @@ from torch import Tensor
 from ..pytree import Tree, TreeLayout
 from ..transforms import (
     building_no_graph,
-    forward_mode,
     must_repeat,
     reaches_beyond,
     tangents,
@@ -30,6 +29,7 @@ from .compilation import (
     signature_of,
 )
 from .evaluation import Evaluation
+from .function_transforms import TransformedLoss
 from .gradient_graph import GradientGraph, owned, pulled, room_for
 from .modes import (
     MEMORY_CAP,
@@ -107,6 +107,12 @@ class HessianOperator(LinearOperator):
             self.loss_fn, self.layout, self._point.params, self.batch, self._evaluating
         )
 
+    def _transformed(self) -> TransformedLoss:
+        """The loss as function transforms see it, where autograd's own graph cannot be had."""
+        return TransformedLoss(
+            self.loss_fn, self.layout, self._point.params, self.batch, self._evaluating
+        )
+
     def _tensors(self) -> list[Tensor]:
         return self._point.tensors
 
@@ -164,7 +170,7 @@ class HessianOperator(LinearOperator):
     def _attached(self, block: Tensor) -> Tensor:
         self._point.check_fresh(self.layout)
         if building_no_graph() or tangents():
-            return self._functional(block)
+            return self._transformed().in_reverse(block)
         # Each leaf by itself: what else depends on it, such as the batch, stands still.
         leaves = [
             x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
@@ -181,20 +187,6 @@ class HessianOperator(LinearOperator):
                 for row in zip(*(leaf.unbind() for leaf in rows), strict=True)
             ]
             return torch.cat(products)
-
-    def _functional(self, block: Tensor) -> Tensor:
-        """Reverse-over-reverse products by ``torch.func``, where plain autograd may not run."""
-        point = self.layout.unflatten_leaves(self._point.params)
-        gradient = torch.func.grad(lambda params: self.loss_fn(params, *self.batch).reshape(()))
-        with self._evaluating():
-            pull = torch.func.vjp(gradient, point)[1]
-        rows = []
-        for row in block.unbind():
-            with self._evaluating.product():
-                (product,) = pull(self.layout.unflatten(row))
-            leaves = self.layout.leaves_unchecked(product)
-            rows.append(torch.cat([x.reshape(-1).to(self.dtype) for x in leaves]))
-        return torch.stack(rows)
 
     def chosen(self, num_vectors: int = 1) -> tuple[Mode, int]:
         """The ``mode`` and ``chunk_size`` that a block of so many vectors is multiplied with now.
@@ -233,7 +225,7 @@ class HessianOperator(LinearOperator):
             if self.mode == "forward_over_reverse":
                 directions = self.layout.split(block, block.shape[:1])
                 return self._flat(self._forward_over_reverse(directions))
-            return self._functional(block).detach()
+            return self._transformed().in_reverse(block).detach()
         if self.compile:
             return compiled_products(self, block, self._eager)
         return self._eager(block)
@@ -241,7 +233,7 @@ class HessianOperator(LinearOperator):
     def _traced_products(self, block: Tensor) -> Tensor:
         """Products as a graph is made of them: many share one trace, in forward mode."""
         if len(block) == 1 or self.mode == "reverse_over_reverse":
-            return self._functional(block)
+            return self._transformed().in_reverse(block)
         return self._flat(self._forward_over_reverse(self.layout.split(block, block.shape[:1])))
 
     def _eager(self, block: Tensor) -> Tensor:
@@ -330,26 +322,13 @@ class HessianOperator(LinearOperator):
         return self._memory
 
     def _forward_over_reverse(self, directions: Block) -> Block:
-        """Forward-mode products of the gradient, batched over the block by vmap."""
-        point = self.layout.unflatten_leaves([leaf.detach() for leaf in self._point.params])
-        gradient = torch.func.grad(lambda params: self.loss_fn(params, *self.batch).reshape(()))
-
-        def product(*leaves: Tensor) -> list[Tensor]:
-            tangent = self.layout.unflatten_leaves(list(leaves))
-            with self._evaluating():
-                directional = torch.func.jvp(gradient, (point,), (tangent,))[1]
-            return self.layout.leaves_unchecked(directional)
-
-        remedy = 'mode="reverse_over_reverse"'
-        with forward_mode("the loss", lambda: self._in_reverse(directions), remedy=remedy):
-            products: Block = torch.func.vmap(product, randomness="same")(*directions)
-        return [leaf.detach() for leaf in products]
+        return self._transformed().forward(directions, lambda: self._in_reverse(directions))
 
     def _in_reverse(self, directions: Block) -> None:
         """One of the products without forward mode and ``vmap``, by another evaluation."""
         one = [leaf[:1] for leaf in directions]
         if building_no_graph():
-            self._functional(self._flat(one))
+            self._transformed().in_reverse(self._flat(one))
         else:
             self._graph().one_by_one(one)
 
